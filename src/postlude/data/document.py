@@ -1,0 +1,85 @@
+"""Documents with per-token streams: the one shape that every kind of training data takes.
+
+A stream's value at position t belongs to token t, the one that the model predicts from position t - 1. The
+first token of a document is predicted from nothing, so its weight is always zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A named per-token quantity: what a packed batch carries beside the token ids."""
+
+    name: str
+    dtype: np.dtype
+    fill: float = 0.0
+    """The value at padding and in documents that do not carry the stream."""
+    width: tuple[int, ...] = ()
+    """The shape of one token's value: () for a scalar, (k,) for a vector."""
+
+
+_streams: dict[str, Stream] = {}
+
+
+def define_stream(name: str, dtype: str, fill: float = 0.0, width: tuple[int, ...] = ()) -> Stream:
+    """Name a stream once for the whole program. ValueError if the name stands for something else already."""
+    stream = Stream(name, np.dtype(dtype), fill, width)
+    if _streams.setdefault(name, stream) != stream:
+        raise ValueError(f"The stream '{name}' is defined already, as {_streams[name]}.")
+    return stream
+
+
+def stream(name: str) -> Stream:
+    """The stream defined under a name. KeyError if there is none."""
+    return _streams[name]
+
+
+WEIGHT = define_stream("weight", "float32")
+"""How much a token counts in the loss; zero where it is not trained."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sequence whose tokens attend to each other and to nothing else."""
+
+    example_id: str
+    """Stable from the record to the per-example loss: the source's name, a colon, and a key or content hash."""
+    source: str
+    tokens: np.ndarray
+    """[tokens] int64."""
+    streams: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Arrays [tokens, *width], one for each stream that the document carries."""
+    group: int = -1
+    """Shared by the samples of one prompt; may span blocks."""
+    trajectory: int = -1
+    """Shared by the turns of one episode; may span blocks."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens have a weight above zero."""
+        weight = self.streams.get(WEIGHT.name)
+        return 0 if weight is None else int(np.count_nonzero(weight))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Documents that belong together (one conversation, the two sides of a pair): never parted by filtering,
+    truncation, packing or dealing to ranks. A document's place in the unit says what it is."""
+
+    documents: tuple[Document, ...]
+
+    def __len__(self) -> int:
+        return sum(len(document) for document in self.documents)
+
+
+Block = tuple[Unit, ...]
+"""What packing makes: units whose tokens together fit into the block size."""

@@ -1,0 +1,1 @@
+"""Models: transformers' own classes, loaded, given document attention, verified and exported."""

@@ -1,0 +1,1 @@
+"""The fused language-model head, and one loss a file."""

@@ -1,0 +1,90 @@
+"""What an objective is: a function from one packed batch to a loss, blind to how the step is split.
+
+A step is many micro-batches on many ranks. The trainer counts the normalisers over the whole step before the
+first forward pass and adds up what the objective returns, so an objective divides sums by those counts and
+the result is the same whatever the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from postlude.data.batch import PackedBatch
+
+
+class Head(Protocol):
+    """A named head of a model, applied to hidden states. ``hidden`` is [rows, hidden] throughout."""
+
+
+class LanguageHead(Head, Protocol):
+    """The head ``lm``: never holds [rows, vocabulary]."""
+
+    def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum (a scalar to differentiate) and the unweighted value of each row, [rows], detached.
+
+        The weights must be known before the forward pass: the gradient is made during it.
+        """
+        ...
+
+    def log_probabilities(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each target [rows], and the entropy [rows] on request; differentiable in both."""
+        ...
+
+
+class ScalarHead(Head, Protocol):
+    """The head ``scalar``: one number for each row."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] to [rows]."""
+        ...
+
+
+class Step(Protocol):
+    """What an objective may ask of the trainer while one micro-batch is worked on."""
+
+    batch: PackedBatch
+    normalizers: Mapping[str, float]
+    """Counts over the whole step: every micro-batch, every rank."""
+
+    def hidden(self, model: str = "policy") -> Tensor:
+        """Hidden states of a model at every token of the batch, [tokens, hidden]; computed once, then kept."""
+        ...
+
+    def head(self, name: str, model: str = "policy"):
+        """A head of a model: :class:`LanguageHead` under ``lm``, :class:`ScalarHead` under ``scalar``."""
+        ...
+
+
+@dataclass
+class Outcome:
+    """What an objective returns for one micro-batch."""
+
+    loss: Tensor
+    """Scalar to differentiate. Summed over micro-batches and ranks it is the loss of the step."""
+    metrics: Mapping[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)
+    """Numerator and denominator of each further metric, summed over the step before they are divided."""
+    example_loss: Tensor | None = None
+    """[documents] summed loss of each document, detached, for the per-example curves."""
+    example_tokens: Tensor | None = None
+    """[documents] how many tokens that sum runs over."""
+
+
+class Objective(Protocol):
+    """One loss. Built from its component in the manifest; holds no state."""
+
+    streams: tuple[str, ...]
+    """The streams it reads beside the weight."""
+    heads: Mapping[str, tuple[str, ...]]
+    """The heads it uses, by model: ``{"policy": ("lm",)}``."""
+
+    def count(self, batch: PackedBatch) -> Mapping[str, float]:
+        """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""
+        ...
+
+    def __call__(self, step: Step) -> Outcome: ...
