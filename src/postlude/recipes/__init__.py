@@ -1,0 +1,1 @@
+"""Recipes: one short file each. A recipe says which tokens get which stream and which objective consumes them."""

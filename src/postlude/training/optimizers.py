@@ -1,0 +1,108 @@
+"""Optimisers that a manifest may name.
+
+A component here is the configuration; ``build`` makes torch's optimiser. A list, because Muon only takes
+matrices and leaves the rest to AdamW. The trainer asks the component for each group's rate and decay before
+every step, so a schedule or an amendment changes them without touching optimiser state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from postlude.manifest.component import Component
+
+if TYPE_CHECKING:
+    import torch
+
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Optimizer(Component):
+    """Base of the kind ``optimizers``."""
+
+    lr: Positive = 1e-5
+    weight_decay: NotNegative = 0.0
+
+    def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        """Torch optimisers over the named parameters that are trained. Each of their groups has a key ``role``."""
+        raise NotImplementedError
+
+    def rate(self, role: str) -> float:
+        """The peak learning rate of the groups with this role."""
+        return self.lr
+
+    def decay(self, role: str) -> float:
+        """The weight decay of the groups with this role. Vectors (norms, biases) are never decayed."""
+        return 0.0 if role == "vectors" else self.weight_decay
+
+
+def _by_dimension(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+    groups: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "vectors": []}
+    for _, parameter in parameters:
+        groups["matrices" if parameter.ndim >= 2 else "vectors"].append(parameter)
+    return [{"params": members, "role": role} for role, members in groups.items() if members]
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), in torch's fused implementation."""
+
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+
+    def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        import torch
+
+        return [
+            torch.optim.AdamW(
+                _by_dimension(parameters), lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
+            )
+        ]
+
+
+class Muon(Optimizer):
+    """Momentum orthogonalised by Newton-Schulz steps (Jordan et al., 2024) for the matrices inside the layers;
+    AdamW for embeddings, heads and vectors, at ``adamw_lr``. The update is scaled to AdamW's root mean square
+    (Liu et al., 2025) by default, so that a rate that suits AdamW suits Muon."""
+
+    adamw_lr: Positive | None = None
+    """Rate of the parameters that AdamW takes; by default ``lr``."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+
+    def rate(self, role: str) -> float:
+        return self.lr if role == "orthogonal" else self.adamw_lr or self.lr
+
+    def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        import torch
+
+        orthogonal, rest = [], []
+        for name, parameter in parameters:
+            inside = parameter.ndim == 2 and ".layers." in f".{name}"
+            (orthogonal if inside else rest).append((name, parameter))
+        optimizers: list[torch.optim.Optimizer] = []
+        if orthogonal:
+            group = {"params": [parameter for _, parameter in orthogonal], "role": "orthogonal"}
+            optimizers.append(
+                torch.optim.Muon(
+                    [group], lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, adjust_lr_fn=self.adjust
+                )
+            )
+        if rest:
+            optimizers.append(torch.optim.AdamW(_by_dimension(rest), lr=self.rate("matrices"), fused=True))
+        return optimizers
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum on request."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        import torch
+
+        return [torch.optim.SGD(_by_dimension(parameters), lr=self.lr, momentum=self.momentum)]
