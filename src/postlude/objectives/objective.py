@@ -51,6 +51,8 @@ class Step(Protocol):
     batch: PackedBatch
     normalizers: Mapping[str, float]
     """Counts over the whole step: every micro-batch, every rank."""
+    statistics: Mapping[str, float]
+    """Sums over the whole step of what the objective's :meth:`Objective.measure` returned."""
 
     def hidden(self, model: str = "policy") -> Tensor:
         """Hidden states of a model at every token of the batch, [tokens, hidden]; computed once, then kept."""
@@ -83,8 +85,15 @@ class Objective(Protocol):
     heads: Mapping[str, tuple[str, ...]]
     """The heads it uses, by model: ``{"policy": ("lm",)}``."""
 
+    statistics: tuple[str, ...]
+    """What :meth:`measure` returns, for a loss that couples the batch (a divergence, a load); mostly nothing."""
+
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""
+        ...
+
+    def measure(self, step: Step) -> Mapping[str, float]:
+        """A pass without gradients before the step, called only where ``statistics`` names anything."""
         ...
 
     def __call__(self, step: Step) -> Outcome: ...

@@ -50,7 +50,10 @@ def _by_dimension(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), in torch's fused implementation."""
 
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.999,
+    ]
     eps: Positive = 1e-8
 
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
@@ -58,7 +61,11 @@ class AdamW(Optimizer):
 
         return [
             torch.optim.AdamW(
-                _by_dimension(parameters), lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
+                _by_dimension(parameters),
+                lr=self.lr,
+                betas=(self.betas[0], self.betas[1]),
+                eps=self.eps,
+                fused=True,
             )
         ]
 
@@ -89,7 +96,11 @@ class Muon(Optimizer):
             group = {"params": [parameter for _, parameter in orthogonal], "role": "orthogonal"}
             optimizers.append(
                 torch.optim.Muon(
-                    [group], lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, adjust_lr_fn=self.adjust
+                    [group],
+                    lr=self.lr,
+                    momentum=self.momentum,
+                    nesterov=self.nesterov,
+                    adjust_lr_fn=self.adjust,
                 )
             )
         if rest:

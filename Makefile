@@ -1,0 +1,44 @@
+# make demo: install, then train a small model on this machine's CPU. make test: install, then run every quick test.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test test-long lint bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt tests/plugin/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[develop]'
+	$(BIN)/pip install --quiet --no-deps --editable tests/plugin
+	touch $@
+
+demo: export OMP_NUM_THREADS =
+demo: install
+	$(BIN)/postlude run examples/demo.yaml
+	$(BIN)/postlude generate build/runs/demo/sft --prompt "What is 17 + 25?" --max-tokens 48
+
+test: install
+	$(BIN)/pytest -m "not long and not gpu"
+
+test-long: install
+	$(BIN)/pytest -m "long and not gpu"
+
+lint: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for script in head packing data startup training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,183 @@
+"""Checkpoints: the whole state of a stage, saved while training goes on, committed by one marker.
+
+A checkpoint is a folder of ``torch.distributed.checkpoint`` files and a marker, written last, that holds the
+digest of every file and the small state (step, loader, loss scale, ...). Without its marker it does not exist;
+with a digest that does not match it is passed over for the one before. All bytes go through
+:mod:`postlude.storage`, which is where remote places are known.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils._pytree import tree_map
+
+from postlude import storage
+from postlude.training.workers import COLLECTIVE_DEADLINE, Workers
+
+State = dict[str, Any]
+
+
+class _StorageFiles(FileSystemBase):
+    """What torch's checkpoint reader and writer need of a file system, over :mod:`postlude.storage`.
+
+    Folders need no making there, and nothing is renamed or removed: :class:`_Writer` sees to that.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[str, storage.Digest] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[IO[bytes]]:
+        if mode == "rb":
+            with storage.open_file(str(path), "rb") as stream:
+                yield stream
+            return
+        with storage.open_hashed(str(path)) as file:
+            yield file  # type: ignore[misc]
+        self.digests[storage.name(str(path))] = file.digest
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return storage.join(str(path), suffix)
+
+    def init_path(self, path: Any) -> str:
+        return str(path)
+
+    def mkdir(self, path: Any) -> None: ...
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def exists(self, path: Any) -> bool:
+        return storage.exists(str(path))
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        raise AssertionError("a committed folder is not renamed into")
+
+    def rm_file(self, path: Any) -> None:
+        raise AssertionError("a committed folder is not removed from")
+
+
+class _Writer(FileSystemWriter):
+    """Writes the metadata straight to its place: the marker, not a rename, is what makes a checkpoint real."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri, sync_files=False)
+        self.fs = self.files = _StorageFiles()  # type: ignore[assignment]
+        self.path = uri  # type: ignore[assignment]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_meta = self.storage_meta()
+        with self.files.create_stream(storage.join(self.path, ".metadata"), "wb") as stream:  # type: ignore[arg-type]
+            pickle.dump(metadata, stream)
+
+
+class _Reader(FileSystemReader):
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.fs = _StorageFiles()  # type: ignore[assignment]
+        self.path = uri  # type: ignore[assignment]
+
+
+class Checkpointer:
+    """Saves the state of a stage in the background, one checkpoint at a time.
+
+    ``on_commit`` is called on the leading rank after a marker is written, from the background thread.
+    """
+
+    def __init__(self, workers: Workers, on_commit: Callable[[str, int], None]) -> None:
+        self.workers, self.on_commit = workers, on_commit
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_DEADLINE) if workers.world > 1 else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, uri: str, step: int, tensors: State, small: Mapping[str, Any], background: bool) -> None:
+        """Save ``tensors`` (copied first if in the background) and the JSON-able ``small`` state under ``uri``.
+
+        Waits for the save before it and raises what that one raised: :class:`postlude.storage.StorageFull` when
+        the disk was full, and then nothing of the failed checkpoint stays.
+        """
+        self.wait()
+        if background:
+            tensors = tree_map(_copied, tensors)
+        self._pending = self._thread.submit(self._write, uri, step, tensors, dict(small))
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in progress and raise what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the save in progress and stop the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, uri: str, step: int, tensors: State, small: dict[str, Any]) -> None:
+        if self.workers.leads:
+            storage.begin(uri)
+        if self._group is not None:
+            dist.barrier(self._group)
+        writer = _Writer(uri)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        except CheckpointException as error:
+            if self.workers.leads:
+                storage.remove(uri)
+            raise _cause(error) from error
+        digests = self._gather(writer.files.digests)
+        failure: OSError | storage.StorageFull | None = None
+        if self.workers.leads:
+            try:
+                files = {name: digest for part in digests for name, digest in part.items()}
+                storage.commit(uri, files, {"step": step, **small})
+                self.on_commit(uri, step)
+            except (OSError, storage.StorageFull) as error:
+                storage.remove(uri)
+                failure = error
+        failure = self._gather(failure)[0]
+        if failure is not None:
+            raise failure
+
+    def _gather(self, item: Any) -> list[Any]:
+        if self._group is None:
+            return [item]
+        items: list[Any] = [None] * self.workers.world
+        dist.all_gather_object(items, item, self._group)
+        return items
+
+
+def _copied(item: Any) -> Any:
+    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What really went wrong: torch wraps each rank's exception."""
+    wrapped = next(iter(error.failures.values()))
+    return wrapped[0] if isinstance(wrapped, tuple) else wrapped
+
+
+def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
+    """Read a committed checkpoint into ``tensors``, in place, and return the small state.
+
+    :class:`postlude.storage.CorruptError` if a file does not match its digest.
+    """
+    dcp.load(tensors, storage_reader=_Reader(uri), no_dist=workers.world == 1)
+    return storage.read_marker(uri).extra

@@ -1,0 +1,39 @@
+"""What a recipe hands to the trainer: an objective, and the models that its step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from postlude.manifest.schema import ModelFrom
+from postlude.model.language_model import LanguageModel
+from postlude.objectives.objective import Objective
+from postlude.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A model that a step needs beside the policy: a reference, a teacher, a critic.
+
+    Without an optimiser it is frozen and only run forward.
+    """
+
+    start: ModelFrom
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model in its place in the step."""
+
+    model: LanguageModel
+    optimizer: Optimizer | None
+    """None: frozen."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One training step, declared. The role ``policy`` is the model that the stage is about."""
+
+    objective: Objective
+    roles: Mapping[str, Role]

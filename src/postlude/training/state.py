@@ -1,0 +1,47 @@
+"""The tensors of a stage that a checkpoint holds, as torch's distributed checkpoint takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from postlude.training.program import Role
+
+Optimizers = Mapping[str, list[torch.optim.Optimizer]]
+
+
+def trained_state(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Any]:
+    """Weights and optimiser state of every role that has an optimiser, by role and parameter name.
+
+    The tensors are the live ones: loading into them restores the model. A tied weight is held once.
+    """
+    state: dict[str, Any] = {}
+    for name, role in roles.items():
+        if role.optimizer is None:
+            continue
+        seen: set[int] = set()
+        weights = {}
+        for key, tensor in get_model_state_dict(role.model).items():
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in seen:
+                continue
+            if isinstance(tensor, torch.Tensor):
+                seen.add(tensor.untyped_storage().data_ptr())
+            weights[key] = tensor
+        state[name] = {
+            "model": weights,
+            "optimizer": get_optimizer_state_dict(role.model, optimizers[name]),
+        }
+    return state
+
+
+def restore_optimizers(state: Mapping[str, Any], roles: Mapping[str, Role], optimizers: Optimizers) -> None:
+    """Hand loaded optimiser state, param groups included, back to the optimisers."""
+    for name, parts in state.items():
+        set_optimizer_state_dict(roles[name].model, optimizers[name], optim_state_dict=parts["optimizer"])

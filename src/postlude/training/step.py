@@ -1,0 +1,197 @@
+"""One optimiser step over packed batches: count, forward and backward, sum, clip, update.
+
+The normalisers are counted over every micro-batch of every rank before the first forward pass, so the loss is
+right by construction, whatever the split. Nothing here knows what the objective computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from postlude.data.batch import PackedBatch
+from postlude.objectives.head import FusedHead
+from postlude.objectives.objective import LanguageHead, Outcome, ScalarHead
+from postlude.training.precision import LossScale, Precision
+from postlude.training.program import Program, Role
+from postlude.training.timing import Phases
+from postlude.training.workers import Workers
+
+
+@dataclass
+class MicroBatch:
+    """What an objective sees (:class:`postlude.objectives.objective.Step`): one batch, and every declared model."""
+
+    batch: PackedBatch
+    normalizers: Mapping[str, float]
+    statistics: Mapping[str, float]
+    roles: Mapping[str, Role]
+    heads: Mapping[tuple[str, str], LanguageHead | ScalarHead]
+    _hidden: dict[str, Tensor] = field(default_factory=dict)
+
+    def hidden(self, model: str = "policy") -> Tensor:
+        """Hidden states at every token, [tokens, hidden]; a frozen model's without a graph."""
+        if model not in self._hidden:
+            role = self.roles[model]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and role.optimizer is not None):
+                self._hidden[model] = role.model.hidden(self.batch)
+        return self._hidden[model]
+
+    def head(self, name: str, model: str = "policy") -> LanguageHead | ScalarHead:
+        """A head of a model, one of those that the objective declares."""
+        return self.heads[name, model]
+
+
+@dataclass
+class StepResult:
+    """What a step came to, equal on every rank except for the losses by example."""
+
+    loss: float
+    metrics: dict[str, float]
+    counts: dict[str, float]
+    """The normalisers, and ``tokens``, ``trained_tokens``, ``documents`` and ``flops``, over the whole step."""
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    """By role, before clipping."""
+    examples: list[tuple[str, str, float, int]] = field(default_factory=list)
+    """This rank's documents: example id, source, summed loss, tokens it runs over."""
+
+    @property
+    def finite(self) -> bool:
+        return all(torch.isfinite(torch.tensor([self.loss, *self.grad_norms.values()])).tolist())
+
+
+class Executor:
+    """Runs a program's objective over micro-batches, with or without gradients."""
+
+    def __init__(
+        self,
+        program: Program,
+        workers: Workers,
+        precision: Precision,
+        phases: Phases,
+        flops: Callable[[PackedBatch], float],
+    ) -> None:
+        self.program, self.workers, self.precision = program, workers, precision
+        self.phases, self.flops = phases, flops
+
+    @cached_property
+    def parameters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """The trained parameters of each role that has an optimiser."""
+        return {
+            name: [parameter for parameter in role.model.parameters() if parameter.requires_grad]
+            for name, role in self.program.roles.items()
+            if role.optimizer is not None
+        }
+
+    def forward_backward(self, batches: Sequence[PackedBatch], scale: LossScale) -> StepResult:
+        """The step's loss, its metrics, and its gradients (summed over ranks, unscaled) in ``.grad``."""
+        result = self._run(batches, scale)
+        with self.phases.measure("backward"):
+            for name, parameters in self.parameters.items():
+                gradients = self._gradients(parameters)
+                self.workers.sum_gradients(gradients)
+                if scale.scale != 1.0 and gradients:
+                    torch._foreach_mul_(gradients, 1.0 / scale.scale)
+                norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+                result.grad_norms[name] = float(norm)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
+        """The loss and metrics over batches taken as one step, without gradients."""
+        return self._run(batches, None)
+
+    def clip(self, norms: Mapping[str, float], limit: float | None) -> None:
+        """Scale each role's gradients down to the norm ``limit``; None leaves them."""
+        if limit is None:
+            return
+        for name, parameters in self.parameters.items():
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norms[name]))
+
+    def _gradients(self, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+        if self.workers.world > 1:  # every rank must bring the same tensors to the sum
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def _heads(self) -> dict[tuple[str, str], LanguageHead | ScalarHead]:
+        heads: dict[tuple[str, str], LanguageHead | ScalarHead] = {}
+        for role, names in self.program.objective.heads.items():
+            model = self.program.roles[role].model
+            for name in names:
+                heads[name, role] = FusedHead.of(model) if name == "lm" else model.head(name)
+        return heads
+
+    def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
+        objective = self.program.objective
+        totals = self.workers.sum_numbers(_total([self._counts(batch) for batch in batches]))
+        placed = [batch.to(self.workers.device) for batch in batches]
+        statistics = self._statistics(placed, totals)
+        losses: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        examples: list[tuple[PackedBatch, Outcome]] = []
+        for batch in placed:
+            with self.phases.measure("forward"), self.precision.autocast(self.workers.device):
+                micro = MicroBatch(batch, totals, statistics, self.program.roles, self._heads())
+                outcome = objective(micro)
+            if scale is not None:
+                with self.phases.measure("backward"):
+                    (outcome.loss * scale.scale if scale.active else outcome.loss).backward()
+            losses.append(outcome.loss.detach().double())
+            for name, (numerator, denominator) in outcome.metrics.items():
+                for part, value in ((f"{name}/above", numerator), (f"{name}/below", denominator)):
+                    sums[part] = sums.get(part, 0.0) + torch.as_tensor(value).detach().double()
+            examples.append((batch, outcome))
+        summed = self.workers.sum_numbers(
+            {"loss": float(torch.stack(losses).sum()), **{name: float(value) for name, value in sums.items()}}
+        )
+        metrics = {name.removesuffix("/above") for name in summed if name.endswith("/above")}
+        return StepResult(
+            loss=summed["loss"],
+            metrics={name: _ratio(summed[f"{name}/above"], summed[f"{name}/below"]) for name in sorted(metrics)},
+            counts=totals,
+            examples=[row for batch, outcome in examples for row in _example_rows(batch, outcome)],
+        )
+
+    def _counts(self, batch: PackedBatch) -> dict[str, float]:
+        return {
+            "tokens": batch.real_tokens,
+            "trained_tokens": int((batch.weight > 0).sum()),
+            "documents": batch.documents,
+            "flops": self.flops(batch),
+            **self.program.objective.count(batch),
+        }
+
+    @torch.no_grad()
+    def _statistics(self, batches: Sequence[PackedBatch], totals: Mapping[str, float]) -> dict[str, float]:
+        """The declared pass that couples the batch: sums over the whole step of what the objective measures."""
+        objective = self.program.objective
+        if not objective.statistics:
+            return {}
+        measured = []
+        for batch in batches:
+            with self.phases.measure("forward"), self.precision.autocast(self.workers.device):
+                micro = MicroBatch(batch, totals, {}, self.program.roles, self._heads())
+                measured.append({name: float(value) for name, value in objective.measure(micro).items()})
+        return self.workers.sum_numbers(_total(measured))
+
+
+def _total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(sum(part[name] for part in parts)) for name in parts[0]}
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else float("nan")
+
+
+def _example_rows(batch: PackedBatch, outcome: Outcome) -> list[tuple[str, str, float, int]]:
+    if outcome.example_loss is None or outcome.example_tokens is None:
+        return []
+    losses = outcome.example_loss.double().tolist()
+    tokens = outcome.example_tokens.long().tolist()
+    return list(zip(batch.example_ids, batch.sources, losses, tokens, strict=True))

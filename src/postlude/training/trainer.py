@@ -1,0 +1,295 @@
+"""The trainer: runs a program over packed steps until they end, and can be stopped at any moment.
+
+It never knows which recipe it runs. What makes a resume exact: the loader's state is that of the last step
+handed out, randomness is keyed by (seed, step, rank) and has no history, normalisers are counted before the
+forward pass, and what was measured reaches the disk before the checkpoint that stands for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from postlude import storage
+from postlude.data.batch import PackedBatch, collate
+from postlude.data.document import Block
+from postlude.data.loader import Loader, StepBlocks
+from postlude.manifest.amend import amended
+from postlude.manifest.errors import UserError
+from postlude.manifest.schema import TrainingStage
+from postlude.training import checkpoint
+from postlude.training.amendments import Amendments
+from postlude.training.checkpoint import Checkpointer
+from postlude.training.meters import Meters
+from postlude.training.precision import LossScale, Precision
+from postlude.training.program import Program
+from postlude.training.state import restore_optimizers, trained_state
+from postlude.training.step import Executor, StepResult
+from postlude.training.timing import Phases
+from postlude.training.workers import Workers
+
+
+class Diverged(UserError):
+    """Several steps in a row had no finite gradient."""
+
+
+class Journal(Protocol):
+    """Where a stage's numbers go. The leading rank's reaches the run directory and the sinks."""
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """One line for each optimiser step."""
+
+    def examples(self, step: int, epoch: int, rows: Sequence[tuple[str, str, float, int]]) -> None:
+        """This rank's losses by example."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened."""
+
+    def flush(self) -> None:
+        """Return when all of the above is on the disk."""
+
+
+@dataclass
+class Summary:
+    """How a call to :meth:`Trainer.fit` ended."""
+
+    steps: int
+    interrupted: bool = False
+    first_loss: float | None = None
+    last_loss: float | None = None
+    evaluations: dict[str, list[float]] = field(default_factory=dict)
+    """Losses on held-out data by name, in the order they were measured during this call."""
+
+
+class Trainer:
+    """One stage's training on one rank.
+
+    ``evaluations`` maps a name to this rank's held-out blocks, the same number on every rank. ``stop`` is asked
+    between steps whether to checkpoint and leave. ``checkpoint_uri`` gives the place of the checkpoint of a step.
+    """
+
+    def __init__(
+        self,
+        config: TrainingStage,
+        program: Program,
+        loader: Loader,
+        workers: Workers,
+        *,
+        seed: int,
+        precision: Precision,
+        journal: Journal,
+        meters: Meters,
+        evaluations: Mapping[str, Sequence[Block]] | None = None,
+        checkpoint_uri: Callable[[int], str] | None = None,
+        on_commit: Callable[[str, int], None] = lambda uri, step: None,
+        amendments: Amendments | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.program, self.loader, self.workers = config, program, loader, workers
+        self.seed, self.precision, self.journal, self.meters = seed, precision, journal, meters
+        self.evaluations = evaluations or {}
+        self.checkpoint_uri, self.amendments, self.stop = checkpoint_uri, amendments, stop
+        self.optimizers = {
+            name: role.optimizer.build([(n, p) for n, p in role.model.named_parameters() if p.requires_grad])
+            for name, role in program.roles.items()
+            if role.optimizer is not None
+        }
+        self.scale = LossScale(precision)
+        self.phases = Phases(synchronize=workers.device.type == "cuda")
+        self.executor = Executor(program, workers, precision, self.phases, meters.flops)
+        self.checkpointer = Checkpointer(workers, on_commit)
+        self.step = 0
+        self._saved_step = -1
+        self.progress = 0.0
+        self.skipped_in_a_row = 0
+        self.totals = {"tokens": 0.0, "trained_tokens": 0.0, "skipped_steps": 0.0}
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def fit(self) -> Summary:
+        """Train to the end of the loader, or until ``stop`` says so; the last state is then checkpointed."""
+        summary = Summary(self.step)
+        if self.step == 0:
+            self._evaluate(summary)
+        steps = iter(self.loader)
+        try:
+            while True:
+                if self._control():
+                    summary.interrupted = True
+                    break
+                with self.phases.measure("data_wait"):
+                    work = next(steps, None)
+                if work is None:
+                    break
+                self._train(work, summary)
+                if self._due(self.config.checkpoint.every):
+                    self.save(background=True)
+            if self.config.evaluate and not summary.interrupted and not self._due(self.config.evaluate.every):
+                self._evaluate(summary)
+            self.save(background=False)
+        finally:
+            self.checkpointer.close()
+        summary.steps = self.step
+        return summary
+
+    def _control(self) -> bool:
+        """Between two steps: apply amendments that are due; say whether any rank was asked to stop."""
+        due = self.amendments.due(self.step + 1) if self.amendments else []
+        said = self.workers.gather((self.stop(), due))
+        self._amend(said[0][1], self.step + 1)
+        return any(stop for stop, _ in said)
+
+    def _amend(self, assignments: Sequence[str], step: int) -> None:
+        for assignment in assignments:
+            self.config = amended(self.config, assignment)
+            if step == self.step + 1:
+                self.journal.event("amendment_applied", assignment=assignment, step=step)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    # --- one step -------------------------------------------------------------------------------------------
+
+    def _train(self, work: StepBlocks, summary: Summary) -> None:
+        begin = time.perf_counter()
+        torch.manual_seed(_key(self.seed, self.step, self.workers.rank))
+        batches = self.micro_batches(work.blocks)
+        result = self.executor.forward_backward(batches, self.scale)
+        with self.phases.measure("optimizer"):
+            rate = self._update(result)
+        if not result.finite:
+            self._skip(result)
+        self.scale.update(result.finite)
+        self.step, self.progress = self.step + 1, work.progress
+        for name in ("tokens", "trained_tokens"):
+            self.totals[name] += result.counts[name]
+        self.journal.examples(self.step, work.epoch, result.examples)
+        line: dict[str, Any] = {
+            "step": self.step,
+            "epoch": work.epoch,
+            "progress": work.progress,
+            "loss": result.loss,
+            **result.metrics,
+            "lr": rate,
+            "grad_norm": result.grad_norms.get("policy"),
+            **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items() if name != "policy"},
+            "tokens": int(result.counts["tokens"]),
+            "trained_tokens": int(result.counts["trained_tokens"]),
+            "documents": int(result.counts["documents"]),
+            "skipped": not result.finite,
+            **({"loss_scale": self.scale.scale} if self.scale.active else {}),
+        }
+        if self.config.evaluate and self._due(self.config.evaluate.every):
+            line |= self._evaluate(summary)
+        line |= self.meters.read(result.counts, self.phases.take(), time.perf_counter() - begin)
+        self.journal.metrics(line)
+        summary.first_loss = result.loss if summary.first_loss is None else summary.first_loss
+        summary.last_loss = result.loss
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise Diverged(self._diverged(batches))
+
+    def micro_batches(self, blocks: Sequence[Block]) -> list[PackedBatch]:
+        """This rank's blocks as batches of at most ``batch.micro`` tokens each."""
+        batch = self.config.batch
+        together = (batch.micro or batch.block) // batch.block
+        pad_to = together * batch.block if self.config.compile else None
+        parts = [blocks[start : start + together] for start in range(0, len(blocks), together)]
+        return [collate(part, self.program.objective.streams, pad_to) for part in parts]
+
+    def _update(self, result: StepResult) -> float:
+        """Clip and step every optimiser, unless a gradient is not finite. Returns the policy's learning rate."""
+        factor = self.config.schedule.factor(self.step, self.progress)  # type: ignore[attr-defined]
+        for name, optimizers in self.optimizers.items():
+            component = self.config.optimizer if name == "policy" else self.program.roles[name].optimizer
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = component.rate(group["role"]) * factor  # type: ignore[union-attr]
+                group["weight_decay"] = component.decay(group["role"])  # type: ignore[union-attr]
+        if result.finite:
+            self.executor.clip(result.grad_norms, self.config.max_grad_norm)
+            for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
+                optimizer.step()
+            self.skipped_in_a_row = 0
+        for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
+            optimizer.zero_grad(set_to_none=True)
+        return self.config.optimizer.rate("matrices") * factor  # type: ignore[attr-defined]
+
+    def _skip(self, result: StepResult) -> None:
+        if not self.scale.may_shrink:  # an overflow that a smaller scale may mend is no sign of divergence
+            self.skipped_in_a_row += 1
+        self.totals["skipped_steps"] += 1
+        self.journal.event("step_skipped", step=self.step + 1, loss=result.loss, grad_norm=result.grad_norms)
+
+    def _diverged(self, batches: Sequence[PackedBatch]) -> str:
+        ids = [name for names in self.workers.gather([i for b in batches for i in b.example_ids]) for name in names]
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        return (
+            f"{self.skipped_in_a_row} steps in a row, the last being step {self.step}, had a loss or gradient that "
+            f"is not finite. The last good checkpoint is kept. The examples of the last batch were: {shown}. "
+            "Lower optimizer.lr, set max_grad_norm, look at these examples, or use precision bf16 or fp32."
+        )
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def _evaluate(self, summary: Summary) -> dict[str, float]:
+        """The loss on every held-out set, as keys of a metrics line; also told as an event."""
+        line: dict[str, float] = {}
+        with self.phases.measure("evaluate"):
+            for role in self.program.roles.values():
+                role.model.eval()
+            for name, blocks in self.evaluations.items():
+                result = self.executor.evaluate(self.micro_batches(blocks))
+                line[f"eval_{name}_loss"] = result.loss
+                line |= {f"eval_{name}_{metric}": value for metric, value in result.metrics.items()}
+                summary.evaluations.setdefault(name, []).append(result.loss)
+                self.journal.event("evaluation", step=self.step, name=name, loss=result.loss)
+            for role in self.program.roles.values():
+                role.model.train()
+        return line
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def save(self, background: bool) -> None:
+        """Checkpoint the state after the last step; in the background, while training goes on, if asked to."""
+        if self.checkpoint_uri is None or self.step == self._saved_step:
+            return
+        self.journal.flush()
+        small = {
+            "progress": self.progress,
+            "loader": self.loader.state(),
+            "scale": self.scale.state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "totals": self.totals,
+            "world": self.workers.world,
+        }
+        with self.phases.measure("checkpoint"):
+            try:
+                tensors = trained_state(self.program.roles, self.optimizers)
+                self.checkpointer.save(self.checkpoint_uri(self.step), self.step, tensors, small, background)
+                self._saved_step = self.step
+            except storage.StorageFull as error:
+                self.journal.event("alarm", what="checkpoint not saved", reason=str(error), step=self.step)
+                if self.config.checkpoint.on_full_disk == "stop":
+                    raise
+
+    def restore(self, uri: str) -> None:
+        """Continue from a committed checkpoint: the next step is the one that would have come next."""
+        tensors = trained_state(self.program.roles, self.optimizers)
+        small = checkpoint.load(uri, tensors, self.workers)
+        restore_optimizers(tensors, self.program.roles, self.optimizers)
+        self.step = self._saved_step = small["step"]
+        self.progress, self.skipped_in_a_row = small["progress"], small["skipped_in_a_row"]
+        self.totals = small["totals"]
+        self.scale.load(small["scale"])
+        self.loader.load(small["loader"])
+        before = self.amendments.before(self.step + 1) if self.amendments else []
+        self._amend(self.workers.from_lead(before), self.step)
+
+
+def _key(*parts: int) -> int:
+    """A seed for torch from what identifies a use of randomness."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,117 @@
+"""The ranks of a training stage, and the few collectives that the trainer needs outside of gradients.
+
+The trainer is SPMD: every rank runs the same code. One process alone has no process group and every
+collective here is then the identity, so that a debugger needs nothing set up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+COLLECTIVE_DEADLINE = timedelta(minutes=20)
+BUCKET_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among the ranks that train together."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    @staticmethod
+    def join(gpus_per_worker: int = 0) -> Workers:
+        """Meet the other ranks as the environment says (torchrun's variables); alone if it says nothing."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device("cpu")
+        if gpus_per_worker:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo",
+                init_method=os.environ.get("POSTLUDE_RENDEZVOUS", "env://"),
+                rank=rank,
+                world_size=world,
+                timeout=COLLECTIVE_DEADLINE,
+            )
+        return Workers(rank, world, device)
+
+    def leave(self) -> None:
+        """Leave the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Sum each gradient over the ranks, in place, in flat buckets of one dtype.
+
+        The order is that of the sequence, the same on every rank, so the sum is the same from run to run.
+        """
+        if self.world == 1:
+            return
+        bucket: list[Tensor] = []
+        size = 0
+        for gradient in gradients:
+            if bucket and (gradient.dtype != bucket[0].dtype or size >= BUCKET_BYTES):
+                self._sum_bucket(bucket)
+                bucket, size = [], 0
+            bucket.append(gradient)
+            size += gradient.numel() * gradient.element_size()
+        if bucket:
+            self._sum_bucket(bucket)
+
+    @staticmethod
+    def _sum_bucket(bucket: list[Tensor]) -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        start = 0
+        for gradient in bucket:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+
+    def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Sum each number over the ranks, in float64. Every rank gives the same keys."""
+        if self.world == 1:
+            return {name: float(number) for name, number in numbers.items()}
+        names = sorted(numbers)
+        values = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
+        dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order, on every rank."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+    def from_lead(self, item: Any) -> Any:
+        """The leading rank's item, on every rank."""
+        if self.world == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            dist.barrier()

@@ -1,0 +1,82 @@
+"""Writes docs/status.md from the tests: a pytest plugin.
+
+A test that carries ``capability("...")`` proves what it names. One that needs a GPU leaves its capability
+written but not run. What is absent is listed here with the key that the manifest refuses, and a test holds
+that it does refuse it. After a whole session the page is written anew; with CI set, a page that was not up to
+date fails the session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "status.md"
+
+ABSENT = {
+    "Adapters (LoRA)": "stages.sft.adapter={kind: lora}",
+    "Tensor parallelism and sharded models": "stages.sft.parallel={tensor: 2}",
+    "Recomputation by selection or memory budget": "stages.sft.recompute=selective",
+    "Worker groups on Ray, several hosts": "compute.provider=ray",
+    "Reward models": "stages.sft.recipe=reward",
+    "Preference optimisation": "stages.sft.recipe=dpo",
+    "Distillation": "stages.sft.recipe=distill",
+    "Online reinforcement learning": "stages.sft.recipe=grpo",
+}
+"""What the design names and the project does not do yet, with an override that must be refused."""
+
+
+class Status:
+    """Collects what each capability rests on, and writes the page when every test was run or deselected by mark."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, set[str]] = defaultdict(set)
+        self.needs_gpu: dict[str, set[str]] = defaultdict(set)
+        self.failed = False
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for mark in item.iter_markers("capability"):
+                where = self.needs_gpu if item.get_closest_marker("gpu") else self.tests
+                where[mark.args[0]].add(item.nodeid.split("[")[0])
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        config = session.config
+        partial = config.option.keyword or config.option.collectonly or config.args_source.name != "TESTPATHS"
+        if exitstatus != pytest.ExitCode.OK or partial:
+            return
+        page = self.render()
+        if PAGE.exists() and PAGE.read_text() == page:
+            return
+        PAGE.write_text(page)
+        if os.environ.get("CI"):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            print("\ndocs/status.md was not up to date: commit the page that the tests have written.")
+
+    def render(self) -> str:
+        lines = [
+            "# Status",
+            "",
+            "Written by the tests (`tests/status.py`); not edited by hand.",
+            "",
+            "## Proven",
+            "",
+            "| capability | proven by |",
+            "| --- | --- |",
+        ]
+        lines += [
+            f"| {name} | {', '.join(f'`{test}`' for test in sorted(tests))} |"
+            for name, tests in sorted(self.tests.items())
+        ]
+        lines += ["", "## Written, not run on the machines that test this project", ""]
+        lines += ["| capability | needs | tests |", "| --- | --- | --- |"]
+        lines += [
+            f"| {name} | a CUDA device | {', '.join(f'`{test}`' for test in sorted(tests))} |"
+            for name, tests in sorted(self.needs_gpu.items())
+        ]
+        lines += ["", "## Absent: refused by the manifest", "", "| capability | refused |", "| --- | --- |"]
+        lines += [f"| {name} | `{override}` |" for name, override in ABSENT.items()]
+        return "\n".join(lines) + "\n"
