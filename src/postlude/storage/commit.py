@@ -1,0 +1,186 @@
+"""Folders that become real all at once: one marker object, written last, holds the digest of every file.
+
+    begin(uri)                                       # one process
+    with open_hashed(join(uri, "part-0")) as file:   # any number of processes
+        ...
+    commit(uri, {"part-0": file.digest, ...})        # one process, with everybody's digests
+
+A folder without its marker does not exist for :func:`is_committed`, whatever is in it; :func:`discard` takes
+the marker away first. The marker carries a checksum of itself, so :func:`verify` covers all that was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from postlude.storage import exact_json, files
+from postlude.storage.errors import CorruptError, NotFound, writing
+
+MARKER = "COMMITTED"
+
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file must be."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What was committed."""
+
+    files: Mapping[str, Digest]
+    """By path below the folder."""
+    extra: Mapping[str, Any]
+    """What the writer wanted to be committed together with the files."""
+
+
+class HashedFile(io.BufferedIOBase):
+    """A file written from its start to its end, digested on the way; durable once it is closed."""
+
+    def __init__(self, uri: str, file: IO[bytes]) -> None:
+        self._uri, self._file = uri, file
+        self._sha256, self._size = hashlib.sha256(), 0
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of what was written. ValueError before the file is closed: it may not have arrived yet."""
+        if not self.closed:
+            raise ValueError(f"'{self._uri}' is still being written.")
+        return Digest(self._size, self._sha256.hexdigest())
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._sha256.update(view)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._file.flush()
+            if files.is_local(self._uri):
+                with writing(self._uri):
+                    os.fsync(self._file.fileno())
+        finally:
+            try:
+                self._file.close()
+            finally:
+                super().close()
+
+
+def open_hashed(uri: str) -> HashedFile:
+    """Open a file for writing, whose ``digest`` is known when it is closed."""
+    return HashedFile(uri, files.open_file(uri, "wb"))
+
+
+def begin(uri: str) -> None:
+    """Make room for a folder that will be committed: whatever stood there is gone."""
+    discard(uri)
+    if files.is_local(uri):
+        with writing(uri):
+            os.makedirs(files.local_path(uri))
+
+
+def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | None = None) -> None:
+    """Make the folder real. ``digests`` is by path below ``uri``; ``extra`` is anything that JSON can hold.
+
+    ValueError if a file is not there in its size: then a writer has not finished, and nothing is committed.
+    """
+    for path, digest in digests.items():
+        size = files.size_bytes(files.join(uri, path))
+        if size != digest.size_bytes:
+            raise ValueError(f"'{path}' in '{uri}' has {size} bytes where {digest.size_bytes} were written.")
+    if files.is_local(uri):
+        folder = files.local_path(uri)
+        with writing(uri):
+            for held in {os.path.dirname(path) for path in digests} | {""}:
+                files.sync_folder(os.path.join(folder, held))
+            files.sync_folder(os.path.dirname(os.path.abspath(folder)))
+    body = {
+        "files": {path: asdict(digest) for path, digest in sorted(digests.items())},
+        "extra": dict(extra or {}),
+    }
+    files.write_text(files.join(uri, MARKER), exact_json.dump({**body, "sha256": _checksum(body)}))
+
+
+def discard(uri: str) -> None:
+    """Remove a folder, its marker first: at no moment is half of it committed."""
+    files.remove(files.join(uri, MARKER))
+    files.remove(uri)
+
+
+def is_committed(uri: str) -> bool:
+    """Whether the folder is real."""
+    return files.exists(files.join(uri, MARKER))
+
+
+def read_marker(uri: str) -> Marker:
+    """What was committed, the files themselves unread. NotFound if nothing was, CorruptError if it is damaged."""
+    place = files.join(uri, MARKER)
+    try:
+        text = files.read_bytes(place)
+    except NotFound as error:
+        raise NotFound(f"'{uri}' was never committed: it has no file {MARKER}.") from error
+    try:
+        body = exact_json.load(text)
+        checksum = body.pop("sha256")
+        sound = checksum == _checksum(body)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptError(f"'{place}' is damaged: it is not what was written ({error}).") from error
+    if not sound:
+        raise CorruptError(f"'{place}' is damaged: its checksum does not fit its content.")
+    return Marker({path: Digest(**digest) for path, digest in body["files"].items()}, body["extra"])
+
+
+def verify(uri: str) -> Marker:
+    """Read every file again. CorruptError, naming the file, if one is missing or is not what was written."""
+    marker = read_marker(uri)
+    for path, digest in marker.files.items():
+        place = files.join(uri, path)
+        try:
+            size = files.size_bytes(place)
+        except NotFound as error:
+            raise CorruptError(f"'{place}' is missing, but was committed with {digest.size_bytes} bytes.") from error
+        if size != digest.size_bytes:
+            raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
+        if sha256_of(place) != digest.sha256:
+            raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
+    return marker
+
+
+def sha256_of(uri: str) -> str:
+    """The SHA-256 of a file, hexadecimal, read piece by piece."""
+    sha256 = hashlib.sha256()
+    with files.open_file(uri, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(exact_json.dump(body).encode()).hexdigest()

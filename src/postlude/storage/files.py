@@ -1,0 +1,280 @@
+"""Files and folders behind URIs: local paths, and everything that fsspec knows (``s3://``, ``memory://``, ...).
+
+Local files are handled by the operating system directly; fsspec is imported when the first remote URI is met.
+
+- Writing creates the folders above.
+- :func:`write_bytes` and :func:`write_text` are atomic and durable: a reader sees the old content or the new,
+  whenever the writer is killed. A remote object appears whole by its nature.
+- What prevents a read or a write is raised as a :class:`~postlude.storage.errors.StorageError`, also in the
+  middle of a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import io
+import os
+import secrets
+import shutil
+from functools import lru_cache
+from typing import IO, Any
+
+from postlude.storage.errors import StorageError, reading, writing
+
+_UNFINISHED = ".unfinished"
+"""How the name of a local file ends while it is being written."""
+
+_EXTRAS = {"s3": "s3", "s3a": "s3"}
+"""The extra of this package that brings what a protocol needs."""
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine."""
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def local_path(uri: str) -> str:
+    """The path behind a local URI. ValueError if it is remote."""
+    if not is_local(uri):
+        raise ValueError(f"'{uri}' is not a local path.")
+    return os.path.expanduser(uri.partition("://")[2] if "://" in uri else uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of what stands below ``uri``. A part that is absolute, or a URI itself, starts anew."""
+    for part in parts:
+        if "://" in part or os.path.isabs(part):
+            uri = part
+        elif part:
+            uri = part if not uri else f"{uri}{'' if uri.endswith('/') else '/'}{part}"
+    return uri
+
+
+def name(uri: str) -> str:
+    """The last part of the URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def parent(uri: str) -> str:
+    """The URI of the folder that holds ``uri``."""
+    head = uri.rstrip("/").rpartition("/")[0]
+    if head.endswith(":/"):
+        return head + "/"
+    return head or ("/" if uri.startswith("/") else ".")
+
+
+def open_file(uri: str, mode: str = "rb") -> IO[Any]:
+    """Open ``r``, ``w``, ``rb`` or ``wb``; text is UTF-8 with its line ends left as they are.
+
+    A file being written is not atomic: it belongs into a folder that is committed as a whole.
+    """
+    if mode not in ("r", "w", "rb", "wb"):
+        raise ValueError(f"A file is opened with one of r, w, rb, wb, not '{mode}'.")
+    writes = mode[0] == "w"
+    if is_local(uri):
+        binary = _open_for_writing(uri) if writes else _open_for_reading(uri)
+    else:
+        filesystem, path = _remote(uri)
+        with writing(uri) if writes else reading(uri):
+            binary = filesystem.open(path, mode[0] + "b")
+    return binary if mode.endswith("b") else io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file. :class:`~postlude.storage.errors.NotFound` if there is none."""
+    with open_file(uri, "rb") as file:
+        return file.read()
+
+
+def read_text(uri: str) -> str:
+    """The content of a file, as UTF-8."""
+    return read_bytes(uri).decode()
+
+
+def write_text(uri: str, text: str) -> None:
+    """Replace the content of a file, atomically."""
+    write_bytes(uri, text.encode())
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Replace the content of a file, atomically."""
+    if not is_local(uri):
+        filesystem, path = _remote(uri)
+        with writing(uri):
+            filesystem.pipe_file(path, content)
+        return
+    path = local_path(uri)
+    folder, base = os.path.split(os.path.abspath(path))
+    unfinished = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        with _open_for_writing(uri, unfinished) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with writing(uri):
+            os.replace(unfinished, path)
+            sync_folder(folder)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a local folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or a folder."""
+    if is_local(uri):
+        return os.path.exists(local_path(uri))
+    filesystem, path = _remote(uri)
+    with reading(uri):
+        return filesystem.exists(path)
+
+
+def is_directory(uri: str) -> bool:
+    """Whether there is a folder: for remote URIs, whether anything stands below."""
+    if is_local(uri):
+        return os.path.isdir(local_path(uri))
+    filesystem, path = _remote(uri)
+    with reading(uri):
+        return filesystem.isdir(path)
+
+
+def list_directory(uri: str) -> list[str]:
+    """The names in a folder, sorted, without files that are being written. Empty if there is no such folder."""
+    try:
+        if is_local(uri):
+            with reading(uri):
+                names = os.listdir(local_path(uri))
+        else:
+            filesystem, path = _remote(uri)
+            with reading(uri):
+                names = [
+                    name(entry) for entry in filesystem.ls(path, detail=False) if entry.strip("/") != path.strip("/")
+                ]
+    except FileNotFoundError:
+        return []
+    return sorted(entry for entry in names if entry and not entry.endswith(_UNFINISHED))
+
+
+def remove(uri: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens if there is none."""
+    if is_local(uri):
+        path = local_path(uri)
+        with writing(uri):
+            try:
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.remove(path)
+            except FileNotFoundError:
+                return
+        return
+    filesystem, path = _remote(uri)
+    with writing(uri):
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+
+def size_bytes(uri: str) -> int:
+    """The size of a file."""
+    if is_local(uri):
+        with reading(uri):
+            return os.stat(local_path(uri)).st_size
+    return _remote_info(uri)["size"]
+
+
+def modified_fingerprint(uri: str) -> str:
+    """A text that changes when a file is replaced: its size with its time stamp or its entity tag."""
+    if is_local(uri):
+        with reading(uri):
+            status = os.stat(local_path(uri))
+        return f"{status.st_size}-{status.st_mtime_ns}"
+    info = _remote_info(uri)
+    stamps = (info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if info.get(key))
+    return f"{info['size']}-{next(stamps, 'unstamped')}"
+
+
+def expand(pattern: str) -> list[str]:
+    """The URIs that a pattern (``*``, ``?``, ``[...]``, ``**``) matches, sorted. A name that exists is itself."""
+    if exists(pattern):
+        return [pattern]
+    if is_local(pattern):
+        return sorted(glob.glob(local_path(pattern), recursive=True))
+    filesystem, path = _remote(pattern)
+    with reading(pattern):
+        found = filesystem.glob(path)
+    protocol = pattern.partition("://")[0]
+    return sorted(entry if "://" in entry else f"{protocol}://{entry.lstrip('/')}" for entry in found)
+
+
+# --- local ----------------------------------------------------------------------------------------------------
+
+
+class _LocalFile(io.FileIO):
+    """A file being written, which says what is wrong in the middle of it as clearly as at the start."""
+
+    def __init__(self, path: str, uri: str) -> None:
+        self._uri = uri
+        super().__init__(path, "w")
+
+    def write(self, data: Any, /) -> int:
+        with writing(self._uri):
+            return super().write(data)
+
+    def close(self) -> None:
+        with writing(self._uri):
+            super().close()
+
+
+def _open_for_writing(uri: str, path: str | None = None) -> IO[bytes]:
+    path = path or local_path(uri)
+    with writing(uri):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        return io.BufferedWriter(_LocalFile(path, uri), buffer_size=2**17)
+
+
+def _open_for_reading(uri: str) -> IO[bytes]:
+    with reading(uri):
+        return open(local_path(uri), "rb")
+
+
+# --- remote ---------------------------------------------------------------------------------------------------
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI and the path in it. StorageError if the protocol cannot be used here."""
+    filesystem = _filesystem(uri.partition("://")[0])
+    return filesystem, filesystem._strip_protocol(uri)
+
+
+@lru_cache
+def _filesystem(protocol: str) -> Any:
+    import fsspec
+
+    try:
+        # A listing that is cached hides what another process writes.
+        return fsspec.filesystem(protocol, use_listings_cache=False)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"Install it with: pip install 'postlude[{extra}]'." if extra else f"{error}."
+        raise StorageError(f"'{protocol}://' needs a package that is not installed here. {remedy}") from error
+    except ValueError as error:
+        if protocol in fsspec.available_protocols():
+            raise
+        near = difflib.get_close_matches(protocol, fsspec.available_protocols(), n=1)
+        hint = f" Did you mean '{near[0]}://'?" if near else ""
+        raise StorageError(f"'{protocol}://' is not a kind of storage that is known here.{hint}") from error
+
+
+def _remote_info(uri: str) -> dict[str, Any]:
+    filesystem, path = _remote(uri)
+    with reading(uri):
+        return filesystem.info(path)
