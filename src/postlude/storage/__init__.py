@@ -1,6 +1,6 @@
 """Every read and write of the project: files behind URIs, atomic commits, journals and locks."""
 
-from postlude.storage.commit import (
+from postlude.storage.commits import (
     Digest,
     HashedFile,
     Marker,
@@ -22,6 +22,7 @@ from postlude.storage.errors import (
     StorageFull,
 )
 from postlude.storage.files import (
+    create,
     exists,
     expand,
     is_directory,
@@ -41,7 +42,7 @@ from postlude.storage.files import (
     write_text,
 )
 from postlude.storage.journal import Journal
-from postlude.storage.lock import Holder, Lock, holder, lock
+from postlude.storage.locks import Holder, Lock, holder, lock
 
 __all__ = [
     "CorruptError",
@@ -59,6 +60,7 @@ __all__ = [
     "StorageFull",
     "begin",
     "commit",
+    "create",
     "discard",
     "exists",
     "expand",

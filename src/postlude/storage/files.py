@@ -17,6 +17,8 @@ import io
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any
 
@@ -99,25 +101,28 @@ def write_text(uri: str, text: str) -> None:
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Replace the content of a file, atomically."""
-    if not is_local(uri):
+    if is_local(uri):
+        with writing(uri), _finished(uri, content) as finished:
+            os.replace(finished, local_path(uri))
+    else:
         filesystem, path = _remote(uri)
         with writing(uri):
             filesystem.pipe_file(path, content)
-        return
-    path = local_path(uri)
-    folder, base = os.path.split(os.path.abspath(path))
-    unfinished = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{_UNFINISHED}")
-    try:
-        with _open_for_writing(uri, unfinished) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        with writing(uri):
-            os.replace(unfinished, path)
-            sync_folder(folder)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+
+
+def create(uri: str, content: bytes) -> bool:
+    """Make a file with this content, atomically, unless there is one: then nothing happens and False comes back."""
+    with writing(uri):
+        try:
+            if is_local(uri):
+                with _finished(uri, content) as finished:
+                    os.link(finished, local_path(uri))
+            else:
+                filesystem, path = _remote(uri)
+                filesystem.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+    return True
 
 
 def sync_folder(path: str) -> None:
@@ -216,6 +221,23 @@ def expand(pattern: str) -> list[str]:
 
 
 # --- local ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _finished(uri: str, content: bytes) -> Iterator[str]:
+    """The path of a durable file with this content, beside the place where it is going to be put in the block."""
+    folder, base = os.path.split(os.path.abspath(local_path(uri)))
+    path = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        with _open_for_writing(uri, path) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield path
+        sync_folder(folder)
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
 
 
 class _LocalFile(io.FileIO):

@@ -4,7 +4,7 @@ A local journal is one file. A line is added by a single write under an advisory
 add; what a killed or full disk leaves of a line is never read, and is taken away by the next line.
 
 A remote journal is a folder of numbered segments (``metrics.jsonl/00000001.jsonl``), since an object cannot be
-appended to. The last segment is put again, longer, until it has :data:`SEGMENT_BYTES`. One process writes.
+appended to. A writer puts its last segment again, longer, until it has :data:`SEGMENT_BYTES`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import Any
 
 from postlude.storage import exact_json, files
-from postlude.storage.errors import CorruptError, NotFound, writing
+from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
 
 SEGMENT_BYTES = 2**18
 """A remote segment that has grown to this size is left alone."""
@@ -134,7 +134,12 @@ class _LocalLines:
         yield from _numbered(self.uri, content)
 
     def replace(self, lines: list[bytes]) -> None:
-        files.write_bytes(self.uri, b"".join(lines))
+        content = b"".join(lines)
+        try:
+            files.write_bytes(self.uri, content)
+        except StorageFull:
+            # Needs no room, but may surprise a reader that is in the middle of the file.
+            os.truncate(self.path, len(content))
 
 
 def _end_of_last_line(descriptor: int) -> int:
@@ -149,32 +154,36 @@ def _end_of_last_line(descriptor: int) -> int:
 
 
 class _RemoteLines:
+    """A writer only ever puts segments that it made itself, so several never undo each other's lines."""
+
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._number: int | None = None
-        """The last segment, known once something was added; ``_content`` is what it holds or will hold."""
+        """The segment that this writer puts again; None until it has made one."""
         self._content = b""
         self._held_back = False
         self._put_at = -PUT_SECONDS
 
     def append(self, line: bytes, sync: bool) -> None:
-        if self._number is None:
-            numbers = self._numbers()
-            self._number = numbers[-1] if numbers else 1
-            self._content = files.read_bytes(self._segment(self._number)) if numbers else b""
         if len(self._content) >= SEGMENT_BYTES:
             self.flush()
-            self._number, self._content = self._number + 1, b""
+            self._number, self._content = None, b""
         self._content += line
         self._held_back = True
         if sync or time.monotonic() - self._put_at >= PUT_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        if self._held_back and self._number is not None:
+        if not self._held_back:
+            return
+        if self._number is None:
+            number = max(self._numbers(), default=0) + 1
+            while not files.create(self._segment(number), self._content):
+                number += 1
+            self._number = number
+        else:
             files.write_bytes(self._segment(self._number), self._content)
-            self._held_back = False
-            self._put_at = time.monotonic()
+        self._held_back, self._put_at = False, time.monotonic()
 
     def size_bytes(self) -> int:
         return sum(files.size_bytes(self._segment(number)) for number in self._numbers())

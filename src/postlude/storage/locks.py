@@ -25,6 +25,9 @@ from postlude.storage.errors import LockedError, NotFound, writing
 LEASE_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 
+_SETTLE_SECONDS = 1.0
+"""Two machines that take over the same lease write within this time of each other."""
+
 _ATTEMPTS, _PAUSE_SECONDS = 10, 0.05
 """A process that only asks who holds a local lock takes it for an instant, so the first refusal is not final."""
 
@@ -79,20 +82,20 @@ def holder(uri: str) -> Holder | None:
 
 
 def _refusal(uri: str, what: str, by: Holder | None) -> LockedError:
-    who = str(by) if by else "another process that has not said yet who it is"
+    who = by or "another process"
     return LockedError(f"The {what} at '{files.parent(uri)}' is in use by {who}. Wait until it ends, or stop it.")
 
 
 # --- local ----------------------------------------------------------------------------------------------------
 
 
-_held: set[int] = set()
+_held: set[_KernelLock] = set()
 
 
 def _close_in_child() -> None:
     """A forked child would keep the lock for as long as it lives, whatever becomes of its parent."""
-    for descriptor in _held:
-        os.close(descriptor)
+    for held in _held:
+        os.close(held.descriptor)
     _held.clear()
 
 
@@ -104,22 +107,23 @@ class _KernelLock(Lock):
         path = files.local_path(uri)
         with writing(uri):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _taken(self._descriptor):
+            if not _taken(self.descriptor):
                 raise _refusal(uri, what, _kernel_holder(uri))
             with writing(uri):
-                os.ftruncate(self._descriptor, 0)
-                os.pwrite(self._descriptor, exact_json.dump(asdict(Holder.this_process())).encode(), 0)
+                content = exact_json.dump(asdict(Holder.this_process())).encode()
+                os.pwrite(self.descriptor, content, 0)
+                os.ftruncate(self.descriptor, len(content))
         except BaseException:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
-        _held.add(self._descriptor)
+        _held.add(self)
 
     def release(self) -> None:
-        if self._descriptor in _held:
-            _held.discard(self._descriptor)
-            os.close(self._descriptor)
+        if self in _held:
+            _held.discard(self)
+            os.close(self.descriptor)
 
 
 def _taken(descriptor: int) -> bool:
@@ -141,13 +145,18 @@ def _kernel_holder(uri: str) -> Holder | None:
     except NotFound:
         return None
     with file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            content = file.read()
-        else:
-            return None
-    return Holder(**exact_json.load(content)) if content else Holder("this machine", 0, "just now")
+        for _ in range(_ATTEMPTS):
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+            else:
+                return None
+            try:
+                return Holder(**exact_json.load(file.read()))
+            except ValueError:  # the holder is just writing down who it is
+                time.sleep(_PAUSE_SECONDS)
+    return Holder("this machine", 0, "just now")
 
 
 # --- remote ---------------------------------------------------------------------------------------------------
@@ -160,19 +169,23 @@ class _Lease(Lock):
     def __init__(self, uri: str, what: str) -> None:
         self._uri, self._what = uri, what
         self._holder, self._token = Holder.this_process(), secrets.token_hex(8)
-        by = _lease_holder(uri)
-        if by is not None:
-            raise _refusal(uri, what, by)
-        self._renew()
-        # Two processes may have found the lease free: the one that wrote last has it.
-        time.sleep(_PAUSE_SECONDS)
-        if not self._is_own():
+        self._renewed, self._lost = time.time(), False
+        if not self._take():
             raise _refusal(uri, what, _lease_holder(uri))
         _own_tokens.add(self._token)
-        self._lost = False
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._heart.start()
+
+    def _take(self) -> bool:
+        if files.create(self._uri, self._content(self._renewed)):
+            return True
+        if _lease_holder(self._uri) is not None:
+            return False
+        # Several processes may find the same lease abandoned: the one that wrote last has it.
+        files.write_bytes(self._uri, self._content(self._renewed))
+        time.sleep(_SETTLE_SECONDS)
+        return self._is_own()
 
     def check(self) -> None:
         if self._lost or time.time() - self._renewed > LEASE_SECONDS:
@@ -196,15 +209,15 @@ class _Lease(Lock):
                 if not self._is_own():
                     self._lost = True
                     return
-                self._renew()
+                now = time.time()
+                files.write_bytes(self._uri, self._content(now))
+                self._renewed = now
             except OSError:
                 # A store that cannot be reached for a moment is tried again; check() tells when it was too long.
                 continue
 
-    def _renew(self) -> None:
-        now = time.time()
-        files.write_text(self._uri, exact_json.dump({**asdict(self._holder), "token": self._token, "renewed": now}))
-        self._renewed = now
+    def _content(self, renewed: float) -> bytes:
+        return exact_json.dump({**asdict(self._holder), "token": self._token, "renewed": renewed}).encode()
 
     def _is_own(self) -> bool:
         lease = _read_lease(self._uri)
