@@ -138,6 +138,7 @@ def _append_for_ever(uri: str, writer: int) -> None:
     while True:
         entries.append({"writer": writer, "number": number, "text": "x" * random.randrange(20_000)})
         number += 1
+        time.sleep(0.0005)
 
 
 def _in_order(entries: list[dict], writer: int) -> int:

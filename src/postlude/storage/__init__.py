@@ -41,6 +41,7 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
+from postlude.storage.folders import fetch, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
 
@@ -64,6 +65,7 @@ __all__ = [
     "discard",
     "exists",
     "expand",
+    "fetch",
     "holder",
     "is_committed",
     "is_directory",
@@ -74,6 +76,7 @@ __all__ = [
     "lock",
     "modified_fingerprint",
     "name",
+    "new_folder",
     "open_file",
     "open_hashed",
     "parent",

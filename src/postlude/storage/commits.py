@@ -160,6 +160,12 @@ def read_marker(uri: str) -> Marker:
 def verify(uri: str) -> Marker:
     """Read every file again. CorruptError, naming the file, if one is missing or is not what was written."""
     marker = read_marker(uri)
+    check(uri, marker)
+    return marker
+
+
+def check(uri: str, marker: Marker) -> None:
+    """Read every file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
     for path, digest in marker.files.items():
         place = files.join(uri, path)
         try:
@@ -170,7 +176,6 @@ def verify(uri: str) -> Marker:
             raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
         if sha256_of(place) != digest.sha256:
             raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
-    return marker
 
 
 def sha256_of(uri: str) -> str:

@@ -24,8 +24,8 @@ from typing import IO, Any
 
 from postlude.storage.errors import StorageError, reading, writing
 
-_UNFINISHED = ".unfinished"
-"""How the name of a local file ends while it is being written."""
+UNFINISHED = ".unfinished"
+"""How the name of a local file or folder ends while it is being written: no listing shows it."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 """The extra of this package that brings what a protocol needs."""
@@ -166,7 +166,7 @@ def list_directory(uri: str) -> list[str]:
                 ]
     except FileNotFoundError:
         return []
-    return sorted(entry for entry in names if entry and not entry.endswith(_UNFINISHED))
+    return sorted(entry for entry in names if entry and not entry.endswith(UNFINISHED))
 
 
 def remove(uri: str) -> None:
@@ -227,7 +227,7 @@ def expand(pattern: str) -> list[str]:
 def _finished(uri: str, content: bytes) -> Iterator[str]:
     """The path of a durable file with this content, beside the place where it is going to be put in the block."""
     folder, base = os.path.split(os.path.abspath(local_path(uri)))
-    path = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{_UNFINISHED}")
+    path = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with _open_for_writing(uri, path) as file:
             file.write(content)

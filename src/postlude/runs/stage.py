@@ -1,0 +1,180 @@
+"""The directory of one stage: where its state, metrics, losses, checkpoints and artifact stand.
+
+- What a stage says of itself is in ``state.json``, replaced as a whole; a stage that says it is running in a run
+  that no process holds was interrupted.
+- Writers are the process that holds the run and its ranks; readers may come at any moment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from postlude import storage
+from postlude.runs import examples
+from postlude.storage import exact_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+State = Literal["pending", "running", "interrupted", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a stage at a glance."""
+
+    state: State = "pending"
+    begun_at: str | None = None
+    """When it first ran, ISO 8601, UTC."""
+    changed_at: str | None = None
+    """When it entered this state."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What was written together with the state: why it failed, its fingerprint, ..."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    step: int
+    uri: str
+
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+class Stage:
+    """The stage behind a URI, whether it has begun or not: making this object writes nothing."""
+
+    def __init__(self, uri: str, name: str, is_held: Callable[[], bool] = lambda: False) -> None:
+        self.uri, self.name = uri, name
+        self._is_held = is_held
+        self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"))
+        """One entry for each optimiser step."""
+        self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
+        """Requests for changes to the running stage, and the steps from which they hold."""
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """The stage's state, with what was written beside it."""
+        try:
+            said = exact_json.load(storage.read_text(self._state))
+        except storage.NotFound:
+            return Status()
+        state = said["state"]
+        if state == "running" and not self._is_held():
+            state = "interrupted"
+        return Status(state, said["begun_at"], said["changed_at"], said["details"])
+
+    def enter(self, state: State, **details: Any) -> None:
+        """Note that the stage is in this state from now on. ``details`` replace those of the state before."""
+        if state not in get_args(State):
+            raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        said = {
+            "state": state,
+            "begun_at": self.status().begun_at or now,
+            "changed_at": now,
+            "details": details,
+        }
+        storage.write_text(self._state, exact_json.dump(said, indent=2) + "\n")
+
+    @property
+    def _state(self) -> str:
+        return storage.join(self.uri, "state.json")
+
+    def clear(self) -> None:
+        """Remove all that the stage wrote, so that a new revision begins from nothing.
+
+        The state goes last: killed on the way, the stage is still known to need this.
+        """
+        storage.discard(self.artifact)
+        for checkpoint in self._all_checkpoints():
+            storage.discard(checkpoint.uri)
+        for name in storage.list_directory(self.uri):
+            if name != storage.name(self._state):
+                storage.remove(storage.join(self.uri, name))
+        storage.remove(self.uri)
+
+    # --- losses by example ----------------------------------------------------------------------------------
+
+    def examples_writer(self, rank: int = 0) -> examples.ExamplesWriter:
+        """A writer of the losses that one rank measures."""
+        return examples.ExamplesWriter(self._examples, rank)
+
+    def read_examples(self) -> pyarrow.Table:
+        """The losses by example, in the order of steps: step, epoch, example_id, source, loss, tokens."""
+        return examples.read_examples(self._examples)
+
+    @property
+    def _examples(self) -> str:
+        return storage.join(self.uri, "examples")
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def checkpoint_uri(self, step: int) -> str:
+        """Where the checkpoint after ``step`` steps stands or will stand."""
+        return storage.join(self._checkpoints, f"step-{step:08d}")
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The committed checkpoints, newest first."""
+        return [checkpoint for checkpoint in self._all_checkpoints() if storage.is_committed(checkpoint.uri)]
+
+    def prune(self, keep: int) -> None:
+        """Remove all committed checkpoints but the ``keep`` newest, and what never was committed before those.
+
+        What is not committed yet and newer than all of them may be in the making, and stays.
+        """
+        if keep < 1:
+            raise ValueError("At least the newest checkpoint must be kept.")
+        committed = self.checkpoints()
+        kept = {checkpoint.step for checkpoint in committed[:keep]}
+        for checkpoint in self._all_checkpoints():
+            if committed and checkpoint.step < committed[0].step and checkpoint.step not in kept:
+                storage.discard(checkpoint.uri)
+
+    @property
+    def _checkpoints(self) -> str:
+        return storage.join(self.uri, "checkpoints")
+
+    def _all_checkpoints(self) -> list[Checkpoint]:
+        found = [
+            Checkpoint(int(match[1]), storage.join(self._checkpoints, match[0]))
+            for match in map(_STEP.fullmatch, storage.list_directory(self._checkpoints))
+            if match
+        ]
+        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def cut_back(self, step: int) -> None:
+        """Remove what was written after ``step`` steps, so that a resume from there writes every step once."""
+        for checkpoint in self._all_checkpoints():
+            if checkpoint.step > step:
+                storage.discard(checkpoint.uri)
+        examples.cut_back(self._examples, step)
+        self.metrics.cut(lambda line: line["step"] <= step)
+
+    # --- what it makes --------------------------------------------------------------------------------------
+
+    @property
+    def artifact(self) -> str:
+        """Where the stage's artifact stands or will stand: a Hugging Face directory with its lineage."""
+        return storage.join(self.uri, "model")
+
+    def has_artifact(self) -> bool:
+        """Whether the artifact is there, whole."""
+        return storage.is_committed(self.artifact)
+
+    def write_artifact(self) -> AbstractContextManager[str]:
+        """A local folder to write the artifact into; it becomes the artifact when the block ends without an error."""
+        return storage.new_folder(self.artifact)
+
+    @property
+    def tokenizer(self) -> str:
+        """Where a tokenizer that was trained for the stage stands."""
+        return storage.join(self.uri, "tokenizer")

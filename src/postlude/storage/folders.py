@@ -1,0 +1,88 @@
+"""Whole folders of files that other libraries read and write by path: committed to a URI, and fetched from one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from postlude.storage import commits, files
+from postlude.storage.errors import writing
+
+
+@contextmanager
+def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """A local folder to write into, which replaces the folder ``uri`` when the block ends without an error.
+
+    It is committed, with ``extra`` in the marker, before it has its name; so there is no moment at which part of
+    it stands there. After an error or a kill nothing does. ``extra`` is read when the block ends.
+    """
+    if files.is_local(uri):
+        path = files.local_path(uri)
+        above, base = files.parent(path), files.name(path)
+        work, retired = (os.path.join(above, f".{base}.{role}{files.UNFINISHED}") for role in ("new", "old"))
+        commits.begin(work)
+        try:
+            yield work
+            commits.commit(work, {below: _settled(work, below) for below in files_below(work)}, extra)
+            with writing(uri):
+                files.remove(retired)
+                if os.path.exists(path):
+                    os.rename(path, retired)
+                os.rename(work, path)
+                files.sync_folder(above)
+        finally:
+            files.remove(work)
+            files.remove(retired)
+    else:
+        with TemporaryDirectory(prefix="postlude-") as work:
+            yield work
+            commits.begin(uri)
+            commits.commit(uri, {below: _uploaded(work, uri, below) for below in files_below(work)}, extra)
+
+
+def fetch(uri: str, into: str) -> str:
+    """The local path of a folder: its own, or ``into``, where a committed remote folder is copied unless it is there.
+
+    CorruptError if what arrives is not what was committed.
+    """
+    if files.is_local(uri):
+        return files.local_path(uri)
+    marker = commits.read_marker(uri)
+    if commits.is_committed(into) and commits.read_marker(into) == marker:
+        return into
+    with new_folder(into, marker.extra) as work:
+        for below in marker.files:
+            with files.open_file(files.join(work, below), "wb") as target:
+                _copy(files.join(uri, below), target)
+        commits.check(work, marker)
+    return into
+
+
+def files_below(folder: str) -> list[str]:
+    """The paths of all files in a local folder and its folders, relative to it, sorted."""
+    return sorted(
+        os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
+    )
+
+
+def _settled(folder: str, below: str) -> commits.Digest:
+    """Make a file that was written by somebody else durable, and digest it."""
+    path = os.path.join(folder, below)
+    with writing(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return commits.Digest(files.size_bytes(path), commits.sha256_of(path))
+
+
+def _uploaded(folder: str, uri: str, below: str) -> commits.Digest:
+    with commits.open_hashed(files.join(uri, below)) as target:
+        _copy(os.path.join(folder, below), target)
+    return target.digest
+
+
+def _copy(uri: str, target: IO[bytes] | commits.HashedFile) -> None:
+    with files.open_file(uri) as source:
+        shutil.copyfileobj(source, target, 2**20)

@@ -1,0 +1,174 @@
+"""A stage's directory through checkpoints, kills and resumes: every step stands once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postlude import storage
+from postlude.runs import Run, Stage, examples
+
+
+def _commit(stage: Stage, step: int) -> None:
+    uri = stage.checkpoint_uri(step)
+    storage.begin(uri)
+    with storage.open_hashed(storage.join(uri, "weights")) as file:
+        file.write(random.Random(step).randbytes(3000))
+    storage.commit(uri, {"weights": file.digest}, {"step": step})
+
+
+def _rows(step: int, rank: int = 0) -> list[tuple[str, str, float, int]]:
+    """The losses that a step of the made-up training measures on a rank."""
+    chance = random.Random(100 * step + rank)
+    return [(f"chats:{step}-{rank}-{row}", "chats", chance.random(), row) for row in range(chance.randrange(4))]
+
+
+def _expected(last_step: int, ranks: int = 1) -> list[dict]:
+    names = ("example_id", "source", "loss", "tokens")
+    return [
+        {"step": step, "epoch": step // 10, **dict(zip(names, row, strict=True))}
+        for step in range(1, last_step + 1)
+        for rank in range(ranks)
+        for row in _rows(step, rank)
+    ]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_those_that_were_committed_newest_first(run: Run) -> None:
+    stage = run.stage("sft")
+    assert stage.checkpoints() == []
+    for step in (5, 100, 20):
+        _commit(stage, step)
+    storage.write_text(storage.join(stage.checkpoint_uri(200), "weights"), "half")
+    assert [checkpoint.step for checkpoint in stage.checkpoints()] == [100, 20, 5]
+    assert stage.checkpoints()[0].uri.endswith("/checkpoints/step-00000100")
+
+
+def test_pruning_keeps_the_newest_and_what_is_in_the_making(run: Run) -> None:
+    stage = run.stage("sft")
+    for step in (5, 20, 100, 120):
+        _commit(stage, step)
+    for step in (7, 200):
+        storage.write_text(storage.join(stage.checkpoint_uri(step), "weights"), "half")
+    stage.prune(2)
+    assert [checkpoint.step for checkpoint in stage.checkpoints()] == [120, 100]
+    assert storage.list_directory(storage.join(stage.uri, "checkpoints")) == [
+        "step-00000100",
+        "step-00000120",
+        "step-00000200",
+    ]
+    stage.prune(1)
+    assert [checkpoint.step for checkpoint in stage.checkpoints()] == [120]
+    with pytest.raises(ValueError, match="newest"):
+        stage.prune(0)
+
+
+# --- losses by example ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.capability("Loss curves by example")
+def test_losses_come_back_exactly_and_cut_at_any_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "ROWS_OF_A_PART", 7)
+    stage = run.stage("sft")
+    writers = [stage.examples_writer(rank) for rank in range(2)]
+    for step in range(1, 31):
+        for rank, writer in enumerate(writers):
+            writer.write(step, step // 10, _rows(step, rank))
+        if step % 8 == 0:
+            for writer in writers:
+                writer.flush()
+    assert len(stage.read_examples()) < len(_expected(30, 2)), "nothing was held back"
+    for writer in writers:
+        writer.flush()
+    assert stage.read_examples().to_pylist() == _expected(30, 2)
+    for last in (30, 24, 13, 12, 1, 0):
+        stage.cut_back(last)
+        assert stage.read_examples().to_pylist() == _expected(last, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.booleans(), st.integers(0, 9)), max_size=8))
+def test_any_history_of_resumes_leaves_every_step_once(history: list[tuple[int, bool, int]]) -> None:
+    run = Run(f"memory://{os.urandom(4).hex()}")
+    stage, done = run.stage("sft"), 0
+    for steps, flushed, back in history:
+        writer = stage.examples_writer()
+        for step in range(done + 1, done + steps + 1):
+            writer.write(step, step // 10, _rows(step))
+            stage.metrics.append({"step": step, "loss": step / 3}, sync=True)
+        if flushed:
+            writer.flush()
+            done += steps
+        done = max(0, done - back)
+        stage.cut_back(done)
+        assert stage.read_examples().to_pylist() == _expected(done)
+        assert stage.metrics.read() == [{"step": step, "loss": step / 3} for step in range(1, done + 1)]
+
+
+def test_a_stage_without_losses_has_an_empty_table(run: Run) -> None:
+    table = run.stage("sft").read_examples()
+    assert isinstance(table, pa.Table)
+    assert len(table) == 0
+
+
+# --- kills ----------------------------------------------------------------------------------------------------
+
+
+def _train(uri: str) -> None:
+    """A training without a model: resume, then steps without end and a checkpoint at every fifth."""
+    run = Run(uri)
+    with run.hold():
+        stage = run.stage("sft")
+        stage.enter("running")
+        step = stage.checkpoints()[0].step if stage.checkpoints() else 0
+        stage.cut_back(step)
+        writer = stage.examples_writer()
+        while True:
+            step += 1
+            stage.metrics.append({"step": step, "loss": step / 3})
+            writer.write(step, step // 10, _rows(step))
+            if step % 5 == 0:
+                writer.flush()
+                _commit(stage, step)
+                stage.prune(2)
+
+
+@pytest.mark.capability("A kill at any moment loses at most the work since the last checkpoint")
+def test_a_run_killed_again_and_again_is_whole_after_each_resume(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    stage = run.stage("sft")
+    chance = random.Random(3)
+    newest = 0
+    for _ in range(12):
+        trainer = multiprocessing.get_context("fork").Process(target=_train, args=(run.uri,))
+        trainer.start()
+        until = newest + chance.randrange(2) * 5
+        while not (checkpoints := stage.checkpoints()) or checkpoints[0].step < until:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.03)
+        assert trainer.pid is not None
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.join()
+        assert stage.status().state == "interrupted"
+        before, newest = newest, stage.checkpoints()[0].step
+        assert newest >= before
+        for checkpoint in stage.checkpoints():
+            assert storage.verify(checkpoint.uri).extra["step"] == checkpoint.step
+        steps = [line["step"] for line in stage.metrics.read()]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= newest
+        assert stage.read_examples().to_pylist()[: len(_expected(newest))] == _expected(newest)
+    stage.cut_back(newest)
+    assert stage.metrics.read() == [{"step": step, "loss": step / 3} for step in range(1, newest + 1)]
+    assert stage.read_examples().to_pylist() == _expected(newest)

@@ -1,0 +1,93 @@
+"""Folders that other libraries write appear whole, and come back from a remote place as they were."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from postlude import storage
+
+
+def _fill(folder: str, contents: dict[str, bytes]) -> None:
+    for path, content in contents.items():
+        target = Path(folder) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+CONTENTS = {"config.json": b"{}", "weights/one.bin": os.urandom(5000), ".hidden": b"x"}
+
+
+def test_a_new_folder_is_committed_and_fetched(place: str, tmp_path: Path) -> None:
+    uri = storage.join(place, "model")
+    with storage.new_folder(uri, {"step": 3}) as folder:
+        _fill(folder, CONTENTS)
+        assert not storage.exists(uri)
+    assert set(storage.verify(uri).files) == set(CONTENTS)
+    fetched = storage.fetch(uri, str(tmp_path / "copy"))
+    assert {path: (Path(fetched) / path).read_bytes() for path in CONTENTS} == CONTENTS
+    assert storage.list_directory(place) == ["model"]
+
+
+def test_a_new_folder_replaces_the_old_one_and_is_fetched_anew(place: str, tmp_path: Path) -> None:
+    uri = storage.join(place, "model")
+    for content in (b"first", b"second"):
+        with storage.new_folder(uri) as folder:
+            _fill(folder, {"only " + content.decode(): content})
+        fetched = storage.fetch(uri, str(tmp_path / "copy"))
+        assert set(os.listdir(fetched)) == {"COMMITTED", "only " + content.decode()}
+
+
+def test_after_an_error_the_old_folder_stands(place: str) -> None:
+    uri = storage.join(place, "model")
+    with storage.new_folder(uri) as folder:
+        _fill(folder, CONTENTS)
+
+    def fail() -> None:
+        with storage.new_folder(uri) as folder:
+            _fill(folder, {"config.json": b"other"})
+            raise RuntimeError("the writer failed")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    storage.verify(uri)
+    assert storage.read_bytes(storage.join(uri, "config.json")) == b"{}"
+    assert storage.list_directory(place) == ["model"]
+
+
+def test_damage_on_the_way_is_found(tmp_path: Path) -> None:
+    uri = f"memory://{os.urandom(4).hex()}/model"
+    with storage.new_folder(uri) as folder:
+        _fill(folder, CONTENTS)
+    storage.write_bytes(storage.join(uri, "weights/one.bin"), bytes(5000))
+    with pytest.raises(storage.CorruptError, match=r"weights/one\.bin"):
+        storage.fetch(uri, str(tmp_path / "copy"))
+    assert not storage.exists(str(tmp_path / "copy"))
+
+
+def _replace_for_ever(uri: str) -> None:
+    number = 0
+    while True:
+        number += 1
+        with storage.new_folder(uri) as folder:
+            _fill(folder, {f"part-{index}": str(number).encode() for index in range(5)})
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+    uri = str(tmp_path / "stage" / "model")
+    chance = random.Random(0)
+    for _ in range(10):
+        writer = multiprocessing.get_context("fork").Process(target=_replace_for_ever, args=(uri,))
+        writer.start()
+        time.sleep(0.01 + 0.02 * chance.random())
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        if storage.exists(uri):
+            assert len(storage.verify(uri).files) == 5
