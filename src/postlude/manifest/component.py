@@ -11,22 +11,52 @@ themselves, so that a manifest is checked without torch. Three doors lead into t
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+import importlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import PydanticCustomError, core_schema
+
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.nearest import suggestion_or_list
 
 KINDS = ("recipes", "objectives", "sources", "formats", "filters", "optimizers", "schedules", "sinks")
 
 
 class Config(BaseModel):
-    """A part of the manifest: unknown keys and wrong types are errors, and nothing changes once it is made."""
+    """A part of the manifest: unknown keys and wrong types are errors, and nothing changes once it is made.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    The string below a field is its documentation, for ``postlude explain`` and for editors.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of keys of which one, and only one, is given. One that a stage gives replaces another of the defaults."""
+
+    @model_validator(mode="after")
+    def _has_exactly_one(self) -> Self:
+        for group in self.exactly_one:
+            given = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
+            if len(given) != 1:
+                raise PydanticCustomError(
+                    "exactly_one",
+                    "exactly one of {group} is needed, found {found}",
+                    {"group": _listed(group), "found": _listed(given) or "none"},
+                )
+        return self
 
 
 class Component(Config):
@@ -36,25 +66,64 @@ class Component(Config):
     """The name it is registered under; set by the registry."""
 
 
+def attribute_of(config: type[Config], key: str) -> str:
+    """The attribute behind a key of the manifest: the same, unless the key is a word of Python (``from``)."""
+    return next((name for name, field in config.model_fields.items() if field.alias == key), key)
+
+
+def keys_of(config: type[Config]) -> dict[str, str]:
+    """The keys that a part of the manifest accepts, each with its attribute."""
+    return {field.alias or name: name for name, field in config.model_fields.items()}
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """'a', 'b' and 'c'."""
+    quoted = [repr(key) for key in keys]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else "".join(quoted)
+
+
+# --- the registry -------------------------------------------------------------------------------------------
+
+
+class BrokenExtension(ManifestError):
+    """A component or plugin that is there but cannot be used. The fault is in the package that brings it."""
+
+
 ComponentType = TypeVar("ComponentType", bound=type[Component])
 
 _registered: dict[tuple[str, str], type[Component]] = {}
 
 
 @cache
-def _entry_points(kind: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=f"postlude.{kind}")}
+def _entry_points(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """The entry points of a kind by name. More than one under a name is an error, once the name is used."""
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=f"postlude.{kind}"):
+        same = found.get(point.name, ())
+        if all(point.value != other.value for other in same):
+            found[point.name] = (*same, point)
+    return found
 
 
 def register(kind: str, name: str) -> Callable[[ComponentType], ComponentType]:
-    """Register the decorated component as ``name`` among ``kind``. ValueError on an unknown kind or a name taken."""
+    """Register the decorated component as ``name`` among ``kind``.
+
+    ValueError on an unknown kind, on a name that is taken and on a component that has another name already.
+    """
     if kind not in KINDS:
         raise ValueError(f"There is no kind of component '{kind}'. The kinds are: {', '.join(KINDS)}.")
 
     def remember(component: ComponentType) -> ComponentType:
-        taken = _registered.get((kind, name))
-        if taken is not None and taken is not component:
-            raise ValueError(f"Two {kind} are registered as '{name}': {taken!r} and {component!r}. Rename one.")
+        value = f"{component.__module__}:{component.__qualname__}"
+        others = {point.value for point in _entry_points(kind).get(name, ())} - {value}
+        known = _registered.get((kind, name))
+        if known is not None and known is not component:
+            others.add(f"{known.__module__}:{known.__qualname__}")
+        if others:
+            raise ValueError(f"Two {kind} have the name '{name}': {value} and {', '.join(others)}. Rename one.")
+        earlier = component.__dict__.get("component_name")
+        if earlier not in (None, name):
+            raise ValueError(f"{value} is registered as '{earlier}' and as '{name}'. Register a subclass of it.")
         component.component_name = name
         _registered[kind, name] = component
         return component
@@ -68,21 +137,57 @@ def names(kind: str) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> type[Component]:
-    """The component registered as ``name`` among ``kind``. KeyError, with the nearest known name, if there is none."""
+    """The component registered as ``name`` among ``kind``.
+
+    KeyError, with the nearest known name, if there is none; :class:`BrokenExtension` if the package that brings
+    it cannot be used.
+    """
     if (kind, name) not in _registered:
-        point = _entry_points(kind).get(name)
-        if point is None:
-            raise KeyError(unknown(kind, name))
-        register(kind, name)(point.load())
+        points = _entry_points(kind).get(name, ())
+        if not points:
+            raise KeyError(f"'{name}' is not among the {kind}.{suggestion_or_list(name, names(kind))}")
+        if len(points) > 1:
+            raise BrokenExtension(
+                f"several packages bring {kind} of the name '{name}': {', '.join(map(_described, points))}. "
+                "Uninstall all but one."
+            )
+        _load(kind, points[0])
     return _registered[kind, name]
 
 
-def unknown(kind: str, name: str) -> str:
-    """The sentence that tells a user that ``name`` is not known, and what is."""
-    known = names(kind)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return f"'{name}' is not among the {kind}.{hint} Known: {', '.join(known) or 'none'}."
+def _load(kind: str, point: EntryPoint) -> None:
+    with _of_others(f"'{point.name}' of the {kind} cannot be loaded from {_described(point)}"):
+        component = point.load()
+        if not (isinstance(component, type) and issubclass(component, Component)):
+            raise TypeError(f"{component!r} is not a class derived from postlude.manifest.component.Component")
+        register(kind, point.name)(component)
+
+
+def _described(point: EntryPoint) -> str:
+    package = f"the package '{point.dist.name}'" if point.dist else "an unnamed package"
+    return f"{package} (entry point '{point.value}')"
+
+
+def import_plugin(module: str) -> None:
+    """Import a module that registers components. :class:`BrokenExtension` if it cannot be imported."""
+    with _of_others(f"the plugin '{module}' cannot be imported; it must be installed, or on PYTHONPATH"):
+        importlib.import_module(module)
+
+
+@contextmanager
+def _of_others(what: str) -> Iterator[None]:
+    """Code that is not ours runs here, and may raise anything: tell the user whose fault it is and where."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = (
+            "" if "importlib" in frame.filename or frame.filename == __file__ else f" ({frame.filename}:{frame.lineno})"
+        )
+        raise BrokenExtension(f"{what}: {type(error).__name__}: {error}{where}") from error
+
+
+# --- components in fields -----------------------------------------------------------------------------------
 
 
 class Named:
@@ -90,13 +195,32 @@ class Named:
 
     Accepts the bare name, or a mapping with the key ``name`` and the component's own keys. ``key`` is the key
     that tells the name where it is not ``name``; ``infer`` finds the name in a mapping without that key
-    (``{path: ...}`` means the source ``path``). What the component's own schema refuses is reported at its place.
+    (``{path: ...}`` means the source ``path``); ``default`` is the name where nothing says one. What the
+    component's own schema refuses is reported at its place.
     """
 
     def __init__(
-        self, kind: str, key: str = "name", infer: Callable[[dict[str, Any]], str | None] | None = None
+        self,
+        kind: str,
+        key: str = "name",
+        infer: Callable[[Mapping[str, Any]], str | None] | None = None,
+        default: str | None = None,
     ) -> None:
-        self.kind, self.key, self.infer = kind, key, infer
+        self.kind, self.key, self.infer, self.default = kind, key, infer, default
+
+    def name_in(self, keys: Mapping[str, Any]) -> str | None:
+        """The component's name as a mapping tells it, if it does."""
+        name = keys.get(self.key)
+        if name is None and self.infer is not None:
+            name = self.infer(keys)
+        return name if isinstance(name, str) else None
+
+    def component(self, keys: Mapping[str, Any]) -> type[Component] | None:
+        """The component that a mapping means; None if that is not known."""
+        name = self.name_in(keys) or self.default
+        if name is None or name not in names(self.kind):
+            return None
+        return lookup(self.kind, name)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -104,15 +228,16 @@ class Named:
             serialization=core_schema.plain_serializer_function_ser_schema(self._serialize),
         )
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = [{"enum": names(self.kind)}]
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
         for name in names(self.kind):
-            described = lookup(self.kind, name).model_json_schema(ref_template="#/$defs/{model}")
-            described.setdefault("properties", {})[self.key] = {"const": name}
-            if self.infer is None:
-                described["required"] = sorted({self.key, *described.get("required", [])})
-            choices.append(described)
-        return {"anyOf": choices}
+            reference = handler(lookup(self.kind, name).__pydantic_core_schema__)
+            described = handler.resolve_ref_schema(reference)
+            described["properties"] = {self.key: {"const": name}, **described.get("properties", {})}
+            if self.infer is None and self.default is None:
+                described["required"] = list(dict.fromkeys([self.key, *described.get("required", [])]))
+            choices.append(reference)
+        return {"anyOf": [{"enum": names(self.kind)}, *choices]}
 
     def _validate(self, value: Any) -> Component:
         if isinstance(value, Component):
@@ -120,21 +245,23 @@ class Named:
         keys = {self.key: value} if isinstance(value, str) else value
         if not isinstance(keys, dict):
             raise PydanticCustomError(
-                "component",
-                "expected a name or a mapping with the key '{key}', found {found}",
-                {"key": self.key, "found": repr(value)},
+                "component_type",
+                "must be a name or a mapping with the key '{key}'",
+                {"key": self.key},
             )
-        name = keys.get(self.key) or (self.infer(keys) if self.infer else None)
-        if not isinstance(name, str):
+        name = self.name_in(keys) or (self.default if keys.get(self.key) is None else None)
+        if name is None:
             raise PydanticCustomError(
                 "component_name",
-                "which of the {kind}? Give the key '{key}'. Known: {known}",
+                "which of the {kind}? Give its name as '{key}'. Known: {known}.",
                 {"kind": self.kind, "key": self.key, "known": ", ".join(names(self.kind))},
             )
         try:
             component = lookup(self.kind, name)
-        except KeyError as error:
-            raise PydanticCustomError("component_unknown", "{what}", {"what": error.args[0]}) from error
+        except (KeyError, BrokenExtension) as error:
+            raise PydanticCustomError(
+                "component_unusable", "{what}", {"what": error.args[0], "key": self.key}
+            ) from error
         own = keys if self.key in component.model_fields else {k: v for k, v in keys.items() if k != self.key}
         return component.model_validate(own)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from postlude.manifest.problem import Problem
 
 
 class UserError(Exception):
@@ -15,6 +19,11 @@ class ManifestError(UserError):
     """The manifest is wrong."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+        """Each thing that is wrong, where the message lists several."""
 
 
 class DataError(UserError):

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Component, Config, Named
 
+if TYPE_CHECKING:
+    from postlude.manifest.starter import Starter
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Of a stage, a data set or a pool: a part of file names and of dotted keys, so without dots."""
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class NamesDatasets:
+    """Annotation of a mapping whose keys name data sets. It is inherited whole or not at all: a stage that
+    names data sets does not want those of the defaults as well."""
+
+
+Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1), NamesDatasets()]
+"""Data set names with their weights."""
 
 
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def _source_name(keys: dict[str, Any]) -> str | None:
+def _source_name(keys: Mapping[str, Any]) -> str | None:
     """``{path: ...}``, ``{hub: ...}`` and ``{query: ...}`` say by their own key which source they are."""
     return next((name for name in ("path", "hub", "query") if name in keys), None)
 
@@ -24,7 +39,9 @@ class DatasetConfig(Config):
     """A named data set: where its records come from and how each becomes something to train on."""
 
     source: Annotated[Component, Named("sources", infer=_source_name)]
+    """Where the records are: ``path``, ``hub`` or ``query`` says which kind of source it is."""
     format: Annotated[Component, Named("formats")]
+    """How a record is read as an example."""
     filters: list[str | Annotated[Component, Named("filters")]] = []
     """SQL predicates over the record, and registered filters, in order."""
     key: str | None = None
@@ -38,6 +55,7 @@ class DatasetConfig(Config):
     limit: Positive | None = None
     """Use only so many records, the first ones."""
     on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be read stops the run, or is skipped and counted."""
 
 
 # --- parts of a stage ---------------------------------------------------------------------------------------
@@ -46,18 +64,14 @@ class DatasetConfig(Config):
 class ModelFrom(Config):
     """The model a stage starts from: exactly one of ``path``, ``from`` and ``new``."""
 
+    exactly_one = (("path", "from", "new"),)
+
     path: str | None = None
     """A Hugging Face directory, a hub name, or RUN/STAGE."""
     from_: Annotated[str | None, Field(alias="from")] = None
     """The stage of this manifest whose artifact it is."""
     new: NewModel | None = None
     """Random weights in a given shape."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> ModelFrom:
-        if sum(value is not None for value in (self.path, self.from_, self.new)) != 1:
-            raise ValueError("a model needs exactly one of 'path', 'from' and 'new'")
-        return self
 
 
 class NewModel(Config):
@@ -75,6 +89,7 @@ class TrainTokenizer(Config):
     kind: Literal["bpe", "word"] = "bpe"
     """Byte-level BPE, or one token for each piece between separators."""
     vocabulary: Positive = 8192
+    """How many tokens there are at most."""
     separator: str = "\n"
     """Between the pieces of a word tokenizer."""
 
@@ -82,16 +97,14 @@ class TrainTokenizer(Config):
 class TokenizerFrom(Config):
     """The tokenizer, where it is not the model's own: exactly one of ``path``, ``train`` and ``bytes``."""
 
+    exactly_one = (("path", "train", "bytes"),)
+
     path: str | None = None
+    """A Hugging Face directory or a hub name."""
     train: TrainTokenizer | None = None
+    """Made from the stage's own data before it starts."""
     bytes: Literal[True] | None = None
     """One token a byte."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> TokenizerFrom:
-        if sum(value is not None for value in (self.path, self.train, self.bytes)) != 1:
-            raise ValueError("a tokenizer needs exactly one of 'path', 'train' and 'bytes'")
-        return self
 
 
 class Batch(Config):
@@ -123,12 +136,13 @@ class Checkpoint(Config):
     keep: Positive = 2
     """How many of the latest checkpoints stay."""
     on_full_disk: Literal["stop", "continue"] = "stop"
+    """What a checkpoint for which there is no room does to the stage; the last one survives either way."""
 
 
 class Evaluate(Config):
     """Loss on held-out data."""
 
-    data: dict[str, Annotated[float, Field(gt=0)]]
+    data: Mixture
     """Data set names; the weights are those of a mixture."""
     every: Positive | None = None
     """Optimiser steps between evaluations; without it once before the first step and once after the last."""
@@ -142,48 +156,69 @@ class Evaluate(Config):
 class StageConfig(Component):
     """What every stage has. A recipe's config derives from this or from :class:`TrainingStage`."""
 
+    pools: ClassVar[tuple[str, ...]] = ()
+    """The pools of ``compute.pools`` whose workers it runs on."""
+    amendable: ClassVar[tuple[str, ...]] = ()
+    """Keys that ``postlude amend`` may change while the stage runs."""
+    free: ClassVar[tuple[str, ...]] = ()
+    """Keys that cannot change the result: a run may go on with other values."""
+
     recipe: str
+    """What the stage does, by the name of its recipe."""
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter | None:
+        """A manifest to start from, for ``postlude init``; ``stem`` is its path without the suffix."""
+        return None
 
 
 class TrainingStage(StageConfig):
     """A stage that trains a model: the keys that belong to the trainer, whatever the recipe."""
 
-    amendable: ClassVar[tuple[str, ...]] = (
+    exactly_one = (("steps", "epochs"),)
+    pools = ("train",)
+    amendable = (
         "optimizer.lr",
         "optimizer.weight_decay",
         "max_grad_norm",
         "checkpoint.every",
         "evaluate.every",
     )
-    """Keys that ``postlude amend`` may change while the stage runs."""
-    free: ClassVar[tuple[str, ...]] = ("checkpoint",)
-    """Keys that cannot change the result: a run may go on with other values."""
+    free = ("checkpoint",)
 
     model: ModelFrom
+    """The weights that training starts from."""
     tokenizer: TokenizerFrom | None = None
-    data: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """By default the model's own."""
+    data: Mixture
     """Data set names with their weights in the mixture."""
     steps: Positive | None = None
+    """How long: so many optimiser steps."""
     epochs: Positive | None = None
+    """How long: so many passes over the largest data set by weight."""
     batch: Batch = Batch()
-    optimizer: Annotated[Component, Named("optimizers"), Field(validate_default=True)] = "adamw"  # type: ignore
-    schedule: Annotated[Component, Named("schedules"), Field(validate_default=True)] = "cosine"  # type: ignore
+    """How many tokens make an optimiser step, and how they are packed."""
+    optimizer: Annotated[Component, Named("optimizers", default="adamw"), Field(validate_default=True)] = "adamw"  # type: ignore
+    """How gradients change the weights."""
+    schedule: Annotated[Component, Named("schedules", default="cosine"), Field(validate_default=True)] = "cosine"  # type: ignore
+    """How the learning rate changes over the stage."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients with a larger norm are scaled down to it; null for no limit."""
     threads: Positive | None = None
     """CPU threads of each worker; by default the machine's cores, shared out."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What matrices are multiplied in; master weights and sums are fp32 in any case. ``auto`` is fp32 on a CPU; on
+    CUDA fp16 with dynamic loss scaling, but bf16 for a checkpoint that is stored in it."""
     recompute: Literal["none", "layer"] = "none"
+    """``layer`` computes each layer's activations again in the backward pass, to save memory."""
     compile: bool = False
+    """Compile each layer with torch.compile."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved."""
     evaluate: Evaluate | None = None
+    """Loss on held-out data, if it is wanted."""
     max_skipped_steps: Positive = 5
     """So many steps in a row without a finite gradient stop the run."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingStage:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("a training stage needs exactly one of 'steps' and 'epochs'")
-        return self
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
@@ -193,30 +228,41 @@ class Pool(Config):
     """Workers of one role."""
 
     workers: Positive = 1
+    """How many processes."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    """0 runs on the CPU."""
     cpus_per_worker: Positive | None = None
+    """By default the machine's cores, shared out."""
 
 
 class Compute(Config):
     """Where the processes run."""
 
     provider: Literal["local"] = "local"
-    pools: dict[str, Pool] = {}
+    """Where the machines come from; ``local`` is this one."""
+    pools: dict[Name, Pool] = {}
+    """Groups of workers by the role they play for a stage; one of a single worker where none is given."""
 
 
 class Manifest(Config):
     """A resolved manifest: ``defaults`` have been folded into the stages."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Of the run: the folder in ``run_dir`` that holds it."""
     seed: int = 0
+    """What every random choice of the run follows from."""
     run_dir: str = "runs"
+    """The folder of runs: a local path or a URI such as s3://bucket/prefix."""
     plugins: list[str] = []
     """Modules to import: they register components of the user's own."""
-    data: dict[str, DatasetConfig] = {}
+    data: dict[Name, DatasetConfig] = {}
+    """The data sets by name."""
     compute: Compute = Compute()
+    """Where the processes run."""
     sinks: list[Annotated[Component, Named("sinks")]] = []
     """Where metrics and events go besides the run directory."""
-    stages: Annotated[dict[str, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
+    stages: Annotated[dict[Name, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
+    """What is to be done, by name. Which stage waits for which follows from ``model: {from: STAGE}``."""
 
 
 ModelFrom.model_rebuild()

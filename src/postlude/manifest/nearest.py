@@ -1,0 +1,18 @@
+"""What a user may have meant by a name that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A sentence, with a space before it, that offers the nearest known name; empty if none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def suggestion_or_list(word: str, known: Iterable[str]) -> str:
+    """The nearest known name or, if none is near, all of them."""
+    known = sorted(known)
+    return suggestion(word, known) or f" Known: {', '.join(known) or 'none'}."

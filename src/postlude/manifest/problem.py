@@ -1,0 +1,49 @@
+"""One thing that is wrong with a manifest, and the error that lists them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.value import Origin
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and where."""
+
+    origin: Origin
+    key: str
+    """The path of the key; empty where the text as a whole is wrong."""
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.origin.place, self.key, self.what) if part)
+
+    def to_json(self) -> dict[str, str | int]:
+        """For editors and scripts."""
+        origin = self.origin
+        return {
+            "file": origin.file,
+            "line": origin.line,
+            "column": origin.column,
+            "assignment": origin.assignment,
+            "key": self.key,
+            "what": self.what,
+        }
+
+
+def refusal(name: str, problems: Iterable[Problem]) -> ManifestError:
+    """The error that lists every problem once, in the order of the file, the command line last.
+
+    ``name`` is the manifest's; empty for an assignment that stands alone.
+    """
+    listed = sorted(
+        dict.fromkeys(problems),
+        key=lambda problem: (bool(problem.origin.assignment), problem.origin.line, problem.origin.column),
+    )
+    places = "one place" if len(listed) == 1 else f"{len(listed)} places"
+    lines = "\n".join(f"  {problem}" for problem in listed)
+    subject = f"The manifest {name}" if name else "The assignment"
+    return ManifestError(f"{subject} is wrong in {places}:\n{lines}", listed)

@@ -1,0 +1,142 @@
+"""What the schema refuses, told in the manifest's own terms: file, line and column, key, nearest known name.
+
+Pydantic's errors point into a tree of plain values; the values know their places. A union tries each of its
+alternatives and reports what all of them say: only what the one that fits best says is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from postlude.manifest.assignments import TOP_LEVEL_KEYS
+from postlude.manifest.nearest import suggestion, suggestion_or_list
+from postlude.manifest.problem import Problem
+from postlude.manifest.shape import MANIFEST
+from postlude.manifest.value import KeyPath, Value, located
+
+_TYPES = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "string_type": "text",
+}
+
+
+def schema_problems(value: Value, error: ValidationError) -> list[Problem]:
+    """Each thing that the schema refuses in a resolved manifest."""
+    refusals: list[_Refusal] = []
+    unions: dict[KeyPath, list[_Refusal]] = defaultdict(list)
+    for details in error.errors(include_url=False):
+        refusal = _refusal(value, details)
+        (refusals if refusal.union is None else unions[refusal.union]).append(refusal)
+    for alternatives in unions.values():
+        refusals += _best_fit(alternatives)
+    problems = []
+    for refusal in refusals:
+        origin, key = located(value, refusal.path)
+        problems.append(Problem(origin, key, refusal.what + refusal.found))
+    return problems
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    path: KeyPath
+    union: KeyPath | None
+    """Where an alternative had to be chosen on the way, if anywhere."""
+    is_type: bool
+    """Whether the value is of another type altogether."""
+    what: str
+    found: str
+
+
+def _refusal(value: Value, details: ErrorDetails) -> _Refusal:
+    kind, context, given = details["type"], details.get("ctx", {}), details["input"]
+    path, union, known = _walk(value, details["loc"], kind == "missing")
+    what, found = details["msg"], ""
+    if kind == "extra_forbidden":
+        if len(path) == 1 and value.content[path[0]].origin.assignment:
+            known = [*known, *value.mapping("stages")]
+        what = f"unknown key.{suggestion_or_list(str(path[-1]), known)}"
+    elif kind == "missing":
+        what = "this key is missing"
+    elif kind == "too_short":
+        what = "must not be empty"
+    elif kind == "component_unusable":
+        named = value.at((*path, context["key"]))
+        path = path if named is None else (*path, context["key"])
+    elif kind in _TYPES:
+        what, found = f"must be {_TYPES[kind]}", _found(given)
+    elif kind == "component_type":
+        found = _found(given)
+    elif "error" in context:
+        what = str(context["error"])
+    elif not isinstance(given, (dict, list)):
+        what, found = re.sub(r"^\w+ should ", "must ", what), _found(given)
+        if kind == "literal_error":
+            near = suggestion(str(given), re.findall(r"'([^']*)'", context["expected"]))
+            found += f".{near}" if near else ""
+    return _Refusal(path, union, kind.endswith("_type"), what, found)
+
+
+def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tuple[KeyPath, KeyPath | None, list[str]]:
+    """The path of keys in a pydantic location, which has names of alternatives in between; the path where the
+    first of those was met; and the keys known beside the last one."""
+    path: KeyPath = ()
+    union: KeyPath | None = None
+    known: list[str] = list(TOP_LEVEL_KEYS)
+    shape, here = MANIFEST, value
+    for i, part in enumerate(location):
+        here = shape.expanded(here)
+        content = here.plain() if here.is_mapping else {}
+        keys = shape.keys(content) if path else known
+        below = here.get(part)
+        if below is None and part not in keys and not (is_missing and i == len(location) - 1):
+            union = path if union is None else union
+            continue
+        path, known = (*path, part), keys
+        if below is None:
+            break
+        shape, here = shape.child(content, part), below
+    return path, union, known
+
+
+def _best_fit(alternatives: list[_Refusal]) -> list[_Refusal]:
+    """What to tell of several alternatives' refusals: those that got furthest into the value, those that at least
+    like its type; what is left is one sentence."""
+    furthest = max(len(refusal.path) for refusal in alternatives)
+    best = [refusal for refusal in alternatives if len(refusal.path) == furthest]
+    if furthest > len(best[0].union or ()):
+        return best
+    best = [refusal for refusal in best if not refusal.is_type] or best
+    first = best[0]
+    others = dict.fromkeys(refusal.what.removeprefix("must be ") for refusal in best[1:])
+    what = ", or ".join([first.what, *others])
+    return [_Refusal(first.path, None, first.is_type, what, first.found)]
+
+
+def _found(given: Any) -> str:
+    """What stands there instead, as the manifest writes it."""
+    if isinstance(given, dict):
+        shown = "a mapping"
+    elif isinstance(given, list):
+        shown = "a list"
+    elif given is None:
+        shown = "null"
+    elif isinstance(given, bool):
+        shown = str(given).lower()
+    else:
+        text = repr(given)
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+    return f", found {shown}"
