@@ -41,7 +41,7 @@ def stream(name: str) -> Stream:
 
 
 WEIGHT = define_stream("weight", "float32")
-"""How much a token counts in the loss; zero where it is not trained."""
+"""How much a token counts in the loss: zero where it is not trained, never negative."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,33 @@ class Document:
     trajectory: int = -1
     """Shared by the turns of one episode; may span blocks."""
 
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or not len(self.tokens):
+            raise ValueError(
+                f"{self.example_id}: a document is a row of at least one token, not an array {self.tokens.shape}."
+            )
+        for name, values in self.streams.items():
+            expected = (len(self.tokens), *stream(name).width)
+            if values.shape != expected:
+                raise ValueError(
+                    f"{self.example_id}: the stream '{name}' must be an array {expected}, not {values.shape}."
+                )
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def trained_tokens(self) -> int:
-        """How many tokens have a weight above zero."""
+    def trained(self) -> np.ndarray:
+        """[tokens] bool: which tokens count in the loss. The first never does."""
         weight = self.streams.get(WEIGHT.name)
-        return 0 if weight is None else int(np.count_nonzero(weight))
+        trained = np.zeros(len(self.tokens), dtype=bool) if weight is None else weight > 0
+        trained[0] = False
+        return trained
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens count in the loss."""
+        return int(np.count_nonzero(self.trained))
 
 
 @dataclass(frozen=True)
