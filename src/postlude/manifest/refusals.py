@@ -62,32 +62,41 @@ class _Refusal:
 
 
 def _refusal(value: Value, details: ErrorDetails) -> _Refusal:
-    kind, context, given = details["type"], details.get("ctx", {}), details["input"]
+    kind = details["type"]
     path, union, known = _walk(value, details["loc"], kind == "missing")
-    what, found = details["msg"], ""
+    what, found = _phrase(details)
     if kind == "extra_forbidden":
         if len(path) == 1 and value.content[path[0]].origin.assignment:
             known = [*known, *value.mapping("stages")]
-        what = f"unknown key.{suggestion_or_list(str(path[-1]), known)}"
-    elif kind == "missing":
-        what = "this key is missing"
-    elif kind == "too_short":
-        what = "must not be empty"
+        what, found = f"unknown key.{suggestion_or_list(str(path[-1]), known)}", ""
     elif kind == "component_unusable":
-        named = value.at((*path, context["key"]))
-        path = path if named is None else (*path, context["key"])
-    elif kind in _TYPES:
-        what, found = f"must be {_TYPES[kind]}", _found(given)
-    elif kind == "component_type":
-        found = _found(given)
-    elif "error" in context:
-        what = str(context["error"])
-    elif not isinstance(given, (dict, list)):
-        what, found = re.sub(r"^\w+ should ", "must ", what), _found(given)
-        if kind == "literal_error":
-            near = suggestion(str(given), re.findall(r"'([^']*)'", context["expected"]))
-            found += f".{near}" if near else ""
+        name = (*path, details["ctx"]["key"])
+        path = name if value.at(name) is not None else path
     return _Refusal(path, union, kind.endswith("_type"), what, found)
+
+
+def phrase(details: ErrorDetails) -> str:
+    """What pydantic says of a value, in the words of the manifest."""
+    return "".join(_phrase(details))
+
+
+def _phrase(details: ErrorDetails) -> tuple[str, str]:
+    """What must be, and what is found instead."""
+    kind, context, given = details["type"], details.get("ctx", {}), details["input"]
+    if kind == "missing":
+        return "this key is missing", ""
+    if kind == "too_short":
+        return "must not be empty", ""
+    if kind in _TYPES:
+        return f"must be {_TYPES[kind]}", _found(given)
+    if kind == "component_type":
+        return details["msg"], _found(given)
+    if "error" in context:
+        return str(context["error"]), ""
+    if isinstance(given, (dict, list)) or kind == "component_unusable":
+        return details["msg"], ""
+    near = suggestion(str(given), re.findall(r"'([^']*)'", context["expected"])) if kind == "literal_error" else ""
+    return re.sub(r"^\w+ should ", "must ", details["msg"]), _found(given) + (f".{near}" if near else "")
 
 
 def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tuple[KeyPath, KeyPath | None, list[str]]:

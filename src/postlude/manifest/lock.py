@@ -1,0 +1,186 @@
+"""The lock: what a run was begun with. The resolved manifest, its hashes, the versions of all that computes.
+
+What bears on a stage's result is its own config, the data sets that it reads, the seed, and how many workers it
+has; where those run, where numbers are sent and how often a checkpoint is written can change at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import subprocess
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.graph import datasets_used
+from postlude.manifest.load import Resolved
+from postlude.manifest.text import parse
+
+_HEADER = "# Written by postlude: the resolved manifest of this run, and what ran it. Not for editing.\n"
+_DISTRIBUTIONS = ("postlude", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """What the lock says of a stage besides its config."""
+
+    hash: str
+    """SHA-256 of everything that bears on its result, :func:`basis` without the keys that are free."""
+    data: list[str]
+    """The data sets that it reads."""
+    pools: list[str]
+    """The pools whose workers it runs on."""
+    threads: int | None = None
+    """CPU threads of each worker, as they were set."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The content of ``manifest.lock.yaml``."""
+
+    hash: str
+    """SHA-256 of the resolved manifest."""
+    versions: dict[str, str]
+    stages: dict[str, LockedStage]
+    manifest: dict[str, Any] = field(repr=False)
+    """The resolved manifest, as :attr:`~postlude.manifest.load.Resolved.tree`."""
+
+
+def lock(resolved: Resolved, threads: Mapping[str, int] | None = None) -> Lock:
+    """The lock of a resolved manifest on this machine. ``threads`` are those of each stage's workers."""
+    stages = {}
+    for name, config in resolved.manifest.stages.items():
+        data = sorted(set(datasets_used(config).values()))
+        flat = _flat(basis(resolved.tree, name, data, config.pools))
+        bearing = {key: value for key, value in flat.items() if not _is_free(key, name, config.free)}
+        stages[name] = LockedStage(_hash(bearing), data, list(config.pools), (threads or {}).get(name))
+    return Lock(manifest_hash(resolved.tree), versions(), stages, resolved.tree)
+
+
+def lock_text(resolved: Resolved, threads: Mapping[str, int] | None = None) -> str:
+    """:func:`lock` as the text of the file."""
+    locked = lock(resolved, threads)
+    document = {
+        "hash": locked.hash,
+        "versions": locked.versions,
+        "stages": {name: dict(vars(stage)) for name, stage in locked.stages.items()},
+        "manifest": locked.manifest,
+    }
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = True
+    yaml.width = 10**9
+    yaml.dump(document, text)
+    return _HEADER + text.getvalue()
+
+
+def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
+    """The lock in a file's text. ManifestError if it is none."""
+    document = parse(text, name).plain()
+    try:
+        stages = {key: LockedStage(**stage) for key, stage in document["stages"].items()}
+        return Lock(document["hash"], document["versions"], stages, document["manifest"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{name} is not a lock that this version of postlude wrote: {error!r}.") from error
+
+
+def differences(locked: Lock, resolved: Resolved, stage: str, free: Collection[str]) -> list[str]:
+    """What has changed of all that bears on a stage's result, one line for each key: ``seed: 1 -> 2``.
+
+    ``free`` are keys of the stage that do not bear on it.
+    """
+    then, config = locked.stages[stage], resolved.manifest.stages[stage]
+    before = _flat(basis(locked.manifest, stage, then.data, then.pools))
+    after = _flat(basis(resolved.tree, stage, sorted(set(datasets_used(config).values())), config.pools))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in dict.fromkeys([*before, *after])
+        if (key not in before or key not in after or before[key] != after[key]) and not _is_free(key, stage, free)
+    ]
+
+
+def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str]) -> dict[str, Any]:
+    """The part of a resolved tree that bears on a stage's result, given the data sets and the pools that it uses."""
+    workers = {name: {"workers": tree["compute"]["pools"].get(name, {}).get("workers", 1)} for name in pools}
+    return {
+        "seed": tree["seed"],
+        "data": {name: tree["data"][name] for name in data},
+        "compute": {"pools": workers},
+        "stages": {stage: tree["stages"][stage]},
+    }
+
+
+def manifest_hash(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of a resolved manifest, in hexadecimal; the order of keys does not matter."""
+    return _hash(tree)
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that computes, and the git commit where this package is a checkout."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _git_commit(Path(__file__).parent)
+    return {**found, "postlude_commit": commit} if commit else found
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit that this package's files are checked out from, with ``-dirty`` if they differ from it.
+
+    A package that only happens to be installed below a repository is not of its commit: git must know this file.
+    """
+    try:
+        for arguments in (
+            ["ls-files", "--error-unmatch", __file__],
+            ["describe", "--always", "--abbrev=40", "--dirty"],
+        ):
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a tree by dotted path. An empty collection is a leaf, a list of scalars too."""
+    if isinstance(tree, Mapping) and tree:
+        items: Iterator[tuple[Any, Any]] = iter(tree.items())
+    elif isinstance(tree, list) and any(isinstance(item, (dict, list)) for item in tree):
+        items = iter(enumerate(tree))
+    else:
+        return {path: tree}
+    return {
+        key: value
+        for name, item in items
+        for key, value in _flat(item, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
+def _is_free(key: str, stage: str, free: Collection[str]) -> bool:
+    return any(key == f"stages.{stage}.{name}" or key.startswith(f"stages.{stage}.{name}.") for name in free)
+
+
+def _hash(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    if key not in flat:
+        return "(not set)"
+    text = json.dumps(flat[key], ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
