@@ -41,7 +41,7 @@ class Journal:
         self._storage.append(exact_json.dump(dict(entry)).encode() + b"\n", sync)
 
     def flush(self) -> None:
-        """Put what is held back where readers see it."""
+        """Return when all that was added is on the disk, or in the bucket."""
         self._storage.flush()
 
     def size_bytes(self) -> int:
@@ -118,7 +118,9 @@ class _LocalLines:
             os.close(descriptor)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        if os.path.exists(self.path):
+            with writing(self.uri), self._opened() as descriptor:
+                os.fsync(descriptor)
 
     def size_bytes(self) -> int:
         try:

@@ -1,0 +1,185 @@
+"""What a person sees while a run runs: one live line for a stage, a word for every wait that is not short, and
+a table at the end.
+
+All of it goes to standard error. Where that is not a terminal, plain lines come at intervals.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from postlude.runs import Run
+from postlude.telemetry.events import Event
+from postlude.telemetry.summary import summarize
+
+PLAIN_SECONDS = 10.0
+"""Between two plain lines of one stage."""
+
+WAIT_SECONDS = 5.0
+"""A wait of this length is told, and then told again each time it has become twice as long."""
+
+
+@cache
+def console() -> Console:
+    """The terminal, on standard error. What is printed elsewhere tears a live line."""
+    return Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one line on standard error, above a live line if one stands."""
+    console().print(text, markup=False, soft_wrap=True)
+
+
+class StageProgress:
+    """Shows how a stage comes along. A context manager."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._line: Mapping[str, Any] = {}
+        self._marks: deque[tuple[float, float]] = deque(maxlen=64)
+        """Recent moments in seconds, with the share of the work that was done by then."""
+        self._live: Live | None = None
+        self._printed: Mapping[str, Any] | None = None
+        self._printed_at = -PLAIN_SECONDS
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> StageProgress:
+        if console().is_terminal:
+            self._live = Live(console=console(), get_renderable=self._rendered, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        if self._line and self._line is not self._printed:
+            say(self._told())
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics: ``step``, ``loss``, ``tokens_per_second``, and ``progress``, the share done."""
+        now = time.monotonic()
+        self._line = line
+        self._marks.append((now, line.get("progress", 0.0)))
+        if self._live is None and now - self._printed_at >= PLAIN_SECONDS:
+            self._printed_at, self._printed = now, line
+            say(self._told())
+
+    def event(self, event: Event) -> None:
+        """Show an event that a person should know of at once."""
+        shown = _worth_telling(event)
+        if shown:
+            say(f"{self._stage}: {shown}")
+
+    def seconds_left(self) -> float | None:
+        """How long the rest will take at the rate of the recent steps; None while that cannot be told."""
+        if len(self._marks) < 2:
+            return None
+        (begin, done_then), (now, done) = self._marks[0], self._marks[-1]
+        return (1.0 - done) * (now - begin) / (done - done_then) if done > done_then else None
+
+    def _told(self) -> str:
+        line, left = self._line, self.seconds_left()
+        said = [f"{self._stage}: step {line['step']}"]
+        if "progress" in line:
+            said.append(f"{line['progress']:.0%}")
+        if line.get("loss") is not None:
+            said.append(f"loss {line['loss']:.4f}")
+        if line.get("tokens_per_second") is not None:
+            said.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+        if left is not None and line["progress"] < 1:
+            said.append(f"{duration(left)} left")
+        elif line.get("progress") == 1:
+            said.append(duration(time.monotonic() - self._begin))
+        return ", ".join(said)
+
+    def _rendered(self) -> Table | Text:
+        if not self._line:
+            return Text(f"{self._stage}: starting, {duration(time.monotonic() - self._begin)}")
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=1.0, completed=self._line.get("progress", 0.0), width=20), self._told())
+        return grid
+
+
+def _worth_telling(event: Event) -> str | None:
+    match event.kind:
+        case "evaluation":
+            return f"step {event.step}, loss {event.loss:.4f} on {event.name}"
+        case "alarm":
+            return f"ALARM: {event.what}: {event.reason}"
+        case "checkpoint_skipped":
+            return f"the checkpoint of step {event.step} cannot be used and is passed over: {event.reason}"
+        case "step_skipped":
+            return f"step {event.step} skipped: its loss or gradient is not finite"
+        case "amendment_applied":
+            return f"{event.assignment} from step {event.step} on"
+        case "stage_started" if event.from_step:
+            return f"continues after step {event.from_step}"
+    return None
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, if the block takes long: "Waiting for the other ranks (5s)"."""
+    over = threading.Event()
+    begin = time.monotonic()
+
+    def tell() -> None:
+        pause = WAIT_SECONDS
+        while not over.wait(pause):
+            say(f"Waiting for {what} ({duration(time.monotonic() - begin)})")
+            pause = time.monotonic() - begin
+
+    teller = threading.Thread(target=tell, name="waiting", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def stage_table(run: Run, names: Sequence[str] | None = None) -> None:
+    """Print the summary of each stage to standard error."""
+    table = Table(title=run.name, title_justify="left")
+    for heading in ("stage", "state", "steps", "loss", "held-out loss", "tokens", "time", "tokens/s"):
+        table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
+    for summary in summarize(run, names):
+        table.add_row(
+            summary.stage,
+            summary.state,
+            f"{summary.steps:,}",
+            _change(summary.first_loss, summary.last_loss),
+            "\n".join(f"{name} {_change(*losses)}" for name, losses in summary.held_out_losses.items()),
+            f"{summary.tokens:,}",
+            duration(summary.seconds),
+            f"{summary.tokens_per_second:,.0f}" if summary.tokens_per_second else "",
+        )
+    console().print(table, width=None if console().is_terminal else 120)
+
+
+def _change(first: float | None, last: float | None) -> str:
+    return "" if first is None or last is None else f"{first:.4f} → {last:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 4s, 3m05s, 2h07m, 3d04h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,98 @@
+"""The one mouth of a stage: metrics, losses and events go to the run directory, the sinks and the terminal."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from postlude.runs import Run
+from postlude.telemetry import events
+from postlude.telemetry.progress import StageProgress, say
+from postlude.telemetry.sinks import OpenSink, Sink
+
+
+class Recorder:
+    """Takes what one rank tells. The leading rank's metrics and events are kept; losses by example are every rank's.
+
+    The run directory comes first: it is written before any sink. A sink that fails is switched off with an alarm.
+    Events may come from any thread.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        sinks: Sequence[Sink] = (),
+        rank: int = 0,
+        display: StageProgress | None = None,
+    ) -> None:
+        self._run, self._stage, self._leads = run, run.stage(stage), rank == 0
+        self._examples = self._stage.examples_writer(rank)
+        self._display = display
+        self._sinks: dict[str, OpenSink] = {}
+        if self._leads:
+            for sink in sinks:
+                name = sink.component_name or type(sink).__name__
+                self._sinks[f"{name} {len(self._sinks)}" if name in self._sinks else name] = sink.open(run.uri, stage)
+        self._turn = threading.RLock()
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """One line for each optimiser step."""
+        if not self._leads:
+            return
+        with self._turn:
+            self._stage.metrics.append(line)
+            self._tell(lambda sink: sink.metrics(line))
+            if self._display:
+                self._display.update(line)
+
+    def examples(self, step: int, epoch: int, rows: Sequence[tuple[str, str, float, int]]) -> None:
+        """This rank's losses by example: (example id, source, summed loss, tokens it runs over) each."""
+        self._examples.write(step, epoch, rows)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happened in the stage; ``fields`` are the kind's in :mod:`postlude.telemetry.events`."""
+        if not self._leads:
+            return
+        with self._turn:
+            event = events.make(kind, self._stage.name, **fields)
+            events.record(self._run.events, event)
+            self._tell(lambda sink: sink.event(event))
+            if self._display:
+                self._display.event(event)
+
+    def flush(self) -> None:
+        """Return when all of the above is on the disk."""
+        self._examples.flush()
+        if self._leads:
+            with self._turn:
+                self._stage.metrics.flush()
+                self._run.events.flush()
+
+    def close(self) -> None:
+        """Flush, and close the sinks."""
+        self.flush()
+        with self._turn:
+            self._tell(lambda sink: sink.close())
+            self._sinks.clear()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tell(self, what: Callable[[OpenSink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                what(sink)
+            except Exception as error:  # somebody else's code and service: whatever it raises, training goes on
+                del self._sinks[name]
+                say(traceback.format_exc())
+                self.event(
+                    "alarm",
+                    what=f"sink '{name}' switched off",
+                    reason=f"{type(error).__name__}: {error}",
+                )
