@@ -1,0 +1,61 @@
+"""The command ``postlude``: its commands gathered, and what becomes of an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from postlude.cli import manifests, models, runs
+from postlude.cli.output import tell
+from postlude.manifest.errors import UserError
+
+app = typer.Typer(
+    name="postlude",
+    help="Post-training for large language models: one manifest, from supervised fine-tuning to reinforcement "
+    "learning, on a laptop or a GPU cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    manifests.init,
+    manifests.validate,
+    manifests.preview,
+    runs.run,
+    runs.status,
+    runs.runs,
+    models.generate,
+    models.export,
+    models.verify,
+    runs.amend,
+    manifests.recipes,
+    manifests.explain,
+    manifests.schema,
+):
+    app.command()(command)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit.
+
+    0 done, 1 failed, 2 manifest or usage wrong, 3 data wrong, 4 compute wrong, 130 interrupted after a checkpoint.
+    What the user can mend is told in a paragraph on standard error; any other exception keeps its traceback.
+    """
+    code: int | str | None
+    try:
+        try:
+            app(prog_name="postlude")
+            code = 0
+        except UserError as error:
+            tell(error, as_json="--json" in sys.argv)
+            code = error.exit_code
+        except SystemExit as done:
+            code = done.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has left. The interpreter's own flush on exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,112 @@
+"""Commands about a manifest before anything runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from postlude.cli.arguments import AsJson, ManifestPath, Overrides, StageName
+from postlude.cli.output import show, show_json
+
+
+def init(
+    recipe: Annotated[str, typer.Argument(help="What to do with a model; `postlude recipes` lists them.")] = "sft",
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="The manifest's file. [default: RECIPE.yaml]")
+    ] = None,
+) -> None:
+    """Write a commented manifest that runs as it is."""
+    from postlude import storage
+    from postlude.manifest.errors import UserError
+    from postlude.manifest.starter import starter
+
+    path = output or f"{recipe}.yaml"
+    begun = starter(recipe, path.removesuffix(".yaml").removesuffix(".yml"))
+    files = {path: begun.text, **begun.files}
+    for taken in filter(storage.exists, files):
+        raise UserError(f"'{taken}' is there already. Give another file with -o, or remove it.")
+    for name, text in files.items():
+        storage.write_text(name, text)
+        typer.echo(f"Wrote {name}")
+    typer.echo(f"Next: postlude validate {path}, then postlude run {path}")
+
+
+def validate(
+    manifest: ManifestPath,
+    overrides: Overrides = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Read only so many records of each data set.", show_default=False)
+    ] = None,
+    synthetic: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Use so many made-up records, odd ones too, in place of each data set.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check everything before a run, without a GPU: manifest, data, masks, memory, and one small step per stage."""
+    from postlude.workflow import validate as workflow
+
+    report = workflow.validate(manifest, overrides or [], sample=sample, synthetic=synthetic)
+    show(report, as_json)
+    raise typer.Exit(report.exit_code)
+
+
+def preview(
+    manifest: ManifestPath,
+    overrides: Overrides = None,
+    stage: StageName = None,
+    blocks: Annotated[int, typer.Option("-n", "--blocks", min=1, help="How many packed blocks.")] = 1,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a web page instead of printing.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the packed blocks as they will be trained on, each token marked as trained or not."""
+    from postlude.workflow import preview as workflow
+
+    shown = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks)
+    if html is not None:
+        from postlude import storage
+
+        storage.write_text(html, shown.to_html())
+    if as_json or html is None:
+        show(shown, as_json)
+
+
+def explain(
+    manifest: ManifestPath,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Such as sft.optimizer.lr, data.chats.format or seed.")],
+    overrides: Overrides = None,
+) -> None:
+    """Tell a key's value, where it comes from, what it took the place of, and what it means."""
+    from postlude import storage
+    from postlude.manifest.explain import explain as explained
+    from postlude.manifest.load import load
+
+    resolved = load(storage.read_bytes(manifest), manifest, overrides or [])
+    typer.echo(explained(resolved, key))
+
+
+def recipes() -> None:
+    """List what a manifest can name: recipes, and every other kind of component."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from postlude.manifest.catalogue import catalogue
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("kind", "name", "what it is", "from"):
+        table.add_column(title)
+    for entry in catalogue():
+        table.add_row(entry.kind, entry.name, entry.summary, entry.package)
+    Console().print(table)
+
+
+def schema() -> None:
+    """Print the manifest's JSON Schema, for completion in an editor."""
+    from postlude.manifest.json_schema import schema as described
+
+    show_json(described())

@@ -1,0 +1,56 @@
+"""Commands about the models that runs leave behind, and about any other model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import typer
+
+from postlude.cli.arguments import AsJson, Model
+from postlude.cli.output import show
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="What to answer; without it, talk.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="What sampling follows from.")] = 0,
+) -> None:
+    """Talk to a model: an artifact, a checkpoint or a model directory."""
+    from postlude.workflow import models
+
+    def answer(messages: str | Sequence[dict[str, str]]) -> Iterator[str]:
+        return models.generate(model, messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+    if prompt is None and sys.stdin.isatty():
+        from postlude.cli.conversation import converse
+
+        converse(answer)
+        return
+    for piece in answer(sys.stdin.read().removesuffix("\n") if prompt is None else prompt):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def export(
+    artifact: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run, or one of its stages.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
+) -> None:
+    """Write a stage's model as a Hugging Face directory, or its adapter as PEFT has it."""
+    from postlude.workflow import models
+
+    models.export(artifact, output, merge=merge)
+    typer.echo(f"Wrote {output}")
+
+
+def verify(model: Model, as_json: AsJson = False) -> None:
+    """Compare a model's logits, computed as training does, with those of the plain Hugging Face forward."""
+    from postlude.workflow import models
+
+    report = models.verify(model)
+    show(report, as_json)
+    raise typer.Exit(report.exit_code)
