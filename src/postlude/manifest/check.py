@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import ValidationError
 
-from postlude.manifest.graph import datasets_used, stages_used
+from postlude.manifest.graph import Reference, references
 from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
@@ -21,57 +21,49 @@ from postlude.manifest.value import KeyPath, Value, located
 
 def validated(value: Value) -> tuple[Manifest | None, list[Problem]]:
     """The manifest that a resolved value is; None, and what is wrong, if it is none."""
+    manifest, problems = None, []
     try:
         manifest = Manifest.model_validate(value.plain())
     except ValidationError as error:
         problems = schema_problems(value, error)
-        return None, problems + list(_misreferences(value, _sound_stages(value)))
-    problems = list(_misreferences(value, manifest.stages))
+    problems += _misreferences(value)
     return (None if problems else manifest), problems
 
 
-def _sound_stages(value: Value) -> dict[str, StageConfig]:
-    """The stages that are right in themselves, of a manifest that is wrong somewhere."""
-    sound = {}
-    for name, stage in value.mapping("stages").items():
-        config = STAGE.config(stage.plain()) if stage.is_mapping else None
-        if config is not None and issubclass(config, StageConfig):
-            try:
-                sound[name] = config.model_validate(stage.plain())
-            except ValidationError:
-                continue
-    return sound
-
-
-def _misreferences(value: Value, stages: Mapping[str, StageConfig]) -> Iterator[Problem]:
+def _misreferences(value: Value) -> Iterator[Problem]:
     """Names that stand for nothing, circles, and data sets and pools that nothing uses."""
 
     def at(path: KeyPath, what: str) -> Problem:
         origin, key = located(value, path)
         return Problem(origin, key, what)
 
-    known_data, known_stages = value.mapping("data"), value.mapping("stages")
+    data, stages = value.mapping("data"), value.mapping("stages")
+    used: dict[str, list[Reference]] = {}
+    pools: set[str] = set()
     for name, stage in stages.items():
-        for path, dataset in datasets_used(stage).items():
-            if dataset not in known_data:
-                what = f"there is no data set '{dataset}'.{suggestion_or_list(dataset, known_data)}"
-                yield at(("stages", name, *path), what)
-        for path, parent in stages_used(stage).items():
-            if parent == name:
-                yield at(("stages", name, *path), "a stage cannot start from itself")
-            elif parent not in known_stages:
-                what = f"there is no stage '{parent}'.{suggestion_or_list(parent, set(known_stages) - {name})}"
-                yield at(("stages", name, *path), what)
-    for circle in _circles(stages):
-        path = next(path for path, parent in stages_used(stages[circle[0]]).items() if parent == circle[1])
+        recipe = STAGE.config(stage.plain()) if stage.is_mapping else None
+        if recipe is not None and issubclass(recipe, StageConfig):
+            used[name] = list(references(stage.plain(), STAGE))
+            pools |= set(recipe.pools)
+    for name, named in used.items():
+        for reference in named:
+            path = ("stages", name, *reference.path)
+            if reference.to == "data" and reference.name not in data:
+                yield at(path, f"there is no data set '{reference.name}'.{suggestion_or_list(reference.name, data)}")
+            elif reference.to == "stage" and reference.name == name:
+                yield at(path, "a stage cannot start from itself")
+            elif reference.to == "stage" and reference.name not in stages:
+                others = suggestion_or_list(reference.name, set(stages) - {name})
+                yield at(path, f"there is no stage '{reference.name}'.{others}")
+    for circle in _circles(used):
+        path = next(ref.path for ref in used[circle[0]] if ref.to == "stage" and ref.name == circle[1])
         yield at(("stages", circle[0], *path), f"the stages wait for each other: {' -> '.join(circle)}")
-    if len(stages) < len(known_stages):
-        return  # what the stages that are wrong would use is not known
-    used = {dataset for stage in stages.values() for dataset in datasets_used(stage).values()}
-    for name in known_data:
-        if name not in used:
+    if len(used) < len(stages):
+        return  # what a stage of an unknown recipe would use is not known
+    read = {reference.name for named in used.values() for reference in named if reference.to == "data"}
+    for name in data:
+        if name not in read:
             yield at(("data", name), "no stage uses this data set. Name it in a stage's 'data', or remove it.")
-    pools = {pool for stage in stages.values() for pool in stage.pools}
     compute = value.get("compute")
     for name in compute.mapping("pools") if compute else ():
         if name not in pools:
@@ -79,11 +71,11 @@ def _misreferences(value: Value, stages: Mapping[str, StageConfig]) -> Iterator[
             yield at(("compute", "pools", name), what)
 
 
-def _circles(stages: Mapping[str, StageConfig]) -> Iterator[list[str]]:
-    """Circles of stages that start from each other, each from a stage along what it needs back to that stage."""
+def _circles(used: Mapping[str, list[Reference]]) -> Iterator[list[str]]:
+    """Circles of stages that start from each other: from a stage along what it needs, back to that stage."""
     needs = {
-        name: [parent for parent in stages_used(stage).values() if parent in stages and parent != name]
-        for name, stage in stages.items()
+        name: [ref.name for ref in named if ref.to == "stage" and ref.name in used and ref.name != name]
+        for name, named in used.items()
     }
     while True:
         try:

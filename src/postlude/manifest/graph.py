@@ -1,30 +1,65 @@
-"""What the stages need from each other and from the rest of the manifest, read off their configs.
+"""What the stages need from each other and from the rest of the manifest.
 
 A :class:`~postlude.manifest.schema.ModelFrom` anywhere in a stage (its model, a reference, a teacher, a reward
 model) is a dependency on the stage that it names; a :data:`~postlude.manifest.schema.Mixture` uses the data sets
-that it names.
+that it names. Both are found by the schema, so that a recipe need not list them.
 """
 
 from __future__ import annotations
 
 import graphlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from postlude.manifest.component import Config, attribute_of, keys_of
 from postlude.manifest.schema import Manifest, ModelFrom, StageConfig
 from postlude.manifest.shape import Shape
 from postlude.manifest.value import KeyPath
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A name in a stage that stands for something outside it."""
+
+    to: Literal["stage", "data"]
+    path: KeyPath
+    """Of the key within the stage."""
+    name: str
+
+
+def references(content: Any, shape: Shape) -> Iterator[Reference]:
+    """Every reference in plain content of a shape, which need not be valid."""
+
+    def below(content: Any, shape: Shape, path: KeyPath) -> Iterator[Reference]:
+        if isinstance(content, list):
+            for i, item in enumerate(content):
+                yield from below(item, shape.child(content, i), (*path, i))
+        if not isinstance(content, Mapping):
+            return
+        if shape.names_datasets:
+            yield from (Reference("data", (*path, name), name) for name in content)
+            return
+        config = shape.config(content)
+        if config is not None and issubclass(config, ModelFrom) and isinstance(content.get("from"), str):
+            yield Reference("stage", (*path, "from"), content["from"])
+        for key, item in content.items():
+            yield from below(item, shape.child(content, key), (*path, key))
+
+    yield from below(content, shape, ())
+
+
 def stages_used(stage: StageConfig) -> dict[KeyPath, str]:
     """The stages whose artifacts a stage starts from, by the path of the key within the stage that names each."""
-    return {(*path, "from"): start.from_ for path, start in _models(stage, ()) if start.from_ is not None}
+    return {reference.path: reference.name for reference in _of(stage) if reference.to == "stage"}
 
 
 def datasets_used(stage: StageConfig) -> dict[KeyPath, str]:
     """The data sets that a stage reads, by the path of the key within the stage that names each."""
-    return dict(_datasets(stage, ()))
+    return {reference.path: reference.name for reference in _of(stage) if reference.to == "data"}
+
+
+def _of(stage: StageConfig) -> Iterator[Reference]:
+    return references(stage.model_dump(mode="json", by_alias=True), Shape(type(stage)))
 
 
 def order(manifest: Manifest) -> list[str]:
@@ -40,29 +75,3 @@ def order(manifest: Manifest) -> list[str]:
         ready.remove(ordered[-1])
         sorter.done(ordered[-1])
     return ordered
-
-
-def _models(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, ModelFrom]]:
-    if isinstance(value, ModelFrom):
-        yield path, value
-    for key, item in _items(value):
-        yield from _models(item, (*path, key))
-
-
-def _datasets(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    for key, item in _items(value):
-        field = type(value).model_fields.get(attribute_of(type(value), str(key))) if isinstance(value, Config) else None
-        if field is not None and Shape.of_field(field).names_datasets:
-            yield from (((*path, key, name), name) for name in item or ())
-        else:
-            yield from _datasets(item, (*path, key))
-
-
-def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
-    """What a part of a validated manifest holds, by the keys that the manifest uses."""
-    if isinstance(value, Config):
-        yield from ((key, getattr(value, attribute)) for key, attribute in keys_of(type(value)).items())
-    elif isinstance(value, Mapping):
-        yield from value.items()
-    elif isinstance(value, list):
-        yield from enumerate(value)

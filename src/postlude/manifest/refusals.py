@@ -69,10 +69,11 @@ def _refusal(value: Value, details: ErrorDetails) -> _Refusal:
         if len(path) == 1 and value.content[path[0]].origin.assignment:
             known = [*known, *value.mapping("stages")]
         what, found = f"unknown key.{suggestion_or_list(str(path[-1]), known)}", ""
-    elif kind == "component_unusable":
+    elif kind in ("component_name", "component_unusable"):
         name = (*path, details["ctx"]["key"])
         path = name if value.at(name) is not None else path
-    return _Refusal(path, union, kind.endswith("_type"), what, found)
+    is_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(details["input"], str))
+    return _Refusal(path, union, is_type, what, found)
 
 
 def phrase(details: ErrorDetails) -> str:

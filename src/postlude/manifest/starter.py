@@ -9,6 +9,8 @@ from typing import cast
 from postlude.manifest.component import lookup, names
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import StageConfig
+from postlude.manifest.text import parse_inline
+from postlude.manifest.value import Origin
 
 
 @dataclass(frozen=True)
@@ -38,4 +40,6 @@ def starter(recipe: str, stem: str) -> Starter:
 def run_name(stem: str) -> str:
     """A name for the run that a manifest describes, from the manifest's path."""
     base = re.split(r"[/\\]", stem)[-1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-._") or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-._")
+    is_text = isinstance(parse_inline(name, Origin("command line")).content, str)
+    return name if is_text else f"run-{name}".strip("-")

@@ -28,7 +28,7 @@ def parse(text: str | bytes, name: str) -> Value:
         text = _decode(text, name)
     top = Origin("manifest", name, 1, 1)
     root = _compose(text, top)
-    if root is None:
+    if root is None or root.value == "":
         raise refusal(name, [Problem(top, "", "the manifest is empty. 'postlude init' writes one to start from.")])
     reading = _Reading(name)
     value = reading.value(root, ())
@@ -142,7 +142,7 @@ class _Reading:
             if not isinstance(key_node, ScalarNode):
                 self.problem(key_node, path, "a key must be text")
                 continue
-            key = key_node.value
+            key = self._text(key_node, path)
             here = (*path, key)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 self.problem(key_node, here, "merge keys are not supported: what stages share stands in 'defaults'")
@@ -164,7 +164,15 @@ class _Reading:
                 self.problem(node, path, f"'{node.value}' is not what its tag says, {kind}")
         elif kind not in ("str", "timestamp", "value", "merge"):
             self.problem(node, path, f"the tag '{node.tag}' is not known")
-        return node.value
+        return self._text(node, path)
+
+    def _text(self, node: ScalarNode, path: KeyPath) -> str:
+        r"""A scalar's text, in which JSON's escapes of one character as two (``\ud83d\ude00``) are that character."""
+        try:
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.problem(node, path, "half of a character, written as an escape")
+            return ""
 
     @cached_property
     def _constructor(self) -> SafeConstructor:
