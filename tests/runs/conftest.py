@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import uuid
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,20 @@ def run(place: str) -> Run:
     run = Run(f"{place}/assistant")
     run.write_manifest_lock("name: assistant\n")
     return run
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BaseProcess]]:
+    """Starts a process that calls a function, and kills it when the test ends at the latest."""
+    started: list[BaseProcess] = []
+
+    def start_process(function: Callable[..., object], *arguments: object) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.join()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 
 from postlude import runs, storage
 from postlude.manifest.errors import UserError
 from postlude.runs import Run
+
+Start = Callable[..., BaseProcess]
 
 
 def _finish(run: Run, name: str) -> None:
@@ -59,17 +62,15 @@ def _work(uri: str, told: Connection) -> None:
 
 
 @pytest.mark.capability("A killed run shows as interrupted")
-def test_a_killed_run_shows_as_interrupted(tmp_path) -> None:
+def test_a_killed_run_shows_as_interrupted(tmp_path: Path, start: Start) -> None:
     run = Run(str(tmp_path / "run"))
     here, there = multiprocessing.Pipe()
-    worker = multiprocessing.get_context("fork").Process(target=_work, args=(run.uri, there))
-    worker.start()
+    worker = start(_work, run.uri, there)
     assert here.recv() == "running"
     assert run.stage("sft").status().state == "running"
     with pytest.raises(storage.LockedError, match=f"process {worker.pid}"):
         run.hold()
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
+    worker.kill()
     worker.join()
     assert run.stage("sft").status().state == "interrupted"
     run.hold().release()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from postlude import storage
 from postlude.runs import Run, Stage, examples
+
+Start = Callable[..., BaseProcess]
 
 
 def _commit(stage: Stage, step: int) -> None:
@@ -84,7 +86,8 @@ def test_losses_come_back_exactly_and_cut_at_any_step(run: Run, monkeypatch: pyt
     writers = [stage.examples_writer(rank) for rank in range(2)]
     for step in range(1, 31):
         for rank, writer in enumerate(writers):
-            writer.write(step, step // 10, _rows(step, rank))
+            for row in _rows(step, rank):
+                writer.write(step, step // 10, [row])
         if step % 8 == 0:
             for writer in writers:
                 writer.flush()
@@ -145,20 +148,18 @@ def _train(uri: str) -> None:
 
 
 @pytest.mark.capability("A kill at any moment loses at most the work since the last checkpoint")
-def test_a_run_killed_again_and_again_is_whole_after_each_resume(tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_is_whole_after_each_resume(tmp_path: Path, start: Start) -> None:
     run = Run(str(tmp_path / "run"))
     stage = run.stage("sft")
     chance = random.Random(3)
     newest = 0
     for _ in range(12):
-        trainer = multiprocessing.get_context("fork").Process(target=_train, args=(run.uri,))
-        trainer.start()
+        trainer = start(_train, run.uri)
         until = newest + chance.randrange(2) * 5
         while not (checkpoints := stage.checkpoints()) or checkpoints[0].step < until:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.03)
-        assert trainer.pid is not None
-        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.kill()
         trainer.join()
         assert stage.status().state == "interrupted"
         before, newest = newest, stage.checkpoints()[0].step

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,20 @@ def read_only_disk(small_disk: Path) -> Path:
     (small_disk / "kept").write_text("kept")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     return small_disk
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BaseProcess]]:
+    """Starts a process that calls a function, and kills it when the test ends at the latest."""
+    started: list[BaseProcess] = []
+
+    def start_process(function: Callable[..., object], *arguments: object) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        process.kill()
+        process.join()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 from postlude import storage
+from postlude.storage import files
+
+Start = Callable[..., BaseProcess]
 
 
 def _write(uri: str, contents: Mapping[str, bytes]) -> dict[str, storage.Digest]:
@@ -58,6 +61,20 @@ def test_a_discarded_folder_is_gone(place: str) -> None:
     storage.commit(place, _write(place, CONTENTS))
     storage.discard(place)
     assert not storage.exists(place)
+
+
+def test_a_folder_that_is_half_discarded_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "step")
+    storage.begin(uri)
+    storage.commit(uri, _write(uri, CONTENTS))
+
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        storage.discard(uri)
+    assert not storage.is_committed(uri)
 
 
 def test_a_file_cut_short_is_not_committed(place: str) -> None:
@@ -146,19 +163,16 @@ def _commit_for_ever(uri: str, seed: int) -> None:
         time.sleep(0.003)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path, start: Start) -> None:
     uri = str(tmp_path / "step")
     chance = random.Random(1)
     outcomes: list[bool] = []
     while len(outcomes) < 20 or len(set(outcomes)) < 2:
-        seed = len(outcomes)
-        writer = multiprocessing.get_context("fork").Process(target=_commit_for_ever, args=(uri, seed))
-        writer.start()
+        writer = start(_commit_for_ever, uri, len(outcomes))
         while not storage.exists(uri):
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
+        writer.kill()
         writer.join()
         outcomes.append(storage.is_committed(uri))
         if outcomes[-1]:

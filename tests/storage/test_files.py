@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postlude import storage
+
+Start = Callable[..., BaseProcess]
 
 
 def test_what_is_written_is_read(place: str) -> None:
@@ -173,19 +175,17 @@ def _replace_for_ever(uri: str) -> None:
         storage.write_text(uri, f"{length}:" + "x" * length)
 
 
-def test_a_reader_sees_one_version_or_another_while_a_writer_writes_and_is_killed(tmp_path: Path) -> None:
+def test_a_reader_sees_one_version_or_another_while_a_writer_writes_and_is_killed(tmp_path: Path, start: Start) -> None:
     uri = str(tmp_path / "state.json")
     storage.write_text(uri, "1:x")
     for round_number in range(4):
-        writer = multiprocessing.get_context("fork").Process(target=_replace_for_ever, args=(uri,))
-        writer.start()
+        writer = start(_replace_for_ever, uri)
         seen = set()
         while len(seen) < 10 + 7 * round_number:
             length, _, content = storage.read_text(uri).partition(":")
             assert content == "x" * int(length)
             seen.add(length)
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
+        writer.kill()
         writer.join()
         length, _, content = storage.read_text(uri).partition(":")
         assert content == "x" * int(length)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from postlude import storage
+from postlude.storage import files
+
+Start = Callable[..., BaseProcess]
 
 
 def _fill(folder: str, contents: dict[str, bytes]) -> None:
@@ -42,6 +45,17 @@ def test_a_new_folder_replaces_the_old_one_and_is_fetched_anew(place: str, tmp_p
             _fill(folder, {"only " + content.decode(): content})
         fetched = storage.fetch(uri, str(tmp_path / "copy"))
         assert set(os.listdir(fetched)) == {"COMMITTED", "only " + content.decode()}
+
+
+def test_nothing_is_removed_under_the_name_that_readers_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "model")
+    removed = []
+    monkeypatch.setattr(files.shutil, "rmtree", removed.append)
+    for _ in range(2):
+        with storage.new_folder(uri) as folder:
+            _fill(folder, CONTENTS)
+    assert removed
+    assert uri not in removed
 
 
 def test_after_an_error_the_old_folder_stands(place: str) -> None:
@@ -79,15 +93,13 @@ def _replace_for_ever(uri: str) -> None:
             _fill(folder, {f"part-{index}": str(number).encode() for index in range(5)})
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path, start: Start) -> None:
     uri = str(tmp_path / "stage" / "model")
     chance = random.Random(0)
     for _ in range(10):
-        writer = multiprocessing.get_context("fork").Process(target=_replace_for_ever, args=(uri,))
-        writer.start()
+        writer = start(_replace_for_ever, uri)
         time.sleep(0.01 + 0.02 * chance.random())
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
+        writer.kill()
         writer.join()
         if storage.exists(uri):
             assert len(storage.verify(uri).files) == 5

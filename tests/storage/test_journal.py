@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 import struct
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from postlude import storage
 from postlude.storage import exact_json, journal
+
+Start = Callable[..., BaseProcess]
 
 SPECIAL = ("NaN", "Infinity", "-Infinity")
 values = st.recursive(
@@ -147,25 +149,21 @@ def _in_order(entries: list[dict], writer: int) -> int:
     return len(numbers)
 
 
-def test_writers_that_are_killed_lose_no_entry_that_was_seen(tmp_path: Path) -> None:
+def test_writers_that_are_killed_lose_no_entry_that_was_seen(tmp_path: Path, start: Start) -> None:
     uri = str(tmp_path / "events.jsonl")
     entries = storage.Journal(uri)
-    fork = multiprocessing.get_context("fork")
     seen = [0, 0]
     for _ in range(8):
-        writers = [fork.Process(target=_append_for_ever, args=(uri, writer)) for writer in range(2)]
-        for process in writers:
-            process.start()
-        start = list(seen)
-        while any(now < before + 5 for now, before in zip(seen, start, strict=True)):
+        writers = [start(_append_for_ever, uri, writer) for writer in range(2)]
+        at_start = list(seen)
+        while any(now < before + 5 for now, before in zip(seen, at_start, strict=True)):
             found = entries.read()
             for writer in range(2):
                 count = _in_order(found, writer)
                 assert count >= seen[writer]
                 seen[writer] = count
         for process in writers:
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
         found = entries.read()
         assert all(_in_order(found, writer) >= seen[writer] for writer in range(2))
@@ -174,12 +172,11 @@ def test_writers_that_are_killed_lose_no_entry_that_was_seen(tmp_path: Path) -> 
         seen = [_in_order(found, writer) for writer in range(2)]
 
 
-def test_a_reader_sees_a_prefix_while_the_journal_is_cut(tmp_path: Path) -> None:
+def test_a_reader_sees_a_prefix_while_the_journal_is_cut(tmp_path: Path, start: Start) -> None:
     entries = storage.Journal(str(tmp_path / "metrics.jsonl"))
     for step in range(200):
         entries.append({"step": step})
-    reader = multiprocessing.get_context("fork").Process(target=_read_prefixes, args=(entries.uri,))
-    reader.start()
+    reader = start(_read_prefixes, entries.uri)
     for left in range(199, 0, -1):
         entries.cut(lambda entry, left=left: entry["step"] < left)
     entries.append({"step": "end"})
@@ -205,3 +202,12 @@ def test_two_remote_writers_lose_nothing_of_each_other(monkeypatch: pytest.Monke
     second.flush()
     found = storage.Journal(uri).read()
     assert [_in_order(found, writer) for writer in range(2)] == [20, 20]
+
+
+def test_a_remote_writer_that_does_not_know_of_another_yet_leaves_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"memory://{os.urandom(4).hex()}/amendments.jsonl"
+    storage.Journal(uri).append({"writer": 0, "number": 0}, sync=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.files, "list_directory", lambda uri: [])
+        storage.Journal(uri).append({"writer": 1, "number": 0}, sync=True)
+    assert [entry["writer"] for entry in storage.Journal(uri).read()] == [0, 1]

@@ -7,13 +7,17 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from postlude import storage
 from postlude.storage import exact_json, locks
+
+Start = Callable[..., BaseProcess]
 
 
 @pytest.fixture
@@ -55,32 +59,29 @@ def _hold(uri: str, told: Connection, with_child: bool) -> None:
 
 
 @pytest.mark.parametrize("with_child", [False, True], ids=["alone", "leaving a forked child"])
-def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path: Path, with_child: bool) -> None:
+def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path: Path, start: Start, with_child: bool) -> None:
     uri = str(tmp_path / "run.lock")
     here, there = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=_hold, args=(uri, there, with_child))
-    other.start()
+    other = start(_hold, uri, there, with_child)
     child = here.recv()
     with pytest.raises(storage.LockedError, match=f"process {other.pid} on"):
         storage.lock(uri)
-    assert other.pid is not None
-    os.kill(other.pid, signal.SIGKILL)
+    other.kill()
     other.join()
-    storage.lock(uri).release()
-    if with_child:
-        os.kill(child, signal.SIGKILL)
+    try:
+        storage.lock(uri).release()
+    finally:
+        if with_child:
+            os.kill(child, signal.SIGKILL)
 
 
-def test_asking_who_holds_it_does_not_refuse_a_process_that_takes_it(tmp_path: Path) -> None:
+def test_asking_who_holds_it_does_not_refuse_a_process_that_takes_it(tmp_path: Path, start: Start) -> None:
     uri = str(tmp_path / "run.lock")
     storage.lock(uri).release()
-    asking = multiprocessing.get_context("fork").Process(target=_ask_for_ever, args=(uri,))
-    asking.start()
+    for _ in range(2):
+        start(_ask_for_ever, uri)
     for _ in range(300):
         storage.lock(uri).release()
-    assert asking.pid is not None
-    os.kill(asking.pid, signal.SIGKILL)
-    asking.join()
 
 
 def _ask_for_ever(uri: str) -> None:
@@ -114,9 +115,8 @@ def test_a_lease_that_was_not_renewed_is_taken_over(lease: str) -> None:
         assert storage.holder(lease) is not None
 
 
-def test_a_lease_of_a_dead_process_of_this_host_is_taken_over(lease: str) -> None:
-    dead = multiprocessing.get_context("fork").Process(target=int)
-    dead.start()
+def test_a_lease_of_a_dead_process_of_this_host_is_taken_over(lease: str, start: Start) -> None:
+    dead = start(int)
     dead.join()
     for pid in (dead.pid, os.getpid()):  # the second: an earlier process that had our number
         assert pid is not None

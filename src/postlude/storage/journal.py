@@ -91,17 +91,12 @@ class _LocalLines:
 
     def append(self, line: bytes, sync: bool) -> None:
         with writing(self.uri), self._opened() as descriptor:
-            end = _end_of_last_line(descriptor)
-            os.ftruncate(descriptor, end)
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(descriptor, line[written:])
-                if sync:
-                    os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, end)
-                raise
+            os.ftruncate(descriptor, _end_of_last_line(descriptor))
+            written = 0
+            while written < len(line):
+                written += os.write(descriptor, line[written:])
+            if sync:
+                os.fsync(descriptor)
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
