@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -96,9 +96,13 @@ _registered: dict[tuple[str, str], type[Component]] = {}
 
 @cache
 def _entry_points(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
-    """The entry points of a kind by name. More than one under a name is an error, once the name is used."""
+    return _by_name(entry_points(group=f"postlude.{kind}"))
+
+
+def _by_name(points: Iterable[EntryPoint]) -> dict[str, tuple[EntryPoint, ...]]:
+    """More than one under a name is an error, once the name is used."""
     found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in entry_points(group=f"postlude.{kind}"):
+    for point in points:
         same = found.get(point.name, ())
         if all(point.value != other.value for other in same):
             found[point.name] = (*same, point)
@@ -216,11 +220,12 @@ class Named:
         return name if isinstance(name, str) else None
 
     def component(self, keys: Mapping[str, Any]) -> type[Component] | None:
-        """The component that a mapping means; None if that is not known."""
+        """The component that a mapping means; None if that is not known or cannot be used."""
         name = self.name_in(keys) or self.default
-        if name is None or name not in names(self.kind):
+        try:
+            return lookup(self.kind, name) if name else None
+        except (KeyError, BrokenExtension):
             return None
-        return lookup(self.kind, name)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(

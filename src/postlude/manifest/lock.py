@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import datasets_used
@@ -67,7 +69,11 @@ def lock(resolved: Resolved, threads: Mapping[str, int] | None = None) -> Lock:
 
 def lock_text(resolved: Resolved, threads: Mapping[str, int] | None = None) -> str:
     """:func:`lock` as the text of the file."""
-    locked = lock(resolved, threads)
+    return written(lock(resolved, threads))
+
+
+def written(locked: Lock) -> str:
+    """A lock as YAML, which :func:`read_lock` reads."""
     document = {
         "hash": locked.hash,
         "versions": locked.versions,
@@ -76,12 +82,23 @@ def lock_text(resolved: Resolved, threads: Mapping[str, int] | None = None) -> s
     }
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
     yaml.width = 10**9
     yaml.dump(document, text)
     return _HEADER + text.getvalue()
+
+
+class _Representer(SafeRepresenter):
+    """Quotes texts with line breaks and other characters that are not seen, so that they are read back exactly."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
