@@ -71,6 +71,7 @@ def run(loader):
 
 
 @pytest.mark.capability("Every example is trained exactly once an epoch")
+@settings(max_examples=40)
 @given(plans(names=("only",)))
 def test_an_epoch_holds_every_example_once(made_up_source, plan):
     source = made_up_source("only", **plan["sources"]["only"])
@@ -80,6 +81,7 @@ def test_an_epoch_holds_every_example_once(made_up_source, plan):
         assert sorted(seen) == sorted(source.ids())
 
 
+@settings(max_examples=40)
 @given(plans())
 def test_a_mixture_draws_each_source_pass_by_pass(made_up_source, plan):
     loader = build(made_up_source, plan)
@@ -94,6 +96,7 @@ def test_a_mixture_draws_each_source_pass_by_pass(made_up_source, plan):
     assert loader.state()["cursors"][leader] == 2 * sum(map(len, plan["sources"][leader]["lengths"]))
 
 
+@settings(max_examples=40)
 @given(plans())
 def test_steps_are_full_to_the_end_of_an_epoch_and_blocks_are_never_over_full(made_up_source, plan):
     with build(made_up_source, plan) as loader:
@@ -114,7 +117,7 @@ def test_steps_are_full_to_the_end_of_an_epoch_and_blocks_are_never_over_full(ma
 
 
 @pytest.mark.capability("The order of the data does not depend on the number of workers")
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(plans(), st.sampled_from([2, 3, 5]))
 def test_ranks_share_the_steps_of_one(made_up_source, plan, world):
     alone = run(build(made_up_source, plan))
@@ -130,7 +133,7 @@ def test_ranks_share_the_steps_of_one(made_up_source, plan, world):
 
 
 @pytest.mark.capability("A run stopped anywhere continues with exactly the next step")
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(plans(), st.sampled_from([{"epochs": 2}, {"steps": 9}]), st.data())
 def test_a_stop_anywhere_is_continued_exactly(made_up_source, plan, length, data):
     undisturbed = run(build(made_up_source, plan, **length))
@@ -192,6 +195,7 @@ def test_a_fresh_process_continues_exactly(made_up_source, pytestconfig):
     assert len(rest) > 8
 
 
+@settings(max_examples=40)
 @given(plans(), st.integers(1, 12))
 def test_steps_go_on_over_epochs_until_they_are_done(made_up_source, plan, steps):
     with build(made_up_source, plan, steps=steps) as loader:
@@ -201,6 +205,7 @@ def test_steps_go_on_over_epochs_until_they_are_done(made_up_source, plan, steps
 
 
 @pytest.mark.capability("A stream is read group by group, never all at once")
+@settings(max_examples=40)
 @given(plans(names=("stream",)))
 def test_a_stream_has_one_group_open_and_is_read_in_order(made_up_source, plan):
     plan["sources"]["stream"]["seekable"] = False
@@ -354,6 +359,14 @@ def test_other_data_than_the_state_was_made_with_are_an_error(made_up_source):
     state = Loader({"a": made_up_source("a", [[(3,)] * 4])}, **plan).state()
     with pytest.raises(DataError, match=r"\{'a': 4\}, now they are \{'a': 5\}"):
         Loader({"a": made_up_source("a", [[(3,)] * 5])}, **plan).load(state)
+
+
+def test_long_units_do_not_come_first(made_up_source):
+    source = made_up_source("a", [[(1 + row % BLOCK,) for row in range(4000)]])
+    plan = {"weights": {"a": 1.0}, "seed": 0, "block": BLOCK, "blocks_per_step": 1, "window": 1000, "epochs": 1}
+    with Loader({"a": source}, **plan) as loader:
+        longest = [max(len(unit) for unit in step.blocks[0]) for step in islice(loader, 1000)]
+    assert abs(sum(longest[:500]) - sum(longest[500:])) < 0.05 * sum(longest)
 
 
 def test_a_unit_longer_than_the_block_is_refused_by_its_id(made_up_source):

@@ -42,7 +42,7 @@ class SourceStatistics:
     records: int
     """Records that the source has, after its filters."""
     filtered: dict[str, Dropped] = field(default_factory=dict)
-    """Records that each filter took out."""
+    """Records that were left out before they were encoded, by reason."""
     read: int = 0
     """Records read."""
     dropped: dict[str, Dropped] = field(default_factory=dict)

@@ -193,7 +193,8 @@ class WindowReader:
         """The error that tells why a whole pass has come to nothing."""
         told = []
         for name in self.mixture.names:
-            dropped = self._sources[name].statistics.dropped
+            statistics = self._sources[name].statistics
+            dropped = {**statistics.filtered, **statistics.dropped}
             reasons = "; ".join(f"{reason} ({examples})" for reason, examples in dropped.items())
             told.append(f"'{name}' ({self.rows[name]} records){': dropped as ' + reasons if reasons else ''}")
         return DataError(

@@ -1,0 +1,82 @@
+"""A data set as the loader draws from it: rows become examples, examples documents, documents units; all is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from postlude.data.document import Document, Unit
+from postlude.data.statistics import Dropped, SourceStatistics
+from postlude.manifest.errors import DataError
+
+if TYPE_CHECKING:
+    from postlude.data.dataset import Dataset
+    from postlude.data.encode import Encoded, Encoder
+
+UNUSABLE = "cannot be rendered or tokenised"
+"""Why an example is dropped that the encoder refused, where bad records are skipped."""
+
+
+class EncodedDataset:
+    """The units of a data set (:class:`postlude.data.windows.UnitSource`).
+
+    ``units`` says which of an example's documents belong together. An example that the encoder refuses stops
+    everything with a DataError that names it, or is dropped and counted, as the data set's ``on_bad_record`` says.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        encoder: Encoder,
+        units: Callable[[Sequence[Document]], tuple[Unit, ...]],
+        on_bad_record: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        self.dataset, self.encoder = dataset, encoder
+        self._units, self._on_bad_record = units, on_bad_record
+        self.statistics = SourceStatistics(dataset.name, sum(dataset.groups), filtered=self._filtered())
+
+    @property
+    def groups(self) -> Sequence[int]:
+        return self.dataset.groups
+
+    @property
+    def files(self) -> Sequence[Sequence[int]]:
+        return self.dataset.files
+
+    @property
+    def seekable(self) -> bool:
+        return self.dataset.seekable
+
+    def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
+        """The units of these rows of a group: one tuple for each position, empty where the record was dropped."""
+        rows = self.dataset.examples(group, positions)
+        encoded = iter(self.encoder.encode([one for row in rows for one in row], self.dataset.name))
+        self.statistics.read += len(rows)
+        self.statistics.filtered = self._filtered()
+        return [tuple(unit for one in row for unit in self._counted(one[0], next(encoded))) for row in rows]
+
+    def _filtered(self) -> dict[str, Dropped]:
+        """What the data set has left out so far: by its filters, and bad records that were met since."""
+        return {
+            reason: Dropped(dropped.count, [identity for identity, _ in dropped.examples])
+            for reason, dropped in self.dataset.dropped.items()
+        }
+
+    def _counted(self, example_id: str, encoded: Encoded) -> tuple[Unit, ...]:
+        if encoded.error is not None:
+            if self._on_bad_record == "stop":
+                raise DataError(
+                    f"The example '{example_id}' cannot be used: {encoded.error} Mend it, or set "
+                    f"data.{self.dataset.name}.on_bad_record to skip to leave such examples out and count them."
+                ) from encoded.error
+            self.statistics.drop(UNUSABLE, example_id)
+            return ()
+        if encoded.truncated:
+            self.statistics.truncated += 1
+            self.statistics.tokens_cut += encoded.truncated
+        if encoded.dropped is not None:
+            self.statistics.drop(encoded.dropped, example_id)
+            return ()
+        units = self._units(encoded.documents)
+        self.statistics.add(units)
+        return units
