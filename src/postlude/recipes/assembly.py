@@ -1,31 +1,45 @@
 """From a stage of a manifest to a trainer: what every training recipe shares.
 
-A rank builds everything from the resolved manifest and the run directory alone, so that it can be started
-anywhere. Preflight and preview build the same parts and stop earlier.
+A rank builds everything from the resolved manifest and the run directory alone, so it can be started anywhere.
+Preflight and preview build the same parts and stop earlier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from postlude import runs, storage
+from postlude import storage
 from postlude.data.dataset import Dataset
-from postlude.data.document import Block, Unit
+from postlude.data.document import Block
 from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
+from postlude.data.example import texts_of
 from postlude.data.loader import Loader
 from postlude.data.tokenizer import load_tokenizer, train_tokenizer
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import restore
-from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom
+from postlude.manifest.schema import Manifest, ModelFrom
+from postlude.model.flops import packed_flops
+from postlude.model.load import load_model
 from postlude.recipes.recipe import TrainingRecipe
+from postlude.runs import Run, artifact_of
+from postlude.telemetry.progress import waiting
+from postlude.telemetry.recorder import Recorder
+from postlude.training.amendments import Amendments
+from postlude.training.meters import Meters
+from postlude.training.precision import Precision
+from postlude.training.program import Program, Role
+from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from postlude.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -53,20 +67,26 @@ class Assembly:
         if not isinstance(config, TrainingRecipe):
             raise ManifestError(f"stages.{task.stage}: the recipe '{config.recipe}' does not train a model.")
         self.config = config
-        self.run = runs.Run(task.run)
+        self.run = Run(task.run)
         self.stage = self.run.stage(task.stage)
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """Devices of each worker of the stage's pool; 0 computes on the CPU."""
+        return next((p.gpus_per_worker for n in self.config.pools if (p := self.manifest.compute.pools.get(n))), 0)
 
     # --- data -----------------------------------------------------------------------------------------------
 
     def dataset(self, name: str, limit: int | None = None) -> Dataset:
-        """A named data set with its filters applied, checked against the shapes that the recipe takes."""
-        config: DatasetConfig = self.manifest.data[name]
+        """A named data set with its filters applied. ManifestError if the recipe cannot train on its format."""
+        config = self.manifest.data[name]
         produces = config.format.produces  # type: ignore[attr-defined]
-        if not issubclass(produces, self.config.accepts):
-            takes = ", ".join(shape.__name__ for shape in self.config.accepts)
+        shapes = get_args(produces) or (produces,)
+        if not any(issubclass(shape, self.config.accepts) for shape in shapes):
             raise ManifestError(
-                f"data.{name}.format '{config.format.component_name}' makes {produces.__name__}, but the recipe "
-                f"'{self.config.recipe}' of stages.{self.task.stage} takes {takes}. Choose another format."
+                f"data.{name}.format '{config.format.component_name}' makes {_listed(shapes)}, but the recipe "
+                f"'{self.config.recipe}' of stages.{self.task.stage} takes {_listed(self.config.accepts)}. "
+                "Choose another format."
             )
         if limit is not None:
             config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
@@ -78,8 +98,8 @@ class Assembly:
         return {name: self.dataset(name) for name in self.config.data}
 
     def encoded(self, dataset: Dataset) -> EncodedDataset:
-        """A data set whose rows come as packed units of token ids."""
-        config = dataset.config
+        """A data set whose rows come as units of token ids."""
+        config = self.manifest.data[dataset.name]
         encoder = Encoder(
             self.tokenizer,
             template=config.template,
@@ -87,87 +107,73 @@ class Assembly:
             block=self.config.batch.block,
             truncate=config.truncate,
         )
+        return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
 
-        def units(documents: Sequence[Any]) -> tuple[Unit, ...]:
-            return self.config.units(documents)
-
-        return EncodedDataset(dataset, encoder, units)
+    @cached_property
+    def sources(self) -> dict[str, EncodedDataset]:
+        """The data sets that the stage trains on, encoded."""
+        return {name: self.encoded(dataset) for name, dataset in self.datasets.items()}
 
     @cached_property
     def loader(self) -> Loader:
         """The exact loader over the stage's mixture, dealing this rank its blocks."""
-        return self.new_loader({name: self.encoded(dataset) for name, dataset in self.datasets.items()})
-
-    def new_loader(self, sources: dict[str, EncodedDataset]) -> Loader:
-        config = self.config
-        return Loader(
-            sources,
-            dict(config.data),
-            seed=self.manifest.seed,
-            block=config.batch.block,
-            blocks_per_step=config.batch.tokens // config.batch.block,
-            window=config.batch.window,
-            epochs=config.epochs,
-            steps=config.steps,
-            rank=self.workers.rank,
-            world=self.workers.world,
-        )
+        return self._loader(self.sources, self.config.data, epochs=self.config.epochs, steps=self.config.steps)
 
     @cached_property
     def evaluations(self) -> dict[str, list[Block]]:
-        """This rank's held-out blocks by data set: one pass, packed in order once."""
+        """This rank's held-out blocks by data set: one pass over each, packed once."""
         if self.config.evaluate is None:
             return {}
         held_out = {}
         for name in self.config.evaluate.data:
             source = self.encoded(self.dataset(name, self.config.evaluate.limit))
-            loader = Loader(
-                {name: source},
-                {name: 1.0},
-                seed=self.manifest.seed,
-                block=self.config.batch.block,
-                blocks_per_step=self.config.batch.tokens // self.config.batch.block,
-                window=self.config.batch.window,
-                epochs=1,
-                steps=None,
-                rank=self.workers.rank,
-                world=self.workers.world,
-            )
-            held_out[name] = [block for step in loader for block in step.blocks]
-            loader.close()
+            with self._loader({name: source}, {name: 1.0}, epochs=1, steps=None) as loader:
+                held_out[name] = [block for step in loader for block in step.blocks]
         return held_out
 
-    # --- tokenizer and models -------------------------------------------------------------------------------
+    def _loader(
+        self,
+        sources: Mapping[str, EncodedDataset],
+        weights: Mapping[str, float],
+        *,
+        epochs: int | None,
+        steps: int | None,
+    ) -> Loader:
+        batch = self.config.batch
+        return Loader(
+            sources,
+            weights,
+            seed=self.manifest.seed,
+            block=batch.block,
+            blocks_per_step=batch.tokens // batch.block,
+            window=batch.window,
+            epochs=epochs,
+            steps=steps,
+            rank=self.workers.rank,
+            world=self.workers.world,
+            waiting=waiting,
+        )
 
-    @cached_property
-    def model_path(self) -> str | None:
-        """Where the model's files are: None for a new one."""
-        return self.resolve(self.config.model)
-
-    def resolve(self, start: ModelFrom) -> str | None:
-        """The directory or hub name behind ``path`` or ``from``; None for ``new``."""
-        if start.from_ is not None:
-            return self.run.stage(start.from_).artifact
-        if start.path is None or storage.exists(start.path):
-            return start.path
-        return runs.artifact_of(start.path) or start.path
+    # --- tokenizer ------------------------------------------------------------------------------------------
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The stage's tokenizer. One that is trained is trained once, by the leading rank, and kept in the stage."""
         asked = self.config.tokenizer
         if asked is None:
-            if self.model_path is None:
+            path = self.place_of(self.config.model)
+            if path is None:
                 raise ManifestError(
                     f"stages.{self.task.stage}: a new model has no tokenizer of its own. "
                     "Give 'tokenizer' with one of path, train and bytes."
                 )
-            return load_tokenizer(self.model_path)
+            return load_tokenizer(path)
         if asked.train is None:
             return load_tokenizer(asked)
         kept = self.stage.tokenizer
-        if self.workers.leads and not storage.exists(kept):
-            train_tokenizer(asked.train, self._texts()).save_pretrained(kept)
+        if self.workers.leads and not storage.is_committed(kept):
+            with storage.new_folder(kept) as folder, waiting("the tokenizer to be trained"):
+                train_tokenizer(asked.train, self._texts()).save_pretrained(folder)
         self.workers.barrier()
         return load_tokenizer(kept)
 
@@ -177,13 +183,83 @@ class Assembly:
                 for start in range(0, rows, 1024):
                     for examples in dataset.examples(group, range(start, min(start + 1024, rows))):
                         for _, example in examples:
-                            yield from _texts_of(example)
+                            yield from texts_of(example)
+
+    # --- models ---------------------------------------------------------------------------------------------
+
+    def place_of(self, start: ModelFrom) -> str | None:
+        """The directory or hub name behind ``path`` or ``from``; None for ``new``."""
+        if start.from_ is not None:
+            return self.run.stage(start.from_).artifact
+        if start.path is None:
+            return None
+        return artifact_of(start.path) or start.path
+
+    def model(self, start: ModelFrom) -> LanguageModel:
+        """A model on this rank's device, recomputing and compiled as the stage says."""
+        model = load_model(start, self.place_of(start), self.tokenizer, seed=self.manifest.seed)
+        model.to(self.workers.device)
+        if self.config.recompute == "layer":
+            model.recompute_layers()
+        if self.config.compile:
+            model.compile_layers()
+        return model
+
+    def with_model(self, start: ModelFrom) -> Assembly:
+        """The same stage with another model to start from; data and tokenizer are shared."""
+        other = copy(self)
+        other.config = self.config.model_copy(update={"model": start})
+        for built in ("program", "precision"):
+            other.__dict__.pop(built, None)
+        return other
+
+    @cached_property
+    def program(self) -> Program:
+        """The recipe's objective, and every model that it needs with its heads."""
+        objective = self.config.objective()
+        roles = {"policy": Role(self.model(self.config.model), self.config.optimizer)}  # type: ignore[arg-type]
+        for name, companion in self.config.companions().items():
+            roles[name] = Role(self.model(companion.start), companion.optimizer)
+        for name, heads in objective.heads.items():
+            if "scalar" in heads:
+                roles[name].model.add_scalar_head()
+        for role in roles.values():
+            role.model.requires_grad_(role.optimizer is not None).train()
+        return Program(objective, roles)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The compute dtype, with the reason for it."""
+        stored = self.program.roles["policy"].model.stored_dtype
+        return Precision.choose(self.config.precision, self.workers.device, stored)
+
+    # --- the trainer ----------------------------------------------------------------------------------------
+
+    def trainer(self, recorder: Recorder, stop: Callable[[], bool]) -> Trainer:
+        """The trainer, at step 0."""
+        models = [role.model for role in self.program.roles.values()]
+        return Trainer(
+            self.config,
+            self.program,
+            self.loader,
+            self.workers,
+            seed=self.manifest.seed,
+            precision=self.precision,
+            journal=recorder,
+            meters=Meters(packed_flops(models), self.workers, self.precision, self.task.threads),
+            evaluations=self.evaluations,
+            checkpoint_uri=self.stage.checkpoint_uri,
+            on_commit=lambda uri, step: self._committed(recorder, uri, step),
+            amendments=Amendments(self.stage),
+            stop=stop,
+        )
+
+    def _committed(self, recorder: Recorder, uri: str, step: int) -> None:
+        recorder.event("checkpoint_saved", step=step, uri=uri)
+        self.stage.prune(self.config.checkpoint.keep)
 
 
-def _texts_of(example: Example) -> Iterator[str]:
-    if isinstance(example, Conversation):
-        for message in example.messages:
-            if isinstance(message.get("content"), str):
-                yield message["content"]
-    elif isinstance(example, Text):
-        yield "".join(text for text, _ in example.pieces)
+
+
+def _listed(shapes: Iterable[type]) -> str:
+    return ", ".join(shape.__name__ for shape in shapes)

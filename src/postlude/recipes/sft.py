@@ -10,6 +10,7 @@ from postlude.manifest.component import Component, Named
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
+    from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
 
 
@@ -17,7 +18,14 @@ class SFT(TrainingRecipe):
     """Supervised fine-tuning on conversations, text or token ids."""
 
     recipe: Literal["sft"]
-    loss: Annotated[Component, Named("objectives"), Field(validate_default=True)] = "nll"  # type: ignore
+    loss: Annotated[Component, Named("objectives"), Field(validate_default=True)] = "nll"  # type: ignore[assignment]
+    """What is minimised, among the objectives that take single documents."""
 
     def objective(self) -> Objective:
         return self.loss.build()  # type: ignore[attr-defined]
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter:
+        from postlude.recipes.sft_starter import starter
+
+        return starter(stem)

@@ -27,6 +27,11 @@ class Optimizer(Component):
     lr: Positive = 1e-5
     weight_decay: NotNegative = 0.0
 
+    @property
+    def state_per_parameter(self) -> int:
+        """How many numbers the optimiser keeps for each parameter, for the memory plan."""
+        return 2
+
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
         """Torch optimisers over the named parameters that are trained. Each of their groups has a key ``role``."""
         raise NotImplementedError
@@ -81,6 +86,10 @@ class Muon(Optimizer):
     nesterov: bool = True
     adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
 
+    @property
+    def state_per_parameter(self) -> int:
+        return 1
+
     def rate(self, role: str) -> float:
         return self.lr if role == "orthogonal" else self.adamw_lr or self.lr
 
@@ -112,6 +121,10 @@ class SGD(Optimizer):
     """Stochastic gradient descent, with momentum on request."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def state_per_parameter(self) -> int:
+        return 1 if self.momentum else 0
 
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
         import torch

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from postlude.data.batch import PackedBatch
+from postlude.model.language_model import LanguageModel
 from postlude.objectives.head import FusedHead
 from postlude.objectives.objective import LanguageHead, Outcome, ScalarHead
 from postlude.training.precision import LossScale, Precision
@@ -124,7 +125,7 @@ class Executor:
         for role, names in self.program.objective.heads.items():
             model = self.program.roles[role].model
             for name in names:
-                heads[name, role] = FusedHead.of(model) if name == "lm" else model.head(name)
+                heads[name, role] = _language_head(model) if name == "lm" else model.head(name)
         return heads
 
     def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
@@ -179,6 +180,17 @@ class Executor:
                 micro = MicroBatch(batch, totals, {}, self.program.roles, self._heads())
                 measured.append({name: float(value) for name, value in objective.measure(micro).items()})
         return self.workers.sum_numbers(_total(measured))
+
+
+def _language_head(model: LanguageModel) -> FusedHead:
+    made_of = model.lm_head_parameters()
+    return FusedHead(
+        made_of.weight,
+        made_of.bias,
+        vocabulary=made_of.vocabulary,
+        scale=made_of.scale,
+        soft_cap=made_of.soft_cap,
+    )
 
 
 def _total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

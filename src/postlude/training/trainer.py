@@ -103,6 +103,7 @@ class Trainer:
         self.phases = Phases(synchronize=workers.device.type == "cuda")
         self.executor = Executor(program, workers, precision, self.phases, meters.flops)
         self.checkpointer = Checkpointer(workers, on_commit)
+        self.summary = Summary(0)
         self.step = 0
         self._saved_step = -1
         self.progress = 0.0
@@ -113,9 +114,9 @@ class Trainer:
 
     def fit(self) -> Summary:
         """Train to the end of the loader, or until ``stop`` says so; the last state is then checkpointed."""
-        summary = Summary(self.step)
+        self.summary = summary = Summary(self.step)
         if self.step == 0:
-            self._evaluate(summary)
+            self._evaluate()
         steps = iter(self.loader)
         try:
             while True:
@@ -126,11 +127,11 @@ class Trainer:
                     work = next(steps, None)
                 if work is None:
                     break
-                self._train(work, summary)
+                self.train(work)
                 if self._due(self.config.checkpoint.every):
                     self.save(background=True)
             if self.config.evaluate and not summary.interrupted and not self._due(self.config.evaluate.every):
-                self._evaluate(summary)
+                self._evaluate()
             self.save(background=False)
         finally:
             self.checkpointer.close()
@@ -155,7 +156,8 @@ class Trainer:
 
     # --- one step -------------------------------------------------------------------------------------------
 
-    def _train(self, work: StepBlocks, summary: Summary) -> None:
+    def train(self, work: StepBlocks) -> None:
+        """One optimiser step, and its line of metrics. Diverged if too many in a row had to be skipped."""
         begin = time.perf_counter()
         torch.manual_seed(_key(self.seed, self.step, self.workers.rank))
         batches = self.micro_batches(work.blocks)
@@ -185,11 +187,11 @@ class Trainer:
             **({"loss_scale": self.scale.scale} if self.scale.active else {}),
         }
         if self.config.evaluate and self._due(self.config.evaluate.every):
-            line |= self._evaluate(summary)
+            line |= self._evaluate()
         line |= self.meters.read(result.counts, self.phases.take(), time.perf_counter() - begin)
         self.journal.metrics(line)
-        summary.first_loss = result.loss if summary.first_loss is None else summary.first_loss
-        summary.last_loss = result.loss
+        self.summary.first_loss = result.loss if self.summary.first_loss is None else self.summary.first_loss
+        self.summary.last_loss = result.loss
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise Diverged(self._diverged(batches))
 
@@ -235,7 +237,7 @@ class Trainer:
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
-    def _evaluate(self, summary: Summary) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """The loss on every held-out set, as keys of a metrics line; also told as an event."""
         line: dict[str, float] = {}
         with self.phases.measure("evaluate"):
@@ -245,7 +247,7 @@ class Trainer:
                 result = self.executor.evaluate(self.micro_batches(blocks))
                 line[f"eval_{name}_loss"] = result.loss
                 line |= {f"eval_{name}_{metric}": value for metric, value in result.metrics.items()}
-                summary.evaluations.setdefault(name, []).append(result.loss)
+                self.summary.evaluations.setdefault(name, []).append(result.loss)
                 self.journal.event("evaluation", step=self.step, name=name, loss=result.loss)
             for role in self.program.roles.values():
                 role.model.train()

@@ -1,0 +1,5 @@
+"""``python -m postlude``: the command line."""
+
+from postlude.cli import main
+
+main()

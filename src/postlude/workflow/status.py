@@ -1,0 +1,135 @@
+"""``postlude status`` and ``postlude runs``: what run directories say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from postlude.manifest.lock import read_lock
+from postlude.runs import Run, list_runs, open_run
+from postlude.telemetry import events
+from postlude.telemetry.summary import StageSummary, summarize
+
+ALARMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage: its numbers, and the newest checkpoint."""
+
+    summary: StageSummary
+    checkpoint: int | None
+    error: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.summary.stage,
+            "state": self.summary.state,
+            "step": self.summary.steps,
+            "first_loss": self.summary.first_loss,
+            "loss": self.summary.last_loss,
+            "tokens": self.summary.tokens,
+            "seconds": self.summary.seconds,
+            "last_checkpoint": self.checkpoint,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run: every stage of its manifest, who works on it, and what it is alarmed about."""
+
+    run: Run
+    stages: list[StageStatus]
+    holder: str | None
+    alarms: list[events.Event]
+
+    @property
+    def state(self) -> str:
+        """The state of the run as a whole: that of the first stage that is not done."""
+        return next((stage.summary.state for stage in self.stages if stage.summary.state != "done"), "done")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run.uri,
+            "state": self.state,
+            "held_by": self.holder,
+            "stages": [stage.to_json() for stage in self.stages],
+            "alarms": [alarm.model_dump(mode="json") for alarm in self.alarms],
+        }
+
+    def render(self) -> RenderableType:
+        table = Table(title=f"{self.run.name}: {self.state}", title_justify="left")
+        for column in ("stage", "state", "step", "loss", "last checkpoint"):
+            table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+        for stage in self.stages:
+            summary = stage.summary
+            table.add_row(
+                summary.stage,
+                summary.state,
+                str(summary.steps),
+                "" if summary.last_loss is None else f"{summary.last_loss:.4f}",
+                "" if stage.checkpoint is None else f"step {stage.checkpoint}",
+            )
+        notes = [f"held by {self.holder}"] if self.holder else []
+        notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
+        notes += [f"{alarm.time} {alarm.kind}: {_told(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
+        return Group(table, *notes)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs in a folder."""
+
+    runs: list[RunStatus]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"runs": [run.to_json() for run in self.runs]}
+
+    def render(self) -> RenderableType:
+        table = Table()
+        for column in ("run", "state", "stages done", "last loss"):
+            table.add_column(column)
+        for run in self.runs:
+            done = sum(stage.summary.state == "done" for stage in run.stages)
+            losses = [stage.summary.last_loss for stage in run.stages if stage.summary.last_loss is not None]
+            shown = f"{losses[-1]:.4f}" if losses else ""
+            table.add_row(run.run.name, run.state, f"{done}/{len(run.stages)}", shown)
+        return table
+
+
+def status(place: str) -> RunStatus:
+    """The state of a run. UserError if there is none at ``place``."""
+    return _status(open_run(place))
+
+
+def runs(folder: str) -> Runs:
+    """The state of every run directly in a folder."""
+    return Runs([_status(run) for run in list_runs(folder)])
+
+
+def _status(run: Run) -> RunStatus:
+    names = list(read_lock(run.read_manifest_lock() or "", run.manifest_lock).stages)
+    holder = run.holder()
+    return RunStatus(
+        run,
+        [_stage(run, summary) for summary in summarize(run, names)],
+        str(holder) if holder else None,
+        [event for event in events.read(run.events) if event.kind in ("alarm", "failure", "checkpoint_skipped")],
+    )
+
+
+def _stage(run: Run, summary: StageSummary) -> StageStatus:
+    stage = run.stage(summary.stage)
+    checkpoints = stage.checkpoints()
+    return StageStatus(summary, checkpoints[0].step if checkpoints else None, stage.status().details.get("error"))
+
+
+def _told(event: events.Event) -> str:
+    said = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
+    return ", ".join(f"{key} {value}" for key, value in said.items())
+
+

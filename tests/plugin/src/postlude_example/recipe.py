@@ -1,0 +1,18 @@
+"""A recipe of a user's own: supervised fine-tuning that is kept from growing too sure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from postlude.manifest.component import Component, Named
+from postlude.recipes.recipe import TrainingRecipe
+
+
+class ConfidentSFT(TrainingRecipe):
+    """Likelihood with a penalty on low entropy (Pereyra et al., 2017)."""
+
+    recipe: Literal["confident_sft"]
+    loss: Annotated[Component, Named("objectives")]
+
+    def objective(self):
+        return self.loss.build()

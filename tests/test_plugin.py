@@ -1,0 +1,78 @@
+"""A package beside ours brings a recipe, an objective, a format, a filter and a sink, checked as strictly as ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.load import load
+from postlude.workflow.run import run
+
+SCRIPTS = ["User: What is {n} and {n}?\nGuide: It is {m}.", "User: And {n}?\nGuide: That one is {n}, friend."]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> dict:
+    with (tmp_path / "scripts.jsonl").open("w") as file:
+        for n in range(60):
+            file.write(json.dumps({"script": SCRIPTS[n % 2].format(n=n, m=2 * n)}) + "\n")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "name": "own",
+        "run_dir": str(tmp_path / "runs"),
+        "data": {
+            "scripts": {
+                "source": {"path": str(tmp_path / "scripts.jsonl")},
+                "format": {"name": "dialogue", "assistant": "Guide"},
+                "filters": [{"name": "mentions", "word": "What"}],
+            }
+        },
+        "sinks": [{"name": "lines", "path": str(tmp_path / "lines.txt")}],
+        "stages": {
+            "tune": {
+                "recipe": "confident_sft",
+                "loss": {"name": "confidence_penalty", "beta": 0.2},
+                "model": {"new": {"architecture": "llama", "config": shape}},
+                "tokenizer": {"bytes": True},
+                "data": {"scripts": 1.0},
+                "steps": 3,
+                "batch": {"tokens": 512, "block": 256},
+                "threads": 1,
+            }
+        },
+    }
+
+
+@pytest.mark.capability("Components of one's own through entry points: recipe, objective, format, filter, sink")
+def test_a_run_made_of_somebody_elses_components(manifest: dict, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(manifest))
+    assert run(str(path), [], inline=True) == 0
+    lines = (tmp_path / "runs/own/stages/tune/metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["entropy"] > 0 for line in lines)
+    assert (tmp_path / "lines.txt").read_text().splitlines() == [f"tune {step}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "nearest"),
+    [
+        (("data", "scripts", "format"), "asistant", "assistant"),
+        (("data", "scripts", "filters", 0), "wrod", "word"),
+        (("sinks", 0), "pth", "path"),
+        (("stages", "tune", "loss"), "betta", "beta"),
+        (("stages", "tune"), "lossy", "loss"),
+    ],
+)
+def test_an_unknown_key_of_theirs_is_an_error_with_its_place(manifest: dict, place, key: str, nearest: str) -> None:
+    part = manifest
+    for step in place:
+        part = part[step]
+    part[key] = 1
+    with pytest.raises(ManifestError) as error:
+        load(json.dumps(manifest, indent=1), "own.yaml")
+    assert key in str(error.value)
+    assert nearest in str(error.value)
+    assert "own.yaml:" in str(error.value)
