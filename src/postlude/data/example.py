@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, ClassVar
 
 from postlude.manifest.component import Component
@@ -48,9 +49,20 @@ Example = Conversation | Text | Tokens
 class Format(Component):
     """Reads a record as examples. The component of the kind ``formats``."""
 
-    produces: ClassVar[type] = Conversation
-    """The class of what :meth:`parse` returns, so that a recipe can refuse a format that it cannot use."""
+    produces: ClassVar[type | UnionType] = Conversation
+    """The class of what :meth:`parse` returns, or several (``Text | Conversation``), so that a recipe can refuse a
+    format that it cannot use."""
 
     def parse(self, record: Record) -> list[Example]:
         """The examples in a record: mostly one, several for a tree. :class:`BadRecord` if it is not of the format."""
         raise NotImplementedError
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """The text in an example, for whoever wants to learn a vocabulary from it; token ids have none."""
+    if isinstance(example, Conversation):
+        for message in example.messages:
+            if isinstance(message.get("content"), str):
+                yield message["content"]
+    elif isinstance(example, Text):
+        yield "".join(text for text, _ in example.pieces)

@@ -1,0 +1,250 @@
+"""A named data set: its source with limit and filters applied, whose rows become examples with stable identities.
+
+Notable:
+
+- The filters run once over the whole source, in file order and in batches, so memory holds one batch and what the
+  filters remember. Which rows they kept is written to the cache, and every later process reads that. Without
+  filters nothing is read in advance.
+- A bad record (a row that cannot be read, or that is not of the format) stops everything with its place, or is
+  counted: once, however often it is met.
+- An example's identity is the record's key, or a hash of the record: the same in every epoch, run and order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from pydantic import ValidationError
+
+from postlude.data.example import BadRecord, Example, Format, Record
+from postlude.data.filters.filter import Filter, content_of
+from postlude.data.filters.sieve import Sieve
+from postlude.data.records import Unreadable, digest, record_json
+from postlude.data.sources.cache import cached
+from postlude.data.sources.source import Source
+from postlude.manifest.component import Component, lookup, names
+from postlude.manifest.errors import DataError, ManifestError
+from postlude.manifest.schema import DatasetConfig
+
+BATCH_ROWS = 2048
+"""Rows that the filters see at a time."""
+_SHOWN, _SNIPPET_CHARACTERS = 5, 80
+_BAD = "bad record"
+
+Rows = Sequence[int] | np.ndarray
+
+
+@dataclass
+class Dropped:
+    """Records that were left out for one reason."""
+
+    count: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    """Of up to five of them the identity (the place, where there is none) and how they begin, or what is wrong."""
+
+
+class Dataset:
+    """The records of a data set that are used, and the examples in them.
+
+    ``cache`` is the URI of a folder for what is made once; ``sample`` uses only so many records, spread evenly over
+    a source with random access and the first ones of a stream.
+
+    DataError if the source cannot be read, a predicate cannot be evaluated, or nothing is left.
+    """
+
+    def __init__(self, name: str, config: DatasetConfig, cache: str, sample: int | None = None) -> None:
+        self.name, self._on_bad_record, self._key = name, config.on_bad_record, config.key
+        self._format = cast(Format, config.format)
+        self._records = cast(Source, config.source).open(cache)
+        self.files: Sequence[Sequence[int]] = self._records.files
+        """The groups of each file."""
+        self.seekable: bool = self._records.seekable
+        """Whether the groups of a file can be taken in any order."""
+        self.fingerprint: str = digest(
+            self._records.fingerprint, config.model_dump_json(by_alias=True), str(sample), name
+        )
+        """Changes when the data or the configuration do."""
+        self.dropped: dict[str, Dropped] = {}
+        """What was left out so far, by reason: what the filters dropped, and bad records met."""
+        self._known_bad: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+        self._kept = _chosen(self._records.groups, config.limit, sample)
+        filters = [_resolved(one) for one in config.filters]
+        if filters:
+            self._filter(filters, cache)
+
+    @property
+    def groups(self) -> list[int]:
+        """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
+        return [len(rows) for rows in self._kept]
+
+    def examples(self, group: int, positions: Sequence[int]) -> list[list[tuple[str, Example]]]:
+        """For each position in a group its examples with their identities; none for a bad record that is skipped.
+
+        DataError at a bad record, unless ``on_bad_record`` is ``skip``.
+        """
+        rows = [int(self._kept[group][position]) for position in positions]
+        records = self._records.read(group, rows)
+        return [self._examples(group, row, record) for row, record in zip(rows, records, strict=True)]
+
+    def identity(self, record: Record) -> str:
+        """The data set's name and the record's key, or a hash of the record. :class:`BadRecord` without the key."""
+        if self._key is None:
+            content = record_json(record, canonical=True).encode()
+            return f"{self.name}:{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+        if record.get(self._key) is None:
+            raise BadRecord(f"it has no '{self._key}', which 'key' says identifies it")
+        return f"{self.name}:{record[self._key]}"
+
+    def _examples(self, group: int, row: int, record: Record | Unreadable) -> list[tuple[str, Example]]:
+        try:
+            if isinstance(record, Unreadable):
+                raise BadRecord(record.reason)
+            identity, examples = self.identity(record), self._format.parse(record)
+        except BadRecord as error:
+            self._set_aside(group, row, record, error)
+            return []
+        if len(examples) == 1:
+            return [(identity, examples[0])]
+        return [(f"{identity}/{number}", example) for number, example in enumerate(examples)]
+
+    # --- what is left out -----------------------------------------------------------------------------------
+
+    def _set_aside(self, group: int, row: int, record: Record | Unreadable, error: BadRecord) -> None:
+        """Count a bad record, or stop."""
+        if self._on_bad_record == "stop":
+            key = (
+                f", {self._key} {record[self._key]!r}"
+                if isinstance(record, dict) and record.get(self._key or "")
+                else ""
+            )
+            raise DataError(
+                f"A record of the data set '{self.name}' cannot be used ({self._records.where(group, row)}{key}): "
+                f"{error}. Mend it, or set 'on_bad_record: skip' to leave such records out and count them."
+            ) from error
+        with self._lock:
+            if (group, row) not in self._known_bad:
+                self._known_bad.add((group, row))
+                self._drop(_BAD, lambda: (self._records.where(group, row), str(error)))
+
+    def _drop(self, reason: str, example: Callable[[], tuple[str, str]]) -> None:
+        dropped = self.dropped.setdefault(reason, Dropped())
+        dropped.count += 1
+        if len(dropped.examples) < _SHOWN:
+            dropped.examples.append(example())
+
+    def _shown(self, group: int, row: int, record: Record) -> tuple[str, str]:
+        try:
+            identity, text = self.identity(record), content_of(self._format.parse(record)).text
+        except BadRecord:
+            identity, text = self._records.where(group, row), record_json(record)
+        text = " ".join(text.split())
+        return identity, text if len(text) <= _SNIPPET_CHARACTERS else text[: _SNIPPET_CHARACTERS - 1] + "…"
+
+    # --- filters --------------------------------------------------------------------------------------------
+
+    def _filter(self, filters: Sequence[str | Filter], cache: str) -> None:
+        components = [self._format, *(one for one in filters if isinstance(one, Filter))]
+        what = digest(self.fingerprint, version("postlude"), *map(_code_of, components))
+
+        def run(path: str) -> None:
+            kept = self._pass(filters)
+            with open(path, "wb") as file:
+                ends = np.cumsum([len(rows) for rows in kept])
+                dropped = json.dumps({reason: asdict(one) for reason, one in self.dropped.items()})
+                np.savez(file, rows=np.concatenate(kept), ends=ends, dropped=np.array(dropped))
+
+        found = np.load(cached(cache, f"kept-{what}.npz", run))
+        self._kept = list(np.split(found["rows"], found["ends"][:-1]))
+        self.dropped = {
+            reason: Dropped(one["count"], [tuple(example) for example in one["examples"]])
+            for reason, one in json.loads(str(found["dropped"])).items()
+        }
+        if not any(self.groups):
+            counts = ", ".join(f"{one.count} by '{reason}'" for reason, one in self.dropped.items())
+            raise DataError(
+                f"The filters of the data set '{self.name}' leave no record: dropped {counts}. Loosen them, or check "
+                "that they mean these data."
+            )
+
+    def _pass(self, filters: Sequence[str | Filter]) -> list[np.ndarray]:
+        """Judge all the rows once; the rows kept of each group."""
+        sieve = Sieve(filters, self._format, lambda: (_readable(records) for _, _, records in self._batches()))
+        kept: list[list[int]] = [[] for _ in self._kept]
+        for group, rows, records in self._batches():
+            readable = [row for row, record in zip(rows, records, strict=True) if not isinstance(record, Unreadable)]
+            verdicts = iter(sieve(_readable(records), partial(self._where_of, group, readable)))
+            for row, record in zip(rows, records, strict=True):
+                verdict = BadRecord(record.reason) if isinstance(record, Unreadable) else next(verdicts)
+                if verdict is None:
+                    kept[group].append(row)
+                elif isinstance(verdict, BadRecord):
+                    self._set_aside(group, row, record, verdict)
+                else:
+                    self._drop(verdict, partial(self._shown, group, row, cast(Record, record)))
+        return [np.array(rows, np.int64) for rows in kept]
+
+    def _where_of(self, group: int, rows: Sequence[int], place: int) -> str:
+        return self._records.where(group, rows[place])
+
+    def _batches(self) -> Iterator[tuple[int, list[int], list[Record | Unreadable]]]:
+        """The chosen rows, in file order."""
+        for file in self.files:
+            for group in file:
+                chosen = self._kept[group]
+                for start in range(0, len(chosen), BATCH_ROWS):
+                    rows = [int(row) for row in chosen[start : start + BATCH_ROWS]]
+                    yield group, rows, self._records.read(group, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _readable(records: Sequence[Record | Unreadable]) -> list[Record]:
+    return [record for record in records if not isinstance(record, Unreadable)]
+
+
+def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> list[Rows]:
+    """The rows of each group that are used, before filters."""
+    left = sum(groups) if limit is None else limit
+    chosen: list[Rows] = []
+    for rows in groups:
+        chosen.append(range(min(rows, left)))
+        left -= len(chosen[-1])
+    if sample is None:
+        return chosen
+    if len(chosen) == 1:
+        rows = len(chosen[0])
+        return [np.unique(np.linspace(0, rows - 1, min(sample, rows)).astype(np.int64))]
+    return _chosen([len(rows) for rows in chosen], sample, None)
+
+
+def _resolved(one: str | Component) -> str | Filter:
+    """A filter as it is meant: a bare name of a registered one is that filter, any other text a predicate."""
+    if isinstance(one, str) and one in names("filters"):
+        try:
+            return cast(Filter, lookup("filters", one).model_validate({}))
+        except ValidationError as error:
+            raise ManifestError(f"The filter '{one}' needs keys of its own: {error.errors()[0]['msg']}.") from error
+    return one if isinstance(one, str) else cast(Filter, one)
+
+
+def _code_of(component: Component) -> str:
+    """A hash of the folder's code that the component comes from: what it kept holds for that code only."""
+    file = getattr(sys.modules.get(type(component).__module__), "__file__", None)
+    if file is None:
+        return ""
+    return digest(*(path.read_text("utf-8", "replace") for path in sorted(Path(file).parent.glob("*.py"))))

@@ -1,0 +1,114 @@
+"""Filters that are SQL predicates over the record: ``len(messages) >= 2``, ``lang = 'en' AND score > 0.5``.
+
+DuckDB evaluates them over batches of records. Columns are typed by what they hold over the whole source, so that a
+predicate means the same in every batch: lists and structs where the records agree, ``JSON`` where they do not.
+A predicate that gives NULL drops the record, as a WHERE clause does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import duckdb
+import pyarrow as pa
+
+from postlude.data.example import Record
+from postlude.data.records import record_json
+from postlude.manifest.errors import DataError, UserError
+from postlude.manifest.nearest import suggestion_or_list
+
+_ROW, _RECORD = "__postlude_row", "__postlude_record"
+
+
+class Predicates:
+    """The predicates of one data set, bound to the columns of its source.
+
+    ``batches`` gives all the records once: the types of the columns that the predicates mention are made of them.
+    DataError, naming the predicate, where one is not SQL or does not fit the columns.
+    """
+
+    def __init__(self, predicates: Sequence[str], batches: Iterable[Sequence[Record]]) -> None:
+        self._mentioned = " ".join(predicates).casefold()
+        self._connection = duckdb.connect(config={"threads": 1, "autoinstall_known_extensions": False})
+        # A predicate that read files would depend on more than the fingerprint of the data set knows.
+        self._connection.execute("SET enable_external_access = false")
+        self._columns: dict[str, None] = {}
+        self._structure = self._learn(batches)
+        for predicate in predicates:
+            self.keeps(predicate, [], str)
+
+    def keeps(self, predicate: str, records: Sequence[Record], where: Callable[[int], str]) -> list[bool]:
+        """For each record whether the predicate is true of it. ``where`` tells where the record at a place stands."""
+        try:
+            return self._evaluate(predicate, records)
+        except duckdb.Error as error:
+            place = f" for {where(self._first_that_fails(predicate, records))}" if records else ""
+            raise DataError(
+                f"The filter '{predicate}' cannot be evaluated{place}. {self._reason(error)} Correct it in 'filters'."
+            ) from error
+
+    def _learn(self, batches: Iterable[Sequence[Record]]) -> str:
+        """The type of the mentioned columns over all the records, as DuckDB describes the structure of JSON."""
+        schema = pa.schema([(_RECORD, pa.string())])
+        failure: list[UserError] = []
+
+        def texts() -> Iterator[pa.RecordBatch]:
+            try:
+                for records in batches:
+                    self._columns.update(dict.fromkeys(name for record in records for name in record))
+                    yield pa.record_batch([self._texts(records)], schema=schema)
+            except UserError as error:  # would come out of DuckDB as one of its own
+                failure.append(error)
+                raise
+
+        self._connection.register("every", pa.RecordBatchReader.from_batches(schema, texts()))
+        try:
+            query = f"SELECT json_group_structure({_RECORD}::JSON) FROM every"
+            structure = self._connection.execute(query).fetchall()[0][0]
+        except duckdb.Error:
+            if failure:
+                raise failure[0] from None
+            raise
+        # Records without any of the columns have no structure that could be told apart from an empty one.
+        return (
+            structure if structure is not None and isinstance(json.loads(structure), dict) else f'{{"{_ROW}_": "NULL"}}'
+        )
+
+    def _evaluate(self, predicate: str, records: Sequence[Record]) -> list[bool]:
+        rows = pa.array(range(len(records)), pa.int64())
+        self._connection.register("batch", pa.table({_ROW: rows, _RECORD: self._texts(records)}))
+        columns = f"SELECT {_ROW}, unnest(from_json({_RECORD}::JSON, $1)) FROM batch"
+        query = f"SELECT {_ROW} FROM ({columns}) WHERE ({predicate}\n)"
+        true = {row for (row,) in self._connection.execute(query, [self._structure]).fetchall()}
+        return [row in true for row in range(len(records))]
+
+    def _texts(self, records: Sequence[Record]) -> pa.Array:
+        return pa.array([record_json(self._needed(record)) for record in records], pa.string())
+
+    def _needed(self, record: Record) -> Record:
+        """The columns whose names stand in a predicate: the others would only cost time."""
+        return {name: value for name, value in record.items() if name.casefold() in self._mentioned}
+
+    def _first_that_fails(self, predicate: str, records: Sequence[Record]) -> int:
+        low, high = 0, len(records)
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                self._evaluate(predicate, records[low:middle])
+            except duckdb.Error:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _reason(self, error: duckdb.Error) -> str:
+        said = str(error).partition("\n\nLINE")[0]
+        unknown = re.search(r'Referenced column "([^"]+)" not found', said)
+        if unknown is None:
+            if isinstance(error, duckdb.PermissionException):
+                return "A predicate sees the record and no file; the source 'query' can join files."
+            return said if said.endswith((".", "!")) else f"{said}."
+        hint = suggestion_or_list(unknown[1], self._columns)
+        return f"No record has the column '{unknown[1]}'.{hint}"

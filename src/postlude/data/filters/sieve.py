@@ -1,0 +1,95 @@
+"""The filters of a data set as one: from a batch of records to a verdict on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from postlude.data.example import BadRecord, Format, Record
+from postlude.data.filters.filter import Content, Filter, content_of
+
+if TYPE_CHECKING:
+    from postlude.data.filters.predicate import Predicates
+
+Verdict = str | BadRecord | None
+"""Why a record is dropped, or what is wrong with it; None keeps it."""
+
+
+class Sieve:
+    """Predicates (texts) and registered filters, applied in order; what one drops, no later one sees.
+
+    ``batches`` gives all the records once, before the pass; only predicates ask for it.
+    """
+
+    def __init__(
+        self, filters: Sequence[str | Filter], format: Format, batches: Callable[[], Iterable[Sequence[Record]]]
+    ) -> None:
+        self._reading = _Reading(format)
+        self._predicates: Predicates | None = None
+        sqls = [one for one in filters if isinstance(one, str)]
+        if sqls:
+            from postlude.data.filters.predicate import Predicates
+
+            self._predicates = Predicates(sqls, batches())
+        self._judges: list[str | tuple[str, Callable[[Record], str | None]]] = [
+            one if isinstance(one, str) else (one.component_name, one.start(self._reading)) for one in filters
+        ]
+
+    def __call__(self, records: Sequence[Record], where: Callable[[int], str]) -> list[Verdict]:
+        """A verdict for each record. ``where`` tells where the record at a place stands, for errors."""
+        self._reading.forget()
+        verdicts: list[Verdict] = [None] * len(records)
+        for judge in self._judges:
+            left = [place for place, verdict in enumerate(verdicts) if verdict is None]
+            if isinstance(judge, str):
+                self._apply_predicate(judge, records, left, verdicts, where)
+            else:
+                self._apply_filter(*judge, records, left, verdicts)
+        return verdicts
+
+    def _apply_predicate(
+        self,
+        sql: str,
+        records: Sequence[Record],
+        left: list[int],
+        verdicts: list[Verdict],
+        where: Callable[[int], str],
+    ) -> None:
+        assert self._predicates is not None
+        keeps = self._predicates.keeps(sql, [records[place] for place in left], lambda i: where(left[i]))
+        for place, keep in zip(left, keeps, strict=True):
+            if not keep:
+                verdicts[place] = sql
+
+    def _apply_filter(
+        self,
+        name: str,
+        judge: Callable[[Record], str | None],
+        records: Sequence[Record],
+        left: list[int],
+        verdicts: list[Verdict],
+    ) -> None:
+        for place in left:
+            try:
+                reason = judge(records[place])
+            except BadRecord as error:
+                verdicts[place] = error
+            else:
+                verdicts[place] = f"{name}: {reason}" if reason is not None and name else reason
+
+
+class _Reading:
+    """What the format makes of records, once for all the filters that ask."""
+
+    def __init__(self, format: Format) -> None:
+        self._format = format
+        self._known: dict[int, Content] = {}
+
+    def __call__(self, record: Record) -> Content:
+        if id(record) not in self._known:
+            self._known[id(record)] = content_of(self._format.parse(record))
+        return self._known[id(record)]
+
+    def forget(self) -> None:
+        """Forget the records so far, before their places in memory are used again."""
+        self._known.clear()

@@ -1,0 +1,1 @@
+"""Formats: how a record is read as examples. Each file here is one format, or what several have in common."""

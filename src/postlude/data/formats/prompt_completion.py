@@ -1,0 +1,41 @@
+"""The format ``prompt_completion``: what is given, and what is to be learned."""
+
+from __future__ import annotations
+
+from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
+from postlude.data.formats.columns import column, kind_of, text_column
+from postlude.data.formats.conversation import Roles, conversation
+
+
+class PromptCompletion(Format):
+    """``{"prompt": ..., "completion": ...}``, both text or both lists of messages. Only the completion is trained."""
+
+    produces = Text | Conversation
+
+    prompt: str = "prompt"
+    """The column of what is given."""
+    completion: str = "completion"
+    """The column of what is to be learned."""
+    separator: str = ""
+    """Between the two where they are text; belongs to the prompt."""
+    tools_field: str = "tools"
+    """The column of the tools where they are messages; a record without it has none."""
+    roles: Roles = "strict"
+    """Where they are messages: ``any`` allows roles of other names and in any order."""
+
+    def parse(self, record: Record) -> list[Example]:
+        prompt, completion = column(record, self.prompt), column(record, self.completion)
+        if isinstance(prompt, str):
+            learned = text_column(record, self.completion)
+            return [Text([(prompt + self.separator, 0.0), (learned, 1.0)])]
+        if not isinstance(prompt, list | tuple):
+            raise BadRecord(f"its '{self.prompt}' is {kind_of(prompt)}, neither text nor a list of messages")
+        if not isinstance(completion, list | tuple):
+            raise BadRecord(
+                f"its '{self.prompt}' is a list of messages, but its '{self.completion}' is {kind_of(completion)}"
+            )
+        if not completion:
+            raise BadRecord(f"its '{self.completion}' has no message")
+        whole = conversation([*prompt, *completion], record.get(self.tools_field), self.roles)
+        given = [{**message, "weight": 0.0} for message in whole.messages[: len(prompt)]]
+        return [Conversation([*given, *whole.messages[len(prompt) :]], whole.tools)]

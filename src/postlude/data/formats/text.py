@@ -1,0 +1,18 @@
+"""The format ``text``: plain text, all of it trained."""
+
+from __future__ import annotations
+
+from postlude.data.example import Example, Format, Record, Text
+from postlude.data.formats.columns import text_column
+
+
+class PlainText(Format):
+    """``{"text": "..."}``."""
+
+    produces = Text
+
+    field: str = "text"
+    """The column."""
+
+    def parse(self, record: Record) -> list[Example]:
+        return [Text([(text_column(record, self.field), 1.0)])]

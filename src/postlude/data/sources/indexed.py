@@ -1,0 +1,98 @@
+"""Plain text files, entered at any record through an index of where each begins and ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from postlude import storage
+from postlude.data.example import Record
+from postlude.data.records import Records, Unreadable, digest
+from postlude.data.sources.cache import cached
+from postlude.data.sources.text import Layout
+
+
+class Indexed(Records):
+    """One plain file. ``group_rows``: rows of a group; None makes one group of all, for reading single rows.
+
+    ``name`` and ``fingerprint`` are those of the file that the user knows, where this one is a copy.
+    """
+
+    seekable = True
+
+    def __init__(
+        self, uri: str, layout: Layout, cache: str, group_rows: int | None, name: str, fingerprint: str
+    ) -> None:
+        self._uri, self._layout, self._name, self._group_rows = uri, layout, name, group_rows
+        self.fingerprint = fingerprint
+        index = f"index-{digest(uri, fingerprint, type(layout).__name__)}.npy"
+        self._spans = np.load(cached(cache, index, self._write_index), mmap_mode="r")
+        rows = self._spans.shape[1]
+        self.groups = [rows] if group_rows is None else _split(rows, group_rows)
+        self.files = [list(range(len(self.groups)))]
+        self._block: tuple[int, int, bytes] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
+        wanted = np.arange(self.groups[group]) if rows is None else np.asarray(rows, np.int64)
+        if self._group_rows is None:
+            return [self._layout.decode(raw) for raw in self._single(wanted)]
+        base, block = self._whole(group)
+        spans = self._spans[:, group * self._group_rows + wanted] - base
+        return [self._layout.decode(block[start:end]) for start, end in spans.T.tolist()]
+
+    def where(self, group: int, row: int) -> str:
+        row += group * (self._group_rows or 0)
+        number = row + 1 if self._layout.unit == "record" else self._line(int(self._spans[0, row]))
+        return f"{self._name}, {self._layout.unit} {number}"
+
+    def _single(self, rows: np.ndarray) -> list[bytes]:
+        with storage.open_file(self._uri, "rb") as file:
+            found = []
+            for start, end in self._spans[:, rows].T.tolist():
+                file.seek(start)
+                found.append(file.read(end - start))
+            return found
+
+    def _whole(self, group: int) -> tuple[int, bytes]:
+        """The offset and bytes of a group; the last one read is kept, for it is read in several portions."""
+        with self._lock:
+            if self._block is None or self._block[0] != group:
+                self._block = None
+                first = group * (self._group_rows or 0)
+                start, end = int(self._spans[0, first]), int(self._spans[1, first + self.groups[group] - 1])
+                with storage.open_file(self._uri, "rb") as file:
+                    file.seek(start)
+                    self._block = group, start, file.read(end - start)
+            return self._block[1:]
+
+    def _line(self, offset: int) -> int:
+        newlines = 0
+        with storage.open_file(self._uri, "rb") as file:
+            while offset > 0 and (chunk := file.read(min(offset, 2**22))):
+                newlines += chunk.count(b"\n")
+                offset -= len(chunk)
+        return newlines + 1
+
+    def _write_index(self, path: str) -> None:
+        with storage.open_file(self._uri, "rb") as stream:
+            spans = np.fromiter(
+                (offset for piece in self._layout.pieces(stream) for offset in (piece.start, len(piece.raw))), np.int64
+            ).reshape(-1, 2)
+        spans[:, 1] += spans[:, 0]
+        with open(path, "wb") as file:
+            np.save(file, np.ascontiguousarray(spans.T))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _split(rows: int, group_rows: int) -> list[int]:
+    whole, rest = divmod(rows, group_rows)
+    return [group_rows] * whole + ([rest] if rest else [])

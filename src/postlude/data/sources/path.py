@@ -1,0 +1,27 @@
+"""The source ``path``: files of this machine or behind any URI."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from postlude.data.sources.source import Source
+
+if TYPE_CHECKING:
+    from postlude.data.records import Records
+
+
+class Path(Source):
+    """JSON lines, JSON arrays, Parquet, CSV and TSV; text also compressed with gzip or Zstandard."""
+
+    path: str | Annotated[list[str], Field(min_length=1)]
+    """A file, a list of files, a folder (all the data files below it) or a pattern such as ``data/*.jsonl.gz``."""
+    stream: bool | None = None
+    """Read groups of rows in turn and hold one at a time, or any row at any moment; by default single rows where the
+    files are local and together under 2 GiB (a compressed byte counts four times)."""
+
+    def open(self, cache: str) -> Records:
+        from postlude.data.sources.files import open_files
+
+        return open_files([self.path] if isinstance(self.path, str) else self.path, self.stream, cache)

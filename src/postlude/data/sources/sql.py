@@ -1,0 +1,146 @@
+"""Running a query over raw files with DuckDB, once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from postlude import storage
+from postlude.data.records import digest
+from postlude.data.sources.cache import cached
+from postlude.data.sources.files import file_fingerprint, local_copy, matching
+from postlude.data.sources.query import Table
+from postlude.data.sources.tables import ArrowRows, write_arrow
+from postlude.manifest.errors import DataError
+
+_RESULT = "__postlude_result"
+
+
+def query_rows(query: str, tables: Mapping[str, Table], cache: str) -> ArrowRows:
+    """The rows of the query. DataError if it cannot be run or gives none."""
+    identity = [query]
+    with duckdb.connect(config={"autoinstall_known_extensions": False}) as connection:
+        for uri in _files_named_in(query, connection):
+            identity.append(file_fingerprint(uri))
+        for name, table in sorted(tables.items()):
+            uris = _files_of(table)
+            identity += [name, table.model_dump_json(exclude={"path"}), *map(file_fingerprint, uris)]
+            _create_view(connection, name, table, [_on_this_machine(uri, cache) for uri in uris])
+        fingerprint = digest(*identity)
+
+        def run(path: str) -> None:
+            connection.execute(f"SET temp_directory = {_text(f'{path}.temporary')}")
+            _run(connection, query, path)
+
+        rows = ArrowRows(cached(cache, f"query-{fingerprint}.arrow", run), "the query's result", fingerprint)
+    if not rows.rows:
+        raise DataError(f"The query gives no row: {_first_line(query)} ... Loosen its conditions, or check its files.")
+    return rows
+
+
+def _run(connection: duckdb.DuckDBPyConnection, query: str, path: str) -> None:
+    try:
+        connection.execute(f'CREATE VIEW "{_RESULT}" AS {query}')
+        reader = pa.RecordBatchReader.from_stream(connection.sql(f'FROM "{_RESULT}" ORDER BY ALL'))
+        write_arrow(path, reader.schema, reader)
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise DataError(f"The query cannot be run. {error}") from error
+
+
+def _create_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table, paths: list[str]) -> None:
+    reader = table.format or _format_of(paths[0])
+    arguments = [f"[{', '.join(map(_text, paths))}]"]
+    if reader != "parquet" and table.columns is not None:
+        types = ", ".join(f"{_text(column)}: {_text(kind)}" for column, kind in table.columns.items())
+        arguments.append(f"columns = {{{types}}}")
+    if reader == "csv":
+        header = table.header if table.header is not None or table.columns is None else False
+        given = {"delim": table.delimiter, "quote": table.quote, "header": header}
+        arguments += [f"{key} = {_literal(value)}" for key, value in given.items() if value is not None]
+    unused = _unused_keys(table, reader)
+    if unused:
+        raise DataError(
+            f"The table '{name}' of the query is read as {reader}, which has no use for the "
+            f"{'key' if len(unused) == 1 else 'keys'} {', '.join(unused)}. Remove it, or set 'format'."
+        )
+    view = '"' + name.replace('"', '""') + '"'
+    try:
+        connection.execute(f"CREATE VIEW {view} AS SELECT * FROM read_{reader}({', '.join(arguments)})")
+    except duckdb.Error as error:
+        raise DataError(f"The table '{name}' of the query cannot be read from '{paths[0]}'. {error}") from error
+
+
+def _unused_keys(table: Table, reader: str) -> list[str]:
+    of_reader = {"csv": {"columns", "delimiter", "header", "quote"}, "json": {"columns"}, "parquet": set[str]()}
+    return sorted(table.model_fields_set - {"path", "format"} - of_reader[reader])
+
+
+def _files_of(table: Table) -> list[str]:
+    return [uri for path in ([table.path] if isinstance(table.path, str) else table.path) for uri in matching(path)]
+
+
+def _on_this_machine(uri: str, cache: str) -> str:
+    return storage.local_path(uri) if storage.is_local(uri) else local_copy(uri, file_fingerprint(uri), cache)
+
+
+def _format_of(path: str) -> str:
+    stem = path.lower().removesuffix(".gz").removesuffix(".zst")
+    if stem.endswith(".parquet"):
+        return "parquet"
+    return "json" if stem.endswith((".json", ".jsonl", ".ndjson")) else "csv"
+
+
+def _files_named_in(query: str, connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """The files that the query itself names. DataError if it is no single SELECT, or names a remote file."""
+    parsed = json.loads(connection.execute("SELECT json_serialize_sql($1)", [query]).fetchall()[0][0])
+    if parsed["error"]:
+        place = parsed.get("position")
+        line = f" (line {query.count(chr(10), 0, int(place)) + 1})" if place else ""
+        raise DataError(f"The query cannot be read: {parsed['error_message']}{line}.")
+    if len(parsed["statements"]) != 1:
+        raise DataError(f"The query must be one SELECT; it holds {len(parsed['statements'])} statements.")
+    names = sorted(set(_tables_in(parsed)))
+    remote = next((name for name in names if "://" in name and not storage.is_local(name)), None)
+    if remote is not None:
+        raise DataError(f"The query names the remote file '{remote}'. Give it a name under 'tables' and use that.")
+    return [uri for name in names for uri in storage.expand(name) if os.path.isfile(storage.local_path(uri))]
+
+
+def _tables_in(node: Any) -> Iterator[str]:
+    """What stands where a table is named, in the syntax tree of a query: table names, and the arguments of
+    functions that give a table."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _tables_in(item)
+    elif isinstance(node, dict):
+        if node.get("type") == "BASE_TABLE":
+            yield node["table_name"]
+        elif node.get("type") == "TABLE_FUNCTION":
+            yield from _texts_in(node)
+        for item in node.values():
+            yield from _tables_in(item)
+
+
+def _texts_in(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list | dict):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _texts_in(item)
+
+
+def _literal(value: str | bool) -> str:
+    return _text(value) if isinstance(value, str) else str(value).lower()
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _first_line(query: str) -> str:
+    return query.strip().splitlines()[0]
