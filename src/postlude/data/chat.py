@@ -1,0 +1,181 @@
+"""Rendering conversations through a chat template, exactly as transformers' ``apply_chat_template`` does.
+
+Notable:
+
+- The template is compiled once, in an environment of its own: that of transformers, its sandbox included.
+- What a template raises, and what Python raises inside it, becomes one error that names the template and its line.
+- A template that asks for the date is told ``today``. A run that pins it renders the same text whenever it resumes.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from postlude import storage
+from postlude.data.example import Conversation
+from postlude.manifest.errors import DataError, ManifestError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_SUFFIX = ".jinja"
+"""A template that ends with it is the path of one."""
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""The names under which the thinking part of a message is found in data and in templates."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a template sees it."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Chat:
+        """The conversation without its weights and without what is null; thinking stands under all its usual names."""
+        messages = []
+        for message in conversation.messages:
+            seen = {key: value for key, value in message.items() if value is not None and key != "weight"}
+            reasoning = next((seen[key] for key in REASONING_KEYS if key in seen), None)
+            if reasoning is not None:
+                seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
+            messages.append(seen)
+        tools = None if conversation.tools is None else list(conversation.tools)
+        return cls(messages, tools)
+
+    def until(self, index: int) -> Chat:
+        """The messages before ``index``."""
+        return Chat(self.messages[:index], self.tools)
+
+
+class ChatRenderer:
+    """A tokenizer's chat template, or one given in its place: its text, or the path of a ``.jinja`` file.
+
+    ManifestError if there is no template, if its file is missing, and if it does not compile.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, today: datetime | None = None
+    ) -> None:
+        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._today = today
+        self._tracking = threading.Lock()
+        self._with_tools: _Compiled | None = None
+        if template is not None:
+            self._plain = _given(template)
+            return
+        own: str | dict[str, str] | None = tokenizer.chat_template
+        named = {"default": own} if isinstance(own, str) else own or {}
+        whose = f"the tokenizer {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
+        if "default" not in named:
+            has = f"several chat templates ({', '.join(sorted(named))}) and none by default" if named else "none"
+            raise ManifestError(
+                f"Conversations need a chat template, and {whose} has {has}. Give one as data.NAME.template: the path "
+                f"of a file that ends in {TEMPLATE_SUFFIX}, or the template itself."
+            )
+        self._plain = _Compiled(named["default"], f"the chat template of {whose}")
+        if "tool_use" in named:
+            self._with_tools = _Compiled(named["tool_use"], f"the chat template for tools of {whose}")
+
+    def has_marks(self, chat: Chat) -> bool:
+        """Whether the template marks by itself what the assistant generates."""
+        return self._template(chat).has_marks
+
+    def name(self, chat: Chat) -> str:
+        """How to call the template in an error."""
+        return self._template(chat).name
+
+    def render(self, chat: Chat, generation_prompt: bool = False) -> str:
+        """The text of a conversation. DataError, naming the template, if the template raises."""
+        template = self._template(chat)
+        with template.telling_errors():
+            return template.compiled.render(self._variables(chat, generation_prompt))
+
+    def render_marked(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and from where to where the template's own marks stand in it. DataError as :meth:`render`."""
+        template = self._template(chat)
+        blocks: list[str] = []
+        marks: list[tuple[int, int]] = []
+        with template.telling_errors(), self._tracking, template.tracker(blocks, marks):
+            for block in template.compiled.generate(self._variables(chat, False)):
+                blocks.append(block)
+        return "".join(blocks), marks
+
+    def _template(self, chat: Chat) -> _Compiled:
+        return self._plain if chat.tools is None or self._with_tools is None else self._with_tools
+
+    def _variables(self, chat: Chat, generation_prompt: bool) -> dict[str, Any]:
+        variables: dict[str, Any] = {
+            **self._special_tokens,
+            "messages": chat.messages,
+            "tools": chat.tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+        if self._today is not None:
+            variables["strftime_now"] = self._today.strftime
+        return variables
+
+
+class _Compiled:
+    """A template in an environment of its own. ``name`` is how an error calls it."""
+
+    def __init__(self, text: str, name: str) -> None:
+        from jinja2 import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import _cached_compile_jinja_template
+
+        self.text, self.name = text, name
+        try:
+            self.compiled: Template = _cached_compile_jinja_template(text)
+        except TemplateSyntaxError as error:
+            raise ManifestError(
+                f"{name} does not compile: line {error.lineno}: {error.message}. Mend it, or give another template as "
+                "data.NAME.template."
+            ) from error
+
+    @cached_property
+    def has_marks(self) -> bool:
+        return any(kind == "name" and text == "generation" for kind, text in self._block_words())
+
+    def _block_words(self) -> Iterator[tuple[str, str]]:
+        """The first word of each block of the template."""
+        begins = False
+        for _, kind, text in self.compiled.environment.lex(self.text):
+            if begins and kind != "whitespace":
+                yield kind, text
+            begins = kind == "block_begin" or (begins and kind == "whitespace")
+
+    def tracker(self, blocks: list[str], marks: list[tuple[int, int]]):
+        return self.compiled.environment.activate_tracker(blocks, marks)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        from jinja2 import TemplateError
+
+        try:
+            yield
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+            if not lines:
+                raise
+            raise DataError(
+                f"{self.name} cannot render a conversation: line {lines[-1]}: {error or type(error).__name__}"
+            ) from error
+
+
+def _given(template: str) -> _Compiled:
+    if not template.endswith(TEMPLATE_SUFFIX):
+        return _Compiled(template, "the chat template given in the manifest")
+    if not storage.exists(template):
+        raise ManifestError(f"There is no chat template at {template}. Correct the path in data.NAME.template.")
+    return _Compiled(storage.read_text(template), f"the chat template {template}")

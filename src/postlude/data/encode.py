@@ -1,0 +1,229 @@
+"""From examples to documents: token ids with a weight each, every example rendered and tokenised as a whole.
+
+A token counts if any of its characters lies in a trained stretch, and of several stretches the largest weight does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.document import WEIGHT, Document
+from postlude.data.example import BadRecord, Conversation, Example, Text, Tokens
+from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
+from postlude.data.truncate import Policy, truncate
+from postlude.data.turns import StopTokens
+from postlude.manifest.errors import DataError, ManifestError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+NOTHING_TO_TRAIN = "nothing to train on"
+"""Why an example is dropped whose tokens all have the weight zero. For truncation see :mod:`postlude.data.truncate`."""
+
+_PROBE_ANSWER = "Good morning."
+_PROBE = Conversation([{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": _PROBE_ANSWER}])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one example: documents, or the reason why there are none, or what is wrong with it."""
+
+    documents: tuple[Document, ...] = ()
+    """With the stream ``weight``; several where the example was split."""
+    dropped: str | None = None
+    truncated: int = 0
+    """Tokens cut off."""
+    error: DataError | BadRecord | None = None
+    """The example cannot be used: whether that ends the run or is counted is for the caller to say."""
+
+
+@dataclass
+class _Row:
+    """Token ids and their weights, [tokens] int64 and float32."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+class Encoder:
+    """Encodes the examples of one data set.
+
+    ``template`` stands in for the tokenizer's own chat template; ``block`` is the most tokens of a document; ``today``
+    is what a template is told that asks for the date (by default the clock). ManifestError if the tokenizer cannot
+    say where in a text its tokens stand, and, once a conversation comes, if there is no usable template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        train_on: TrainOn = "assistant",
+        block: int,
+        truncate: Policy = "right",
+        today: datetime | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ManifestError(
+                f"The tokenizer {tokenizer.name_or_path} does not say where in a text its tokens stand, so nothing "
+                "tells which of them are trained. Use one that has a tokenizer.json."
+            )
+        self._tokenizer, self._template, self._train_on = tokenizer, template, train_on
+        self._block, self._policy, self._today = block, truncate, today
+        self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self._tokenizer, self._template, self._today)
+
+    @cached_property
+    def _masker(self) -> Masker:
+        return Masker(self._renderer, StopTokens(self._tokenizer), self._train_on)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Where generation stops: the end-of-sequence token, and the one with which the template ends a turn."""
+        found = [] if self._tokenizer.eos_token_id is None else [int(self._tokenizer.eos_token_id)]
+        if self._probe is not None:
+            row = self._probe[1]
+            special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+            ends = [i for i in row.tokens[row.weights > 0].tolist() if i in special]
+            found += [i for i in ends[-1:] if i not in found]
+        return found
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What a user should know about the template before training with it."""
+        if self._probe is None or not self._probe[0].text[: self._probe[0].spans[-1][1]].endswith(_PROBE_ANSWER):
+            return []
+        return [
+            f"{self._renderer.name(Chat([]))} writes nothing after the last turn of the assistant, so a model does not "
+            "learn to stop there. End the turn in the template, for instance with {{ eos_token }}."
+        ]
+
+    @cached_property
+    def _probe(self) -> tuple[Masked, _Row] | None:
+        """A conversation of one answer, rendered and tokenised; None where there is no template that renders it."""
+        try:
+            masked = Masker(self._renderer, StopTokens(self._tokenizer), "assistant").mask(_PROBE)
+        except (DataError, ManifestError):
+            return None
+        rows = [_row(encoding, masked.spans) for _, encoding in self._tokenised({0: masked}, add_special_tokens=False)]
+        return (masked, rows[0]) if rows else None
+
+    def encode(self, examples: Sequence[tuple[str, Example]], source: str) -> list[Encoded]:
+        """Encode examples, each with its id, in order. What is wrong with one is in its place and stops nothing."""
+        rows: dict[int, _Row] = {}
+        errors: dict[int, DataError | BadRecord] = {}
+        chats: dict[int, Masked] = {}
+        texts: dict[int, Masked] = {}
+        for i, (_, example) in enumerate(examples):
+            try:
+                if isinstance(example, Conversation):
+                    chats[i] = self._masker.mask(example)
+                elif isinstance(example, Text):
+                    texts[i] = _joined(example)
+                else:
+                    rows[i] = self._checked(example)
+            except (DataError, BadRecord) as error:
+                errors[i] = error
+        for i, encoding in self._tokenised(chats, add_special_tokens=False):
+            rows[i] = _row(encoding, chats[i].spans)
+        for i, encoding in self._tokenised(texts, add_special_tokens=True):
+            rows[i] = self._ended(_row(encoding, texts[i].spans), encoding, examples[i][1])
+        return [
+            Encoded(error=errors[i]) if i in errors else self._documents(rows.get(i), example_id, source)
+            for i, (example_id, _) in enumerate(examples)
+        ]
+
+    def _tokenised(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
+        """The texts in which something is trained, tokenised all at once."""
+        trained = {i: masked.text for i, masked in texts.items() if masked.spans}
+        backend = self._tokenizer.backend_tokenizer
+        # Somebody else's call of the tokenizer may have left these behind.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        encodings = backend.encode_batch(list(trained.values()), add_special_tokens=add_special_tokens)
+        return zip(trained, encodings, strict=True)
+
+    def _ended(self, row: _Row, encoding: Encoding, example: Any) -> _Row:
+        """The row of a text: what the tokenizer puts before it stays, and it ends as the example says."""
+        special = np.array(encoding.special_tokens_mask, dtype=bool)
+        length = len(special) - (int(special[::-1].argmin()) if not special.all() else len(special))
+        tokens, weights = row.tokens[:length], row.weights[:length]
+        if example.end:
+            end = self._tokenizer.eos_token_id
+            if end is None:
+                raise ManifestError(
+                    f"The tokenizer {self._tokenizer.name_or_path} has no end-of-sequence token, and texts end with "
+                    "one. Use another tokenizer, or name the token as eos_token in its tokenizer_config.json."
+                )
+            last = example.pieces[-1][1] if example.pieces else 0.0
+            tokens, weights = np.append(tokens, end), np.append(weights, np.float32(last))
+        return _Row(tokens, weights)
+
+    def _checked(self, example: Tokens) -> _Row:
+        tokens = np.asarray(example.ids)
+        if not len(tokens) or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise BadRecord("its token ids are not a list of whole numbers with at least one in it")
+        for position in ((tokens < 0) | (tokens >= self._vocabulary)).nonzero()[0][:1].tolist():
+            raise BadRecord(
+                f"its token {position + 1} has the id {tokens[position]}, but the tokenizer's ids go from 0 to "
+                f"{self._vocabulary - 1}"
+            )
+        weights = np.asarray(example.weights, dtype=np.float32)
+        if weights.shape != tokens.shape or not np.isfinite(weights).all() or (weights < 0).any():
+            raise BadRecord(f"its {len(tokens)} tokens need as many weights, each a number from 0")
+        return _Row(tokens.astype(np.int64), weights.copy())
+
+    def _documents(self, row: _Row | None, example_id: str, source: str) -> Encoded:
+        if row is None or not row.weights[1:].any():
+            return Encoded(dropped=NOTHING_TO_TRAIN)
+        kept = truncate(row.weights, self._block, self._policy)
+        documents = []
+        for start, end in kept.spans:
+            weights = row.weights[start:end].copy()
+            weights[0] = 0
+            documents.append(Document(example_id, source, row.tokens[start:end], {WEIGHT.name: weights}))
+        return Encoded(tuple(documents), kept.dropped, kept.cut)
+
+
+def _joined(text: Text) -> Masked:
+    spans = []
+    position = 0
+    for piece, weight in text.pieces:
+        spans.append((position, position + len(piece), weight))
+        position += len(piece)
+    return Masked("".join(piece for piece, _ in text.pieces), [span for span in spans if span[2]])
+
+
+def _row(encoding: Encoding, spans: Sequence[WeightedSpan]) -> _Row:
+    tokens = np.array(encoding.ids, dtype=np.int64)
+    weights = np.zeros(len(tokens), dtype=np.float32)
+    for start, end, weight in spans:
+        if end > start:
+            stretch = slice(*_tokens_of(encoding, start, end))
+            np.maximum(weights[stretch], weight, out=weights[stretch])
+    return _Row(tokens, weights)
+
+
+def _tokens_of(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """From the first token that has a character from ``start`` to before ``end``, to after the last."""
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is None or last is None:  # a character that the tokenizer drops
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        inside = ((offsets[:, 0] < end) & (offsets[:, 1] > start)).nonzero()[0]
+        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+    # A character may be several tokens, of which only the first is told.
+    while (following := encoding.token_to_chars(last + 1)) is not None and following[0] < end:
+        last += 1
+    return first, last + 1

@@ -1,0 +1,203 @@
+"""Tokenizers: loaded, one token a byte, or trained on the data.
+
+Those that are made here end a turn of a chat and a text with the same token, begin a text with another (so that its
+first real token is predicted, too), and bring a chat template with generation marks, except the one for words.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from postlude import storage
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD, BEGIN, TURN, END, UNKNOWN = "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"
+"""The special tokens of tokenizers made here; ``UNKNOWN`` is the word tokenizer's alone."""
+_SPECIAL = [PAD, BEGIN, TURN, END]
+
+CHATML = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {{- 'These functions can be called:\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson + '\\n' }}
+    {%- endfor %}
+    {{- 'A call is <tool_call>{"name": ..., "arguments": ...}</tool_call>.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.role == 'assistant' %}
+            {%- generation %}
+                {%- if message.reasoning_content %}
+                    {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n' }}
+                {%- endif %}
+                {{- message.content or '' }}
+                {%- for call in message.tool_calls or [] %}
+                    {%- set function = call.function or call %}
+                    {{- '<tool_call>' + {'name': function.name, 'arguments': function.arguments} | tojson }}
+                    {{- '</tool_call>' }}
+                {%- endfor %}
+                {{- '<|im_end|>' }}
+            {%- endgeneration %}
+        {%- else %}
+            {{- message.content + '<|im_end|>' }}
+        {%- endif %}
+        {{- '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""The chat template of tokenizers made here."""
+
+
+def load_tokenizer(where: TokenizerFrom | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that a manifest asks for, or the one in a directory (also a remote one) or of a hub name.
+
+    ManifestError if it is not there or cannot be read; ValueError if it has to be trained first.
+    """
+    if isinstance(where, str):
+        return _loaded(where)
+    if where.path is not None:
+        return _loaded(where.path)
+    if where.bytes:
+        return _bytes_tokenizer()
+    raise ValueError("This tokenizer has to be trained, with train_tokenizer.")
+
+
+def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on ``texts``: the same texts in the same order give the same tokenizer.
+
+    ManifestError if the vocabulary has no room for what every tokenizer needs.
+    """
+    least = len(_SPECIAL) + (256 if config.kind == "bpe" else 1)
+    if config.vocabulary < least:
+        raise ManifestError(
+            f"tokenizer.train.vocabulary is {config.vocabulary}, and a tokenizer of the kind '{config.kind}' needs "
+            f"at least {least}: raise it."
+        )
+    return _trained_words(config, texts) if config.kind == "word" else _trained_bpe(config, texts)
+
+
+def _loaded(where: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not storage.is_local(where):
+        return _loaded_from_remote(where)
+    local = Path(where).expanduser()
+    if not local.exists() and (local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
+        raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
+    try:
+        return AutoTokenizer.from_pretrained(str(local) if local.exists() else where)
+    except Exception as error:
+        # The tokenizers library raises the bare class for a file that it cannot read.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        raise ManifestError(
+            f"The tokenizer {where} cannot be loaded: {first_line} Give a directory that holds a tokenizer.json, or "
+            "the name of a model on the hub."
+        ) from error
+
+
+def _loaded_from_remote(where: str) -> PreTrainedTokenizerBase:
+    if not storage.exists(where):
+        raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in storage.list_directory(where):
+            uri = storage.join(where, name)
+            # Weights may stand beside the tokenizer's files, all of which are text.
+            if name.endswith((".json", ".txt", ".jinja", ".model")) and not storage.is_directory(uri):
+                Path(folder, name).write_bytes(storage.read_bytes(uri))
+        return _loaded(folder)
+
+
+def _bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is its own token, and its id is its value; the special tokens come after them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_alphabet(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_SPECIAL)
+    return _finished(tokenizer, CHATML)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that the tokenizers library writes for each byte: itself, where it can be seen."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    alphabet, hidden = {}, 0
+    for byte in range(256):
+        alphabet[chr(byte if byte in visible else 256 + hidden)] = byte
+        hidden += byte not in visible
+    return alphabet
+
+
+def _trained_bpe(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=_SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finished(tokenizer, CHATML)
+
+
+def _trained_words(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token for each of the most frequent pieces; a rarer one is unknown. Decoding joins them again."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(config.separator, behavior="removed")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex(r"\A"), config.separator),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"\A" + re.escape(config.separator)), ""),
+        ]
+    )
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=config.vocabulary, special_tokens=[*_SPECIAL, UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finished(tokenizer, None, UNKNOWN)
+
+
+def _finished(tokenizer: Tokenizer, template: str | None, unknown: str | None = None) -> PreTrainedTokenizerFast:
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    begin = tokenizer.token_to_id(BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BEGIN,
+        eos_token=END,
+        unk_token=unknown,
+        additional_special_tokens=[TURN],
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
