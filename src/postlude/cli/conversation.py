@@ -23,7 +23,7 @@ def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> Non
             continue
         messages.append({"role": "user", "content": line})
         said = ""
-        for piece in answer(messages):
+        for piece in answer(list(messages)):
             said += piece
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         console.print()

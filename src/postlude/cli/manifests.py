@@ -71,7 +71,7 @@ def preview(
     if html is not None:
         from postlude import storage
 
-        storage.write_text(html, shown.to_html())
+        storage.write_text(html, shown.to_html(manifest))
     if as_json or html is None:
         show(shown, as_json)
 

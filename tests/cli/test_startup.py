@@ -1,0 +1,58 @@
+"""The command line answers before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "pyarrow", "duckdb", "ray", "pandas")
+LIST_MODULES = "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has imported after running the code."""
+    program = f"import atexit\natexit.register(lambda: exec({LIST_MODULES!r}))\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.capability("postlude --help answers at once, without importing torch")
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["run", "--help"], ["validate", "--help"], ["generate", "--help"]]
+)
+def test_help_imports_neither_the_libraries_nor_the_schema(arguments):
+    imported = modules_after(
+        f"import sys\nsys.argv = ['postlude', *{arguments!r}]\nfrom postlude.cli import main\nmain()"
+    )
+    assert "typer" in imported
+    assert not imported & {*HEAVY, "ruamel"}
+    if len(arguments) < 2:  # typer itself reads a command's arguments with pydantic
+        assert "pydantic" not in imported
+
+
+def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
+    imported = modules_after(
+        "from postlude.manifest import load, explain, lock, json_schema, catalogue\n"
+        "from postlude.recipes.sft_starter import starter\n"
+        "resolved = load.load(starter('x').text, 'x.yaml', ['sft.steps=3'])\n"
+        "explain.explain(resolved, 'sft.steps'); lock.lock_text(resolved)\n"
+        "list(catalogue.catalogue()); json_schema.schema()\n"
+    )
+    assert "pydantic" in imported
+    assert not imported & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", [["schema"], ["recipes"], ["--help"]])
+def test_a_reader_that_leaves_is_no_complaint(command):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "postlude", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, complaint = process.communicate()
+    assert complaint == b""
+    assert process.returncode == 1
