@@ -1,0 +1,82 @@
+"""The artifact: a Hugging Face directory that anything can load, with the lineage of what is in it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from postlude.model import vocabulary
+from postlude.model.language_model import LanguageModel
+
+SCALAR_FILE = "scalar_head.safetensors"
+"""Holds the head ``scalar`` of a model that has one, beside the files that transformers knows."""
+
+
+def write_model(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    lineage: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model into a local folder: config, safetensors, generation config, tokenizer and ``lineage.json``.
+
+    ``dtype`` is that of the files: by default the one of the checkpoint that training began with, fp32 for a model
+    that began with none. The vocabulary has its real size. The live model is not touched.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or model.stored_dtype or torch.float32
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    # A second model on the meta device takes the weights as they shall be written, so that transformers' own code
+    # decides what is tied and how its layers are named in a file.
+    with torch.device("meta"):
+        written = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.plain_implementation)
+    state = vocabulary.unpadded(model.causal, model.vocabulary)
+    written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
+    written.tie_weights()
+    written.generation_config = _generation_config(model.causal.generation_config, tokenizer)
+    written.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.scalar is not None:
+        save_file(_cast(model.scalar.state_dict(), dtype), folder / SCALAR_FILE)
+    (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in the dtype of a file, on the CPU; what is one tensor stays one."""
+    cast: dict[int, Tensor] = {}
+    for tensor in state.values():
+        key = tensor.data_ptr()
+        if key not in cast:
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            cast[key] = tensor.detach().to("cpu", target).contiguous()
+    return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
+
+
+def _generation_config(found: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's own, that also stops at what the tokenizer calls the end."""
+    config = copy.deepcopy(found)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [end for end in ends if end is not None]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Published models carry a temperature without do_sample; transformers then refuses to write what it read.
+        config.do_sample = True
+    return config

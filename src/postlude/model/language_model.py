@@ -1,0 +1,180 @@
+"""A transformers causal LM as the trainer uses it: packed batches in, hidden states out, heads apart.
+
+The transformers model inside is untouched but for its attention (by document) and the padding of its
+vocabulary. Parallelism, adapters and precision are applied from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from postlude.data.batch import PackedBatch
+from postlude.manifest.errors import DataError, ManifestError
+from postlude.model import anatomy, attention, vocabulary
+from postlude.model.attention import Documents
+
+
+class HeadParameters(NamedTuple):
+    """What the logits are made of: ``soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``."""
+
+    weight: nn.Parameter
+    """[padded vocabulary, hidden]; only the first ``vocabulary`` rows are real."""
+    bias: Tensor | None
+    """[padded vocabulary]."""
+    vocabulary: int
+    scale: float
+    soft_cap: float | None
+
+
+class LanguageModel(nn.Module):
+    """A causal language model over packed batches.
+
+    ``causal`` must stand on its device with its weights loaded: the architecture is examined by running it.
+    :class:`postlude.model.anatomy.UnsupportedModel` if it cannot be trained on packs. ``stored_dtype`` is that of
+    the checkpoint it came from.
+    """
+
+    def __init__(self, causal: PreTrainedModel, stored_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.causal = causal
+        self.stored_dtype = stored_dtype
+        self.vocabulary = vocabulary.rows(causal)
+        vocabulary.pad(causal)
+        self.plain_implementation: str = causal.config._attn_implementation
+        causal.set_attn_implementation(attention.NAME)
+        self.anatomy = anatomy.examine(causal, self.plain_implementation, self.vocabulary)
+        self.scalar: nn.Linear | None = None
+        self.compiled = False
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The transformers configuration; its vocabulary is the real one."""
+        return self.causal.config
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """How many rows the embedding has."""
+        return vocabulary.rows(self.causal)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal.device
+
+    # --- forward --------------------------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The same as :meth:`hidden`, so that what wraps a module's call applies."""
+        documents = Documents.of(batch.lengths, batch.tokens.device)
+        self._check_lengths(batch, documents)
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(documents.lengths, 0)
+            torch._dynamo.maybe_mark_dynamic(documents.offsets, 0)
+        return anatomy.run(self.causal, batch.tokens, batch.positions, documents)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states [tokens, hidden] of a batch, after the final norm: what heads are applied to.
+
+        DataError if a document is longer than the architecture's positions allow.
+        """
+        return self(batch)
+
+    def _check_lengths(self, batch: PackedBatch, documents: Documents) -> None:
+        limit = self.anatomy.longest_document
+        if limit is None:
+            return
+        real = documents.lengths[: batch.documents]
+        if len(real) and int(real.max()) > limit:
+            index = int(real.argmax())
+            raise DataError(
+                f"The document '{batch.example_ids[index]}' has {int(real[index])} tokens, but the architecture "
+                f"'{anatomy.name_of(self.causal)}' knows {limit} positions at most in a packed batch. Lower "
+                f"batch.block to {limit}, or choose a model with longer positions."
+            )
+
+    # --- heads ----------------------------------------------------------------------------------------------
+
+    def lm_head_parameters(self) -> HeadParameters:
+        """The parameters of the head that predicts tokens."""
+        head = self.causal.get_output_embeddings()
+        transform = self.anatomy.transform
+        return HeadParameters(head.weight, head.bias, self.vocabulary, transform.scale, transform.soft_cap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocabulary] of hidden states [rows, hidden], all at once: for a few rows."""
+        weight, bias, size, _, _ = self.lm_head_parameters()
+        products = nn.functional.linear(hidden, weight[:size], None if bias is None else bias[:size])
+        return self.anatomy.transform.apply(products)
+
+    def add_scalar_head(self, seed: int = 0) -> None:
+        """Add the trained head ``scalar``, equal on every rank, unless it is there.
+
+        Drawn with variance 1 / (hidden + 1), after Stiennon et al. (2020), so that first values are of order one.
+        """
+        if self.scalar is not None:
+            return
+        width = self.hidden_size
+        weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+        self.scalar = nn.Linear(width, 1, bias=False, device=self.device)
+        with torch.no_grad():
+            self.scalar.weight.copy_(weight)
+
+    def head(self, name: str) -> ScalarHead:
+        """The head ``scalar``, a function from [rows, hidden] to [rows]. KeyError if the model has none so named."""
+        if name != "scalar" or self.scalar is None:
+            raise KeyError(name)
+        return ScalarHead(self.scalar)
+
+    # --- layers ---------------------------------------------------------------------------------------------
+
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers, in order. ManifestError for an architecture that does not mark them."""
+        found = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not found:
+            raise ManifestError(
+                f"The architecture '{anatomy.name_of(self.causal)}' has no layers that can be recomputed or compiled "
+                "one by one. Set 'recompute: none' and 'compile: false'."
+            )
+        return found
+
+    def recompute_layers(self) -> None:
+        """Keep only each layer's input for the backward pass, and compute the rest again there."""
+        self.layers()
+        causal = self.causal
+        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def compile_layers(self) -> None:
+        """Compile each layer; documents are data to the compiled code, so another pack needs no other code."""
+        for layer in self.layers():
+            layer.compile()
+        self.compiled = True
+
+    # --- without documents ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """While this is open, the transformers model attends as transformers has it, caches and all."""
+        with anatomy.plain_attention(self.causal, self.plain_implementation):
+            yield self.causal
+
+
+class ScalarHead:
+    """One number for each row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] to [rows], fp32."""
+        return self.linear(hidden).squeeze(-1).float()

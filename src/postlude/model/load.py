@@ -1,0 +1,206 @@
+"""Models from a checkpoint or from a configuration with random weights, and nothing silently different.
+
+Weights are fp32 masters whatever the checkpoint holds; its dtype is remembered for the artifact. A checkpoint
+that lacks weights, a configuration key that no architecture reads, a tokenizer whose ids have no embedding:
+each is an error here, where transformers would go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from postlude import storage
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.schema import ModelFrom, NewModel
+from postlude.model import vocabulary
+from postlude.model.export import SCALAR_FILE
+from postlude.model.language_model import LanguageModel
+
+
+def load_model(
+    start: ModelFrom, place: str | None, tokenizer: PreTrainedTokenizerBase | None, *, seed: int
+) -> LanguageModel:
+    """The model that a stage starts from, on the CPU with fp32 weights.
+
+    ``place`` is a Hugging Face directory (a path or URI) or a hub name; it is None where ``start`` asks for a new
+    model, whose random weights follow from ``seed`` and whose vocabulary follows ``tokenizer`` unless the
+    manifest gives it. ManifestError for what is not there, incomplete, unknown, or does not fit the tokenizer.
+    """
+    if place is None:
+        config = configuration(start, None, tokenizer)
+        return LanguageModel(_random(config, seed))
+    with local_files(place) as folder:
+        config = read_config(folder, place)
+        if tokenizer is not None:
+            vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
+        model = LanguageModel(*_read_weights(folder, place, config))
+        scalar = Path(folder) / SCALAR_FILE
+        if scalar.exists():
+            model.add_scalar_head()
+            model.scalar.load_state_dict(load_file(scalar))  # type: ignore[union-attr]
+    return model
+
+
+def configuration(start: ModelFrom, place: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    """The configuration of the model that :func:`load_model` would make, without its weights."""
+    if place is not None:
+        with local_files(place, (".json",)) as folder:
+            return read_config(folder, place)
+    if start.new is None:
+        raise ValueError("A model that is not new needs the place of its files.")
+    config = _new_config(start.new, tokenizer)
+    if tokenizer is not None:
+        size = config.get_text_config().vocab_size
+        vocabulary.check_tokenizer(tokenizer, size, f"new {start.new.architecture}")
+    return config
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """How many parameters a model of this configuration has, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _construct(config).parameters())
+
+
+def configuration_keys(architecture: str) -> set[str]:
+    """The keys that a configuration of this architecture reads. ManifestError for an unknown architecture."""
+    known = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if architecture not in known:
+        raise ManifestError(
+            f"'{architecture}' is not an architecture that predicts tokens from left to right."
+            f"{_nearest(architecture, known)} Known to this transformers: {', '.join(known)}."
+        )
+    config = CONFIG_MAPPING[architecture]
+    keys = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    return keys | {"rope_theta", "rope_scaling"} if "rope_parameters" in keys else keys
+
+
+# --- new models ---------------------------------------------------------------------------------------------
+
+
+def _new_config(new: NewModel, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+    known = configuration_keys(new.architecture)
+    for key in new.config:
+        if key not in known:
+            raise ManifestError(
+                f"model.new.config: '{key}' is not a key of the architecture '{new.architecture}'."
+                f"{_nearest(key, sorted(known))} Its keys: {', '.join(sorted(known))}."
+            )
+    derived: dict[str, Any] = {"dtype": torch.float32}
+    if tokenizer is not None:
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        derived |= {"vocab_size": vocabulary.tokenizer_size(tokenizer), "bos_token_id": bos, "eos_token_id": eos}
+        # An embedding learns nothing for its padding token, so one that means something else cannot serve.
+        derived["pad_token_id"] = None if pad in (bos, eos) else pad
+    derived = {key: value for key, value in derived.items() if key in known}
+    with _user_errors(f"model.new: no '{new.architecture}' can be made of this configuration"):
+        return AutoConfig.for_model(new.architecture, **{**derived, **new.config})
+
+
+def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _construct(config)
+
+
+def _construct(config: PreTrainedConfig) -> PreTrainedModel:
+    with _user_errors(f"model.new: no '{config.model_type}' can be made of this configuration"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@contextmanager
+def _user_errors(what: str) -> Iterator[None]:
+    """Translate what transformers and torch raise when the numbers of a configuration do not fit each other."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ManifestError(f"{what}: {_one_line(error)} Look at model.new.config.") from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str, place: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ManifestError(
+            f"There is no model to load at '{place}': {_one_line(error)} Give a Hugging Face directory, a hub name, "
+            "or RUN/STAGE."
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise ManifestError(
+            f"The model at '{place}' is quantised, and quantised weights cannot be trained. Give a checkpoint in "
+            "bf16, fp16 or fp32."
+        )
+    return config
+
+
+def _read_weights(folder: str, place: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model with fp32 weights, and the dtype that the checkpoint holds."""
+    stored = config.dtype  # transformers changes it while loading
+    causal = read_causal(folder, place, config, "auto" if stored is None else torch.float32)
+    return causal.float(), stored if isinstance(stored, torch.dtype) else causal.dtype
+
+
+def read_causal(
+    folder: str, place: str, config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
+    """A transformers model from its files, every weight of it. ManifestError if they are broken or incomplete."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ManifestError(f"The model at '{place}' cannot be loaded: {_one_line(error)}") from error
+    causal, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ManifestError(
+            f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{config.model_type}' "
+            f"are not in its files, the first being '{missing[0]}'. Give a complete causal language model."
+        )
+    return causal
+
+
+@contextmanager
+def local_files(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[str]:
+    """A path or hub name for what stands at ``place``; files with these endings are fetched if it is remote."""
+    if storage.is_local(place):
+        path = storage.local_path(place)
+        yield path if Path(path).exists() else place
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in storage.list_directory(place):
+            if name.endswith(endings):
+                with storage.open_file(storage.join(place, name), "rb") as source, Path(folder, name).open("wb") as out:
+                    shutil.copyfileobj(source, out)
+        yield folder
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."
