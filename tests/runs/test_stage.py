@@ -81,7 +81,7 @@ def test_pruning_keeps_the_newest_and_what_is_in_the_making(run: Run) -> None:
 
 @pytest.mark.capability("Loss curves by example")
 def test_losses_come_back_exactly_and_cut_at_any_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "ROWS_OF_A_PART", 7)
+    monkeypatch.setattr(examples, "ROWS_OF_A_PART", 2)
     stage = run.stage("sft")
     writers = [stage.examples_writer(rank) for rank in range(2)]
     for step in range(1, 31):
