@@ -95,12 +95,15 @@ def _import_plugins(written: Value, said: Value) -> list[Problem]:
 
 def _refuse_without_effect(said: Value, value: Value, name: str) -> None:
     """An assignment to a default that every stage sets itself would be ignored in silence."""
-    given = {leaf.origin: leaf for leaf in said.leaves() if leaf.origin.assignment}
     effective = {leaf.origin for leaf in value.leaves()}
     what = "no effect: the stages set this key themselves"
-    ignored = [origin for origin in given if origin not in effective]
-    if ignored:
-        raise refusal(name, [Problem(origin, origin.assignment.partition("=")[0], what) for origin in ignored])
+    problems = [
+        Problem(leaf.origin, leaf.origin.assignment.partition("=")[0], what)
+        for leaf in said.leaves()
+        if leaf.origin.assignment and leaf.origin not in effective
+    ]
+    if problems:
+        raise refusal(name, problems)
 
 
 def _said(value: Value, path: KeyPath) -> Value | None:
