@@ -37,6 +37,8 @@ class Predicates:
         self._columns: dict[str, None] = {}
         self._structure = self._learn(batches)
         for predicate in predicates:
+            if not predicate.strip():
+                raise DataError("A filter is an empty text. Write a SQL predicate, or remove it from 'filters'.")
             self.keeps(predicate, [], str)
 
     def keeps(self, predicate: str, records: Sequence[Record], where: Callable[[int], str]) -> list[bool]:

@@ -55,12 +55,12 @@ class Quality(ContentFilter):
             return "no visible character"
         if kinds["control"] > self.max_control * len(text):
             return "control characters"
-        if kinds["letter"] < self.min_letters * visible:
-            return "few letters"
         if kinds["digit"] > self.max_digits * visible:
             return "many digits"
         if kinds["symbol"] > self.max_symbols * visible:
             return "many symbols"
+        if kinds["letter"] < self.min_letters * visible:
+            return "few letters"
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if _repeated(lines, _ENOUGH_LINES) > self.max_repeated_lines:
             return "repeated lines"
