@@ -1,68 +1,67 @@
-"""Weighted negative log-likelihood: supervised learning of the tokens that have a weight.
+"""Weighted negative log-likelihood: the loss of language modelling and of supervised fine-tuning.
 
-With w_t the weight of token t, x_<t the tokens of its document before it, and N the sum of the weights of the step,
+Where w_t is the weight of token t (0 where it is not trained), the loss of a step is
 
-    loss = sum_t  w_t * -log p(x_t | x_<t)  /  N
-
-or, normalised by document, the mean over documents of each one's own weighted mean. No torch is imported here: the
-objective only does arithmetic on tensors that it is given.
+- ``token``:     sum_t w_t nll_t / sum_t w_t, over all its tokens;
+- ``document``:  the same for each document by itself, then the mean over those with a trained token, so that a
+  short answer counts as much as a long one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from postlude.manifest.component import Component
+from postlude.objectives.objective import ObjectiveConfig, Outcome
 
 if TYPE_CHECKING:
     from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Objective, Outcome, Step
+    from postlude.objectives.objective import Step
+
+Normalizer = Literal["token", "document"]
 
 
-class NegativeLogLikelihood(Component):
-    """Negative log-likelihood of the trained tokens."""
+class NegativeLogLikelihood(ObjectiveConfig):
+    """Weighted negative log-likelihood."""
 
-    normalize: Literal["token", "document"] = "token"
-    """What counts the same: every trained token, or every document."""
+    normalize: Normalizer = "token"
+    """What counts the same: each trained token (times its weight), or each document."""
 
-    def build(self) -> Objective:
-        """The objective."""
-        return Likelihood(self.normalize)
+    def build(self) -> WeightedLikelihood:
+        return WeightedLikelihood(self.normalize)
 
 
-class Likelihood:
-    """What the component ``nll`` builds (:class:`postlude.objectives.objective.Objective`)."""
+@dataclass(frozen=True)
+class WeightedLikelihood:
+    """The objective; normalisers are ``trained_weight`` or ``trained_documents``."""
 
-    streams: tuple[str, ...] = ()
-    statistics: tuple[str, ...] = ()
-    heads: Mapping[str, tuple[str, ...]] = {"policy": ("lm",)}
-
-    def __init__(self, normalize: Literal["token", "document"]) -> None:
-        self.normalize = normalize
+    normalize: Normalizer = "token"
+    streams = ()
+    heads = {"policy": ("lm",)}
+    statistics = ()
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
-        """The sum of the weights, and how many documents have one."""
-        total = batch.per_document(batch.weight)
-        return {"weight": float(total.double().sum()), "trained_documents": int(total.count_nonzero())}
+        if self.normalize == "token":
+            return {"trained_weight": float(batch.weight.double().sum())}
+        return {"trained_documents": float((batch.per_document(batch.weight) > 0).sum())}
 
     def measure(self, step: Step) -> Mapping[str, float]:
         return {}
 
     def __call__(self, step: Step) -> Outcome:
-        from postlude.objectives.objective import Outcome
-
         batch = step.batch
         rows = batch.trained_rows()
         weights = batch.weight[rows]
         if self.normalize == "token":
-            weights = weights / max(step.normalizers["weight"], 1e-30)
+            weights = weights / step.normalizers["trained_weight"]
         else:
-            own = batch.per_document(batch.weight)[batch.document[rows]]
-            weights = weights / own / max(step.normalizers["trained_documents"], 1.0)
-        loss, each = step.head("lm").negative_log_likelihood(step.hidden()[rows - 1], batch.tokens[rows], weights)
+            of_document = batch.per_document(weights, rows)[batch.document[rows]]
+            weights = weights / of_document / step.normalizers["trained_documents"]
+        before = step.hidden().index_select(0, rows - 1)
+        loss, likelihood = step.head("lm").negative_log_likelihood(before, batch.tokens[rows], weights)
         return Outcome(
             loss=loss,
-            example_loss=batch.per_document(each, rows),
-            example_tokens=batch.per_document(each.new_ones(len(rows)), rows),
+            example_loss=batch.per_document(likelihood, rows),
+            example_tokens=batch.per_document(rows.new_ones(rows.shape), rows),
         )

@@ -3,17 +3,23 @@
 A step is many micro-batches on many ranks. The trainer counts the normalisers over the whole step before the
 first forward pass and adds up what the objective returns, so an objective divides sums by those counts and
 the result is the same whatever the split.
+
+This module imports without torch, so that a component, and an objective that only calls methods of tensors, can
+stand in one file and still be named by the manifest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from postlude.manifest.component import Component
 
-from postlude.data.batch import PackedBatch
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from postlude.data.batch import PackedBatch
 
 
 class Head(Protocol):
@@ -78,15 +84,23 @@ class Outcome:
 
 
 class Objective(Protocol):
-    """One loss. Built from its component in the manifest; holds no state."""
+    """One loss. Built from its component in the manifest; holds no state. What are properties here may be plain
+    attributes of the class."""
 
-    streams: tuple[str, ...]
-    """The streams it reads beside the weight."""
-    heads: Mapping[str, tuple[str, ...]]
-    """The heads it uses, by model: ``{"policy": ("lm",)}``."""
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams it reads beside the weight."""
+        ...
 
-    statistics: tuple[str, ...]
-    """What :meth:`measure` returns, for a loss that couples the batch (a divergence, a load); mostly nothing."""
+    @property
+    def heads(self) -> Mapping[str, tuple[str, ...]]:
+        """The heads it uses, by model: ``{"policy": ("lm",)}``."""
+        ...
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What :meth:`measure` returns, for a loss that couples the batch (a divergence, a load); mostly nothing."""
+        ...
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""
@@ -97,3 +111,11 @@ class Objective(Protocol):
         ...
 
     def __call__(self, step: Step) -> Outcome: ...
+
+
+class ObjectiveConfig(Component):
+    """Base of the kind ``objectives``: the keys of a loss."""
+
+    def build(self) -> Objective:
+        """The objective."""
+        raise NotImplementedError
