@@ -14,7 +14,7 @@ Notable:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Loader:
         self._reader = WindowReader(sources, weights, seed=seed, block=block, window=window)
         self._blocks_per_step, self._epochs, self._steps = blocks_per_step, epochs, steps
         self._rank, self._world, self._ahead, self._waiting = rank, world, ahead, waiting
-        self._total_draws = None if epochs is None else self._reader.mixture.epoch_end(epochs - 1)
+        self._total_draws = self._reader.mixture.epoch_end(epochs - 1) if epochs else 0
         self._step = 0
         self._cursor = self._reader.start
         """Where the window of the next block begins."""
@@ -81,7 +81,10 @@ class Loader:
         self._window: Window | None = None
         """That window, unless it has yet to be fetched."""
         self._thread: ThreadPoolExecutor | None = None
+        self._windows: Iterator[Window] = iter(())
+        """The windows after it, as the thread makes them."""
         self._futures: deque[Future[Window]] = deque()
+        """Those that it makes ahead. Past the last one there is nothing to be had, and nobody asks for it."""
 
     def __iter__(self) -> Loader:
         return self
@@ -166,9 +169,9 @@ class Loader:
         if self._thread is None:
             self._reader.stopped.clear()
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="postlude-data")
-            self._read = self._reader.windows(self._cursor, self._epochs).__next__
-            self._futures.extend(self._thread.submit(self._read) for _ in range(self._ahead))
-        self._futures.append(self._thread.submit(self._read))
+            self._windows = self._reader.windows(self._cursor, self._epochs)
+            self._futures.extend(self._thread.submit(next, self._windows) for _ in range(self._ahead))
+        self._futures.append(self._thread.submit(next, self._windows))
         future = self._futures.popleft()
         if future.done():
             return future.result()
@@ -177,8 +180,8 @@ class Loader:
             return future.result()
 
     def _progress(self) -> float:
-        if self._total_draws is None:
-            return self._step / self._steps  # type: ignore[operator]
+        if self._steps is not None:
+            return self._step / self._steps
         done = float(self._cursor.draws)
         if self._window is not None:
             window = self._window

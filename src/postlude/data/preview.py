@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -72,8 +73,9 @@ class Preview:
             for document in block.documents:
                 heading = f"{document.example_id}  tokens {len(document.tokens):,}, trained {document.trained_tokens:,}"
                 text = Text(overflow="fold")
-                for token in document.tokens:
-                    text.append(_visible(token.text), style="bold green" if token.trained else "dim")
+                for trained, stretch in groupby(document.tokens, key=lambda token: token.trained):
+                    joined = "".join(token.text for token in stretch)
+                    text.append(_visible(joined), style="bold green" if trained else "dim")
                 parts += [Text(heading, style="bold"), Padding(text, (0, 0, 1, 2))]
         return Group(*parts)
 
