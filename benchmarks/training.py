@@ -43,7 +43,7 @@ def postlude_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from postlude.telemetry.hardware import memory_bytes, peak_memory_bytes, reset_peak_memory
+    from postlude.telemetry.hardware import peak_resident_bytes, reset_peak, resident_bytes
     from postlude.workflow.run import run
 
     manifest = {
@@ -67,13 +67,13 @@ def postlude_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]
     }
     path = folder / "benchmark.yaml"
     path.write_text(json.dumps(manifest))
-    base = memory_bytes()
-    reset_peak_memory()
+    base = resident_bytes()
+    reset_peak()
     if run(str(path), [], inline=True) != 0:
         raise SystemExit("the run failed")
     lines = [json.loads(line) for line in (folder / "runs/benchmark/stages/sft/metrics.jsonl").open()]
     rates = [line["tokens"] / line["seconds"] for line in lines[WARM_UP:]]
-    return {"rate": statistics.median(rates), "growth": peak_memory_bytes() - base}
+    return {"rate": statistics.median(rates), "growth": peak_resident_bytes() - base}
 
 
 def trl_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]:
@@ -84,7 +84,7 @@ def trl_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from postlude.telemetry.hardware import memory_bytes, peak_memory_bytes, reset_peak_memory
+    from postlude.telemetry.hardware import peak_resident_bytes, reset_peak, resident_bytes
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -94,8 +94,8 @@ def trl_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]:
             self.ends.append(time.perf_counter())
 
     torch.set_num_threads(THREADS)
-    base = memory_bytes()
-    reset_peak_memory()
+    base = resident_bytes()
+    reset_peak()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SHAPE, vocab_size=vocabulary))
@@ -127,7 +127,7 @@ def trl_side(folder: Path, steps: int, vocabulary: int) -> dict[str, float]:
     tokens = statistics.mean(len(row["input_ids"]) for row in trainer.train_dataset) * (TOKENS // BLOCK)
     trainer.train()
     seconds = [after - before for before, after in zip(clock.ends[WARM_UP:], clock.ends[WARM_UP + 1 :])]
-    return {"rate": tokens / statistics.median(seconds), "growth": peak_memory_bytes() - base}
+    return {"rate": tokens / statistics.median(seconds), "growth": peak_resident_bytes() - base}
 
 
 # --- what they are given ------------------------------------------------------------------------------------
@@ -180,7 +180,15 @@ def main() -> None:
         print(json.dumps(side(arguments.folder, arguments.steps, arguments.vocabulary)))
         return
     table = Table(title="Training, fp32, 2 threads: medians")
-    for column in ("vocabulary", "TRL tok/s", "Postlude tok/s", "speed ratio", "TRL MiB", "Postlude MiB", "memory ratio"):
+    for column in (
+        "vocabulary",
+        "TRL tok/s",
+        "Postlude tok/s",
+        "speed ratio",
+        "TRL MiB",
+        "Postlude MiB",
+        "memory ratio",
+    ):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))

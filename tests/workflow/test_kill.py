@@ -120,7 +120,9 @@ def test_a_killed_run_is_bitwise_the_undisturbed_one(tmp_path: Path, workers: in
     calm = start(write_manifest(tmp_path, "calm", workers))
     output, _ = calm.communicate()
     assert calm.returncode == 0, output.decode()
-    hits = run_with_kills(write_manifest(tmp_path, "shaken", workers), tmp_path, "shaken", kills, random.Random(workers))
+    hits = run_with_kills(
+        write_manifest(tmp_path, "shaken", workers), tmp_path, "shaken", kills, random.Random(workers)
+    )
     print(f"{hits} kills survived with {workers} worker(s)")
     assert hits >= kills // 2
     assert metrics(tmp_path, "shaken") == metrics(tmp_path, "calm")

@@ -89,8 +89,7 @@ def _collect(processes: list[Any], ends: list[Connection]) -> list[Any]:
                 continue
             (results if outcome == "result" else failures)[rank] = value
     if failures:
-        said = [failure for failure in failures.values() if isinstance(failure, UserError)]
-        raise (said or list(failures.values()))[0]
+        raise min(failures.values(), key=lambda failure: not isinstance(failure, UserError))
     return [results[rank] for rank in range(len(processes))]
 
 

@@ -22,13 +22,16 @@ def generate(
 ) -> Iterator[str]:
     """Pieces of the reply of the model at ``place``, a Hugging Face directory or a hub name.
 
-    A text is continued as it stands; messages are rendered with the tokenizer's chat template. Temperature 0 takes
+    Messages are rendered with the tokenizer's chat template. A text is a user's message where there is such a
+    template, and continued as it stands where there is none. Temperature 0 takes
     the likeliest token. ManifestError if there is no model; UserError if there is no template for messages.
     """
     with local_files(place) as folder:
         config = read_config(folder, place)
         causal = read_causal(folder, place, config, "auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    if isinstance(prompt, str) and tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
     if torch.cuda.is_available():
         causal.cuda()
     elif causal.dtype == torch.float16:  # a CPU multiplies fp16 a hundred times slower than fp32

@@ -259,7 +259,5 @@ class Assembly:
         self.stage.prune(self.config.checkpoint.keep)
 
 
-
-
 def _listed(shapes: Iterable[type]) -> str:
     return ", ".join(shape.__name__ for shape in shapes)

@@ -1,6 +1,7 @@
 """Every read and write of the project: files behind URIs, atomic commits, journals and locks."""
 
 from postlude.storage.commits import (
+    MARKER,
     Digest,
     HashedFile,
     Marker,
@@ -46,6 +47,7 @@ from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
 
 __all__ = [
+    "MARKER",
     "CorruptError",
     "Digest",
     "HashedFile",

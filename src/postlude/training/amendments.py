@@ -26,7 +26,7 @@ class Amendments:
         """
         self._read()
         for number in self._requests.keys() - self._from_step.keys():
-            self._stage.amendments.append({"applied": number, "from_step": step}, durable=True)
+            self._stage.amendments.append({"applied": number, "from_step": step}, sync=True)
             self._from_step[number] = step
         return [self._requests[n] for n in sorted(self._requests) if self._from_step[n] == step]
 

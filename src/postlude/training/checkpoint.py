@@ -9,10 +9,11 @@ with a digest that does not match it is passed over for the one before. All byte
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ from postlude.training.workers import COLLECTIVE_DEADLINE, Workers
 
 State = dict[str, Any]
 
+# One process alone is meant to be alone.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 
 class _StorageFiles(FileSystemBase):
     """What torch's checkpoint reader and writer need of a file system, over :mod:`postlude.storage`.
@@ -39,13 +43,13 @@ class _StorageFiles(FileSystemBase):
         self.digests: dict[str, storage.Digest] = {}
 
     @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         if mode == "rb":
             with storage.open_file(str(path), "rb") as stream:
                 yield stream
             return
         with storage.open_hashed(str(path)) as file:
-            yield file  # type: ignore[misc]
+            yield file
         self.digests[storage.name(str(path))] = file.digest
 
     def concat_path(self, path: Any, suffix: str) -> str:
@@ -76,7 +80,7 @@ class _Writer(FileSystemWriter):
     def __init__(self, uri: str) -> None:
         super().__init__(uri, sync_files=False)
         self.fs = self.files = _StorageFiles()  # type: ignore[assignment]
-        self.path = uri  # type: ignore[assignment]
+        self.path = uri
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
@@ -89,7 +93,7 @@ class _Reader(FileSystemReader):
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self.fs = _StorageFiles()  # type: ignore[assignment]
-        self.path = uri  # type: ignore[assignment]
+        self.path = uri
 
 
 class Checkpointer:
@@ -180,4 +184,4 @@ def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
     :class:`postlude.storage.CorruptError` if a file does not match its digest.
     """
     dcp.load(tensors, storage_reader=_Reader(uri), no_dist=workers.world == 1)
-    return storage.read_marker(uri).extra
+    return dict(storage.read_marker(uri).extra)

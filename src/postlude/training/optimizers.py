@@ -96,7 +96,8 @@ class Muon(Optimizer):
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
         import torch
 
-        orthogonal, rest = [], []
+        orthogonal: list[tuple[str, torch.nn.Parameter]] = []
+        rest: list[tuple[str, torch.nn.Parameter]] = []
         for name, parameter in parameters:
             inside = parameter.ndim == 2 and ".layers." in f".{name}"
             (orthogonal if inside else rest).append((name, parameter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,11 @@ def export(place: str, out: str, merge: bool = False) -> None:
         raise UserError(f"The model of '{place}' is whole: there is no adapter to merge. Leave --merge out.")
     if storage.exists(out):
         raise UserError(f"'{out}' is there already and is not overwritten. Remove it or give another place.")
-    storage.copy_folder(artifact, out)
+    for name in storage.list_directory(artifact):
+        if name != storage.MARKER:
+            copied = storage.open_file(storage.join(artifact, name), "rb")
+            with copied as source, storage.open_file(storage.join(out, name), "wb") as target:
+                shutil.copyfileobj(source, target)
 
 
 def verify(model: str) -> Verification:

@@ -13,9 +13,7 @@ from postlude.training.workers import Workers
 from postlude.workflow.run import stages_in_order
 
 
-def preview(
-    manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1
-) -> packed.Preview:
+def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1) -> packed.Preview:
     """The first ``blocks`` packed blocks of a stage (the first stage by default). Writes nothing into the run."""
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
     name = stages_in_order(resolved, stage)[-1 if stage else 0]

@@ -131,5 +131,3 @@ def _stage(run: Run, summary: StageSummary) -> StageStatus:
 def _told(event: events.Event) -> str:
     said = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
     return ", ".join(f"{key} {value}" for key, value in said.items())
-
-

@@ -70,12 +70,11 @@ def made_units(pairs: bool):
 
 def train(task: Task):
     """Three steps; every rank returns the same lines of metrics."""
-    from postlude.model.load import load_model
-
     from postlude.data.document import define_stream
     from postlude.data.loader import Loader
     from postlude.manifest.component import lookup
     from postlude.manifest.schema import ModelFrom, NewModel
+    from postlude.model.load import load_model
     from postlude.recipes.sft import SFT
     from postlude.training.meters import Meters
     from postlude.training.precision import Precision
