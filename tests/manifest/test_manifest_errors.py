@@ -216,9 +216,16 @@ def test_separate_circles_are_each_told(example):
     ]
 
 
-def test_data_sets_are_not_called_unused_while_a_stage_cannot_be_read(example):
-    found = refused(changed(example, "recipe: plain", "recipe: plian"))
-    assert not any("no stage uses" in line for line in found)
+def test_nothing_is_called_unused_while_a_recipe_is_not_known(example):
+    (problem,) = refused(changed(example, "recipe: plain", "recipe: plian"))
+    assert "stages.first.recipe" in problem
+    (problem,) = refused(changed(example, "recipe: pair", "recipe: pari"))
+    assert "stages.second.recipe" in problem
+
+
+def test_what_an_assignment_adds_to_keeps_its_place_in_the_file(example):
+    found = refused(changed(example, "  held:\n", "  hold:\n"), "data.hold.limit=3")
+    assert any(line.startswith("16:3: data.hold: no stage uses") for line in found), found
 
 
 # --- every key of a whole manifest, one at a time -----------------------------------------------------------
