@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.formats.write import write
-from postlude.data.synthetic import synthetic
+from postlude.data.synthetic import synthetic, try_synthetic
 from postlude.manifest.component import lookup, names
 from postlude.manifest.errors import ManifestError
 
@@ -63,6 +64,37 @@ def test_what_the_chat_formats_are_given() -> None:
     loose = {case.what: case for case in synthetic(lookup("formats", "messages").model_validate({"roles": "any"}), 60)}  # type: ignore[arg-type]
     assert loose["two users in a row"].good
     assert not loose["arguments that are not JSON"].good
+
+
+def test_what_becomes_of_them_is_told_by_kind() -> None:
+    from postlude.data.encode import Encoded
+    from postlude.manifest.errors import DataError
+
+    def encode(examples: Sequence[tuple[str, Example]], source: str) -> list[Encoded]:
+        """A template that knows no developer, and a block too short for what is very long."""
+        found = []
+        for _, example in examples:
+            text = str(example)
+            if "'developer'" in text:
+                found.append(Encoded(error=DataError("The template raises: no developer.")))
+            else:
+                found.append(Encoded(dropped="too long" if len(text) > 20_000 else None))
+        return found
+
+    format: Any = lookup("formats", "messages")()
+    verdicts = try_synthetic(format, encode, 120)
+    assert sum(verdict.count for verdict in verdicts) == 120
+    wrong = [verdict for verdict in verdicts if not verdict.as_expected]
+    assert [(one.what, one.expected, one.found) for one in wrong] == [
+        ("a developer message", "read", "cannot be encoded: The template raises: no developer.")
+    ]
+    assert verdicts[0] == wrong[0]
+    by_what = {verdict.what: verdict for verdict in verdicts}
+    assert by_what["a very long turn"].found == "dropped: too long"
+    assert by_what["several turns"].found == "trained on"
+    assert by_what["two users in a row"].expected == "refused"
+    assert "out of order" in by_what["two users in a row"].found
+    json.dumps([verdict.to_json() for verdict in verdicts])
 
 
 def test_they_are_a_function_of_format_number_and_seed() -> None:

@@ -16,7 +16,8 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -79,14 +80,10 @@ class Dataset:
         self._known_bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self._kept = _chosen(self._records.groups, config.limit, sample)
-        filters = [_resolved(one) for one in config.filters]
-        if filters:
-            self._filter(filters, cache)
-
-    @property
-    def groups(self) -> list[int]:
+        if config.filters:
+            self._filter(config, cache, str(sample))
+        self.groups: Sequence[int] = [len(rows) for rows in self._kept]
         """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
-        return [len(rows) for rows in self._kept]
 
     def examples(self, group: int, positions: Sequence[int]) -> list[list[tuple[str, Example]]]:
         """For each position in a group its examples with their identities; none for a bad record that is skipped.
@@ -123,11 +120,8 @@ class Dataset:
     def _set_aside(self, group: int, row: int, record: Record | Unreadable, error: BadRecord) -> None:
         """Count a bad record, or stop."""
         if self._on_bad_record == "stop":
-            key = (
-                f", {self._key} {record[self._key]!r}"
-                if isinstance(record, dict) and record.get(self._key or "")
-                else ""
-            )
+            has_key = isinstance(record, Mapping) and record.get(self._key or "") is not None
+            key = f", {self._key} {record[self._key]!r}" if has_key else ""  # type: ignore[index]
             raise DataError(
                 f"A record of the data set '{self.name}' cannot be used ({self._records.where(group, row)}{key}): "
                 f"{error}. Mend it, or set 'on_bad_record: skip' to leave such records out and count them."
@@ -153,9 +147,12 @@ class Dataset:
 
     # --- filters --------------------------------------------------------------------------------------------
 
-    def _filter(self, filters: Sequence[str | Filter], cache: str) -> None:
+    def _filter(self, config: DatasetConfig, cache: str, sample: str) -> None:
+        filters = [_resolved(one) for one in config.filters]
         components = [self._format, *(one for one in filters if isinstance(one, Filter))]
-        what = digest(self.fingerprint, version("postlude"), *map(_code_of, components))
+        keys = config.model_dump_json(by_alias=True, exclude={"source", "template", "train_on", "truncate"})
+        judged = self.name, self._records.fingerprint, keys, sample
+        what = digest(*judged, version("postlude"), *map(_code_of, components))
 
         def run(path: str) -> None:
             kept = self._pass(filters)
@@ -170,7 +167,7 @@ class Dataset:
             reason: Dropped(one["count"], [tuple(example) for example in one["examples"]])
             for reason, one in json.loads(str(found["dropped"])).items()
         }
-        if not any(self.groups):
+        if not any(map(len, self._kept)):
             counts = ", ".join(f"{one.count} by '{reason}'" for reason, one in self.dropped.items())
             raise DataError(
                 f"The filters of the data set '{self.name}' leave no record: dropped {counts}. Loosen them, or check "
@@ -180,7 +177,7 @@ class Dataset:
     def _pass(self, filters: Sequence[str | Filter]) -> list[np.ndarray]:
         """Judge all the rows once; the rows kept of each group."""
         sieve = Sieve(filters, self._format, lambda: (_readable(records) for _, _, records in self._batches()))
-        kept: list[list[int]] = [[] for _ in self._kept]
+        kept = [array("q") for _ in self._kept]
         for group, rows, records in self._batches():
             readable = [row for row, record in zip(rows, records, strict=True) if not isinstance(record, Unreadable)]
             verdicts = iter(sieve(_readable(records), partial(self._where_of, group, readable)))
@@ -192,7 +189,7 @@ class Dataset:
                     self._set_aside(group, row, record, verdict)
                 else:
                     self._drop(verdict, partial(self._shown, group, row, cast(Record, record)))
-        return [np.array(rows, np.int64) for rows in kept]
+        return [np.array(rows) for rows in kept]
 
     def _where_of(self, group: int, rows: Sequence[int], place: int) -> str:
         return self._records.where(group, rows[place])

@@ -7,12 +7,16 @@ They are a function of the format, their number and the seed; enough of them hol
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from postlude.data.example import Format, Record
+from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.formats.write import write
+
+if TYPE_CHECKING:
+    from postlude.data.encode import Encoded
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,56 @@ def synthetic(format: Format, n: int, seed: int = 0) -> list[Synthetic]:
         chance.shuffle(cases)
         made += cases
     return made[:n]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of the records of one kind."""
+
+    what: str
+    """What is odd about them."""
+    expected: str
+    """``read`` or ``refused``."""
+    found: str
+    """What came out, with the reason where nothing did."""
+    count: int
+    """How many records of the kind came out so."""
+    as_expected: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_synthetic(
+    format: Format, encode: Callable[[Sequence[tuple[str, Example]], str], Sequence[Encoded]], n: int, seed: int = 0
+) -> list[Verdict]:
+    """Send ``n`` synthetic records through the format and ``encode`` (:meth:`Encoder.encode`); the surprises first.
+
+    What the encoder drops for a stated reason counts as read; what it cannot render or tokenise does not.
+    """
+    found: Counter[tuple[str, bool, str, bool]] = Counter()
+    for case in synthetic(format, n, seed):
+        is_read, outcome = _outcome(case, format, encode)
+        found[case.what, case.good, outcome, is_read] += 1
+    verdicts = [
+        Verdict(what, "read" if good else "refused", outcome, count, is_read == good)
+        for (what, good, outcome, is_read), count in found.items()
+    ]
+    return sorted(verdicts, key=lambda verdict: (verdict.as_expected, verdict.expected != "refused", verdict.what))
+
+
+def _outcome(case: Synthetic, format: Format, encode: Callable[..., Sequence[Encoded]]) -> tuple[bool, str]:
+    """Whether the record came through, and what came out."""
+    try:
+        examples = format.parse(case.record)
+    except BadRecord as error:
+        return False, f"refused: {error}"
+    encoded = encode([(f"synthetic:{number}", example) for number, example in enumerate(examples)], "synthetic")
+    for one in encoded:
+        if one.error is not None:
+            return False, f"cannot be encoded: {one.error}"
+    dropped = next((one.dropped for one in encoded if one.dropped is not None), None)
+    return True, "trained on" if dropped is None else f"dropped: {dropped}"
 
 
 # --- in the shape of a format -------------------------------------------------------------------------------

@@ -23,27 +23,30 @@ _RESULT = "__postlude_result"
 
 def query_rows(query: str, tables: Mapping[str, Table], cache: str) -> ArrowRows:
     """The rows of the query. DataError if it cannot be run or gives none."""
-    identity = [query]
-    with duckdb.connect(config={"autoinstall_known_extensions": False}) as connection:
-        for uri in _files_named_in(query, connection):
-            identity.append(file_fingerprint(uri))
-        for name, table in sorted(tables.items()):
-            uris = _files_of(table)
-            identity += [name, table.model_dump_json(exclude={"path"}), *map(file_fingerprint, uris)]
-            _create_view(connection, name, table, [_on_this_machine(uri, cache) for uri in uris])
-        fingerprint = digest(*identity)
+    identity = [query, *map(file_fingerprint, _files_named_in(query))]
+    uris = {name: _files_of(table) for name, table in tables.items()}
+    for name, table in sorted(tables.items()):
+        identity += [name, table.model_dump_json(exclude={"path"}), *map(file_fingerprint, uris[name])]
+    fingerprint = digest(*identity)
 
-        def run(path: str) -> None:
+    def run(path: str) -> None:
+        with _connect() as connection:
             connection.execute(f"SET temp_directory = {_text(f'{path}.temporary')}")
-            _run(connection, query, path)
+            for name, table in tables.items():
+                _create_view(connection, name, table, [_on_this_machine(uri, cache) for uri in uris[name]])
+            _write_result(connection, query, path)
 
-        rows = ArrowRows(cached(cache, f"query-{fingerprint}.arrow", run), "the query's result", fingerprint)
+    rows = ArrowRows(cached(cache, f"query-{fingerprint}.arrow", run), "the query's result", fingerprint)
     if not rows.rows:
         raise DataError(f"The query gives no row: {_first_line(query)} ... Loosen its conditions, or check its files.")
     return rows
 
 
-def _run(connection: duckdb.DuckDBPyConnection, query: str, path: str) -> None:
+def _connect() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(config={"autoinstall_known_extensions": False})
+
+
+def _write_result(connection: duckdb.DuckDBPyConnection, query: str, path: str) -> None:
     try:
         connection.execute(f'CREATE VIEW "{_RESULT}" AS {query}')
         reader = pa.RecordBatchReader.from_stream(connection.sql(f'FROM "{_RESULT}" ORDER BY ALL'))
@@ -95,9 +98,10 @@ def _format_of(path: str) -> str:
     return "json" if stem.endswith((".json", ".jsonl", ".ndjson")) else "csv"
 
 
-def _files_named_in(query: str, connection: duckdb.DuckDBPyConnection) -> list[str]:
+def _files_named_in(query: str) -> list[str]:
     """The files that the query itself names. DataError if it is no single SELECT, or names a remote file."""
-    parsed = json.loads(connection.execute("SELECT json_serialize_sql($1)", [query]).fetchall()[0][0])
+    with _connect() as connection:
+        parsed = json.loads(connection.execute("SELECT json_serialize_sql($1)", [query]).fetchall()[0][0])
     if parsed["error"]:
         place = parsed.get("position")
         line = f" (line {query.count(chr(10), 0, int(place)) + 1})" if place else ""
