@@ -6,10 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+pytest_plugins = ["status"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("no deadline", deadline=None)  # nothing about time is asserted in a test
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

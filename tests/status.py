@@ -35,8 +35,8 @@ class Status:
     def __init__(self) -> None:
         self.tests: dict[str, set[str]] = defaultdict(set)
         self.needs_gpu: dict[str, set[str]] = defaultdict(set)
-        self.failed = False
 
+    @pytest.hookimpl(tryfirst=True)  # before marks deselect any
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             for mark in item.iter_markers("capability"):
@@ -80,3 +80,7 @@ class Status:
         lines += ["", "## Absent: refused by the manifest", "", "| capability | refused |", "| --- | --- |"]
         lines += [f"| {name} | `{override}` |" for name, override in ABSENT.items()]
         return "\n".join(lines) + "\n"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Status(), "capabilities")

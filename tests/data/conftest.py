@@ -7,13 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from postlude.data.document import Document, Unit
 from postlude.data.statistics import SourceStatistics
-
-settings.register_profile("no deadline", deadline=None)  # nothing about time is asserted in a test
-settings.load_profile("no deadline")
 
 
 class MadeUpSource:
