@@ -103,3 +103,15 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: P
         writer.join()
         if storage.exists(uri):
             assert len(storage.verify(uri).files) == 5
+
+
+def test_a_committed_folder_is_copied_whole_and_a_damaged_one_is_not(place: str, tmp_path: Path) -> None:
+    uri, target = storage.join(place, "model"), str(tmp_path / "exported")
+    with storage.new_folder(uri, {"step": 3}) as folder:
+        _fill(folder, CONTENTS)
+    storage.copy_folder(uri, target)
+    assert storage.verify(target) == storage.read_marker(uri)
+    storage.write_bytes(storage.join(uri, "config.json"), b"[]")
+    with pytest.raises(storage.CorruptError, match=r"config\.json"):
+        storage.copy_folder(uri, str(tmp_path / "again"))
+    assert not (tmp_path / "again").exists()

@@ -42,7 +42,7 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import fetch, new_folder
+from postlude.storage.folders import copy_folder, fetch, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
 
@@ -63,6 +63,7 @@ __all__ = [
     "StorageFull",
     "begin",
     "commit",
+    "copy_folder",
     "create",
     "discard",
     "exists",

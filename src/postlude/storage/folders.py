@@ -51,15 +51,22 @@ def fetch(uri: str, into: str) -> str:
     """
     if files.is_local(uri):
         return files.local_path(uri)
-    marker = commits.read_marker(uri)
-    if commits.is_committed(into) and commits.read_marker(into) == marker:
-        return into
-    with new_folder(into, marker.extra) as work:
-        for below in marker.files:
-            with files.open_file(files.join(work, below), "wb") as target:
-                _copy(files.join(uri, below), target)
-        commits.check(work, marker)
+    if not (commits.is_committed(into) and commits.read_marker(into) == commits.read_marker(uri)):
+        copy_folder(uri, into)
     return into
+
+
+def copy_folder(uri: str, target: str) -> None:
+    """Copy a committed folder, which replaces the folder ``target`` when the copy is whole.
+
+    NotFound if nothing was committed at ``uri``, CorruptError if what arrives is not what was committed.
+    """
+    marker = commits.read_marker(uri)
+    with new_folder(target, marker.extra) as work:
+        for below in marker.files:
+            with files.open_file(files.join(work, below), "wb") as file:
+                _copy(files.join(uri, below), file)
+        commits.check(work, marker)
 
 
 def files_below(folder: str) -> list[str]:
