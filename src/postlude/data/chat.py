@@ -2,7 +2,7 @@
 
 Notable:
 
-- The template is compiled once, in an environment of its own: that of transformers, its sandbox included.
+- The template is compiled once, in the environment of transformers, its sandbox included.
 - What a template raises, and what Python raises inside it, becomes one error that names the template and its line.
 - A template that asks for the date is told ``today``. A run that pins it renders the same text whenever it resumes.
 """
@@ -30,6 +30,9 @@ TEMPLATE_SUFFIX = ".jinja"
 """A template that ends with it is the path of one."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The names under which the thinking part of a message is found in data and in templates."""
+
+_TRACKING = threading.Lock()
+"""Held while marks are tracked: a compiled template is one for the whole process, and tracks one rendering at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,6 @@ class ChatRenderer:
     ) -> None:
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._today = today
-        self._tracking = threading.Lock()
         self._with_tools: _Compiled | None = None
         if template is not None:
             self._plain = _given(template)
@@ -85,6 +87,11 @@ class ChatRenderer:
         self._plain = _Compiled(named["default"], f"the chat template of {whose}")
         if "tool_use" in named:
             self._with_tools = _Compiled(named["tool_use"], f"the chat template for tools of {whose}")
+
+    @property
+    def text(self) -> str:
+        """The template itself, the one for conversations without tools where there are two."""
+        return self._plain.text
 
     def has_marks(self, chat: Chat) -> bool:
         """Whether the template marks by itself what the assistant generates."""
@@ -105,7 +112,7 @@ class ChatRenderer:
         template = self._template(chat)
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
-        with template.telling_errors(), self._tracking, template.tracker(blocks, marks):
+        with template.telling_errors(), _TRACKING, template.tracker(blocks, marks):
             for block in template.compiled.generate(self._variables(chat, False)):
                 blocks.append(block)
         return "".join(blocks), marks
@@ -127,15 +134,15 @@ class ChatRenderer:
 
 
 class _Compiled:
-    """A template in an environment of its own. ``name`` is how an error calls it."""
+    """A template. ``name`` is how an error calls it."""
 
     def __init__(self, text: str, name: str) -> None:
         from jinja2 import TemplateSyntaxError
-        from transformers.utils.chat_template_utils import _cached_compile_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self.text, self.name = text, name
         try:
-            self.compiled: Template = _cached_compile_jinja_template(text)
+            self.compiled: Template = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise ManifestError(
                 f"{name} does not compile: line {error.lineno}: {error.message}. Mend it, or give another template as "

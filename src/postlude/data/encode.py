@@ -88,6 +88,11 @@ class Encoder:
     def _masker(self) -> Masker:
         return Masker(self._renderer, StopTokens(self._tokenizer), self._train_on)
 
+    @property
+    def given_template(self) -> str | None:
+        """The text of the template that stands in for the tokenizer's own, if one does."""
+        return None if self._template is None else self._renderer.text
+
     @cached_property
     def stop_ids(self) -> list[int]:
         """Where generation stops: the end-of-sequence token, and the one with which the template ends a turn."""
@@ -138,7 +143,7 @@ class Encoder:
         for i, encoding in self._tokenised(chats, add_special_tokens=False):
             rows[i] = _row(encoding, chats[i].spans)
         for i, encoding in self._tokenised(texts, add_special_tokens=True):
-            rows[i] = self._ended(_row(encoding, texts[i].spans), encoding, examples[i][1])
+            rows[i] = self._ended(_row(encoding, texts[i].spans), examples[i][1])
         return [
             Encoded(error=errors[i]) if i in errors else self._documents(rows.get(i), example_id, source)
             for i, (example_id, _) in enumerate(examples)
@@ -155,10 +160,15 @@ class Encoder:
         encodings = backend.encode_batch(list(trained.values()), add_special_tokens=add_special_tokens)
         return zip(trained, encodings, strict=True)
 
-    def _ended(self, row: _Row, encoding: Encoding, example: Any) -> _Row:
+    @cached_property
+    def _added_after_text(self) -> int:
+        """How many tokens the tokenizer puts after a text by itself."""
+        is_added = self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
+        return is_added[::-1].index(0)
+
+    def _ended(self, row: _Row, example: Any) -> _Row:
         """The row of a text: what the tokenizer puts before it stays, and it ends as the example says."""
-        special = np.array(encoding.special_tokens_mask, dtype=bool)
-        length = len(special) - (int(special[::-1].argmin()) if not special.all() else len(special))
+        length = len(row.tokens) - self._added_after_text
         tokens, weights = row.tokens[:length], row.weights[:length]
         if example.end:
             end = self._tokenizer.eos_token_id

@@ -5,8 +5,8 @@ after a text, the whole conversation is rendered, and the sentinels are taken ou
 rendering, and each sentinel occurred once, the text stands between them, whatever the template did.
 
 Templates strip texts, and a sentinel stops the stripping, which the comparison shows. So sentinels are tried at the
-very edges of a text, inside its line ends, inside its white space and after its thinking part: the outermost place
-that passes is the edge of what is rendered.
+very edges of a text, inside its line ends, inside its white space and after its thinking part (inside it, if there is
+nothing else): the outermost place that passes is the edge of what is rendered.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Path = tuple[str | int, ...]
 
 _PRIVATE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 _ANY_PRIVATE = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _PRIVATE) + "]")
+_THINKING_BEGINS = re.compile(r"<[^\s<>/]*think[^\s<>]*>|\[THINK\]", re.IGNORECASE)
 _THINKING_ENDS = re.compile(r"</[^\s<>]*think[^\s<>]*>|\[/THINK\]", re.IGNORECASE)
 
 
@@ -145,32 +146,32 @@ def _finding(starts: list[int], ends: list[int], lead: int, trail: int) -> Findi
 
 def _search(marked: Marked, part: Part) -> Finding:
     """The largest stretch of a part that can be proven."""
-    leads, trails = _edges(part.text)
     reason = "the template changes it"
-    for lead in leads:
-        found = marked.places([(part, lead, trails[-1])])
+    for lead, trail in _stretches(part.text):
+        found = marked.places([(part, lead, trail)])
         finding = found[part] if found else Unproven(reason)
-        if isinstance(finding, Place):
-            for trail in trails[:-1]:
-                wider = marked.places([(part, lead, trail)])
-                if wider and isinstance(wider[part], Place):
-                    return wider[part]
+        if not isinstance(finding, Unproven):
             return finding
-        if finding is None:
-            return None
         reason = finding.reason
     return Unproven(reason)
 
 
-def _edges(text: str) -> tuple[list[int], list[int]]:
-    """Where the rendered stretch of a text may begin and end, the outermost first."""
-    leads = [0, len(text) - len(text.lstrip("\n")), len(text) - len(text.lstrip())]
+def _stretches(text: str) -> Iterator[tuple[int, int]]:
+    """What of a text may be rendered, the largest first: without line ends or white space at a side, or thinking."""
+    leads, trails = [0], [len(text)]
+    for stripped in ("\n", None):
+        leads.append(len(text) - len(text.lstrip(stripped)))
+        trails.append(len(text.rstrip(stripped)))
     for thinking in _THINKING_ENDS.finditer(text):
-        rest = text[thinking.end() :].lstrip()
-        if rest:
-            leads.append(len(text) - len(rest))
-    trails = [len(text), len(text.rstrip("\n")), len(text.rstrip())]
-    return list(dict.fromkeys(leads)), list(dict.fromkeys(trails))
+        said = text[thinking.end() :].lstrip()
+        if said:
+            leads.append(len(text) - len(said))
+            continue
+        for stripped in ("\n", None):  # nothing but thinking, so that is what is looked for
+            trails.append(len(text[: thinking.start()].rstrip(stripped)))
+            for begun in _THINKING_BEGINS.finditer(text, 0, thinking.start()):
+                leads.append(len(text) - len(text[begun.end() :].lstrip(stripped)))
+    yield from ((lead, trail) for lead in dict.fromkeys(leads) for trail in dict.fromkeys(trails) if lead <= trail)
 
 
 def _replaced(chat: Chat, part: Part, text: str) -> Chat:

@@ -105,11 +105,11 @@ def _loaded(where: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(local) if local.exists() else where)
     except Exception as error:
         # The tokenizers library raises the bare class for a file that it cannot read.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | LookupError):
             raise
-        first_line = str(error).strip().splitlines()[0]
+        first_line = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ManifestError(
-            f"The tokenizer {where} cannot be loaded: {first_line} Give a directory that holds a tokenizer.json, or "
+            f"The tokenizer {where} cannot be loaded ({first_line}). Give a directory that holds a tokenizer.json, or "
             "the name of a model on the hub."
         ) from error
 
