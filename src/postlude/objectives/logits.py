@@ -36,7 +36,7 @@ class Limits:
     def of(device: torch.device) -> Limits:
         """What suits a device: a CPU's products gain nothing from more rows, its passes from what a cache holds."""
         if device.type == "cpu":
-            return Limits(chunk_bytes=192 * MIB, chunk_rows=512, tile_bytes=4 * MIB)
+            return Limits(chunk_bytes=192 * MIB, chunk_rows=512, tile_bytes=16 * MIB)
         return Limits(chunk_bytes=512 * MIB, chunk_rows=8192, tile_bytes=128 * MIB)
 
 

@@ -40,6 +40,7 @@ class WeightedLikelihood:
     streams = ()
     heads = {"policy": ("lm",)}
     statistics = ()
+    loss_is_likelihood = True
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         if self.normalize == "token":

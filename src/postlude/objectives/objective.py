@@ -102,6 +102,11 @@ class Objective(Protocol):
         """What :meth:`measure` returns, for a loss that couples the batch (a divergence, a load); mostly nothing."""
         ...
 
+    loss_is_likelihood: bool
+    """Whether the loss is exactly what ``negative_log_likelihood`` returned. The head then adds its gradient to the
+    weight's at once, and a step of many micro-batches never holds a second one of the size of the vocabulary.
+    An objective that does not say so is taken not to be."""
+
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""
         ...

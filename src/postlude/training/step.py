@@ -120,12 +120,13 @@ class Executor:
                     parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
-    def _heads(self) -> dict[tuple[str, str], LanguageHead | ScalarHead]:
+    def _heads(self, scale: LossScale | None = None) -> dict[tuple[str, str], LanguageHead | ScalarHead]:
+        promised = scale.scale if scale and getattr(self.program.objective, "loss_is_likelihood", False) else None
         heads: dict[tuple[str, str], LanguageHead | ScalarHead] = {}
         for role, names in self.program.objective.heads.items():
             model = self.program.roles[role].model
             for name in names:
-                heads[name, role] = _language_head(model) if name == "lm" else model.head(name)
+                heads[name, role] = _language_head(model, promised) if name == "lm" else model.head(name)
         return heads
 
     def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
@@ -138,7 +139,7 @@ class Executor:
         examples: list[tuple[PackedBatch, Outcome]] = []
         for batch in placed:
             with self.phases.measure("forward"), self.precision.autocast(self.workers.device):
-                micro = MicroBatch(batch, totals, statistics, self.program.roles, self._heads())
+                micro = MicroBatch(batch, totals, statistics, self.program.roles, self._heads(scale))
                 outcome = objective(micro)
             if scale is not None:
                 with self.phases.measure("backward"):
@@ -182,7 +183,7 @@ class Executor:
         return self.workers.sum_numbers(_total(measured))
 
 
-def _language_head(model: LanguageModel) -> FusedHead:
+def _language_head(model: LanguageModel, upstream: float | None) -> FusedHead:
     made_of = model.lm_head_parameters()
     return FusedHead(
         made_of.weight,
@@ -190,6 +191,7 @@ def _language_head(model: LanguageModel) -> FusedHead:
         vocabulary=made_of.vocabulary,
         scale=made_of.scale,
         soft_cap=made_of.soft_cap,
+        upstream=upstream,
     )
 
 

@@ -68,7 +68,18 @@ def made_units(pairs: bool):
     return [Unit(tuple(document(2 * n + k) for k in range(2 if pairs else 1))) for n in range(24)]
 
 
-def train(task: Task):
+def train_all(tasks):
+    """The metrics of three steps of each task, one task after another by the same ranks."""
+    from postlude.training.workers import Workers
+
+    workers = Workers.join()
+    try:
+        return [train(task, workers) for task in tasks]
+    finally:
+        workers.leave()
+
+
+def train(task: Task, workers):
     """Three steps; every rank returns the same lines of metrics."""
     from postlude.data.document import define_stream
     from postlude.data.loader import Loader
@@ -80,11 +91,9 @@ def train(task: Task):
     from postlude.training.precision import Precision
     from postlude.training.program import Program, Role
     from postlude.training.trainer import Trainer
-    from postlude.training.workers import Workers
     from postlude_example.pairwise import ActorCritic, Pairwise
 
     define_stream("return", "float32")
-    workers = Workers.join()
     config = SFT.model_validate(
         {
             "recipe": "sft",
@@ -132,5 +141,4 @@ def train(task: Task):
         meters=Meters(None, workers, precision, 1),
     )
     trainer.fit()
-    workers.leave()
     return journal.lines
