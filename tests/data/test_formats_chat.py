@@ -154,6 +154,11 @@ def test_the_order_of_roles(roles: list[str]) -> None:
         ([USER, ANSWER, {"role": "system", "content": "x"}], "message 3, of the role 'system'"),
         ([USER, ANSWER, RESULT], "message 3 is the result of a tool"),
         ([USER, CALL, RESULT, RESULT], "message 4 is the result of a tool"),
+        (
+            [USER, {**CALL, "tool_calls": [{"id": "a", "name": "f"}]}, RESULT, RESULT],
+            "message 4 is the result of a tool",
+        ),
+        ([USER, CALL, RESULT, USER], "message 4, of the role 'user', is out of order"),
         ([USER, {"role": "asistant", "content": "x"}], "unknown role 'asistant'. Did you mean 'assistant'?"),
         ([USER, {"content": "x"}], "message 2 has no role"),
         ([USER, {"role": 1, "content": "x"}], "a role that is a number"),

@@ -129,7 +129,7 @@ def test_parquet_keeps_the_types_that_pyarrow_reads(tmp_path: Path) -> None:
 
 
 def test_parquet_with_other_dictionaries_in_each_row_group_is_read_at_random(tmp_path: Path) -> None:
-    rows = [{"kind": f"kind {i % 7}"} for i in range(3000)]
+    rows = [{"kind": f"kind {i // 500} {i % 3}"} for i in range(3000)]
     table = pa.table({"kind": pa.array([row["kind"] for row in rows]).dictionary_encode()})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=700)
     assert all_rows(opened(tmp_path / "a.parquet", False, tmp_path / "cache")) == rows
@@ -191,7 +191,7 @@ def test_a_remote_cache_folder_stands_for_one_on_this_machine(tmp_path: Path, mo
     write(tmp_path / "a.jsonl", [{"id": "1"}])
     records = PathSource(path=str(tmp_path / "a.jsonl")).open("memory://bucket/cache")
     assert all_rows(records) == [{"id": "1"}]
-    assert list((tmp_path / "own" / "postlude").rglob("index-*.npy"))
+    assert list((tmp_path / "own" / "postlude").rglob("index-*"))
 
 
 # --- streams, copies, caches --------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +30,10 @@ class Indexed(Records):
     ) -> None:
         self._uri, self._layout, self._name, self._group_rows = uri, layout, name, group_rows
         self.fingerprint = fingerprint
-        index = f"index-{digest(uri, fingerprint, type(layout).__name__)}.npy"
-        self._spans = np.load(cached(cache, index, self._write_index), mmap_mode="r")
-        rows = self._spans.shape[1]
+        index = f"index-{digest(uri, fingerprint, type(layout).__name__)}"
+        self._index = cached(cache, index, self._write_index)
+        self._spans = _mapped(self._index)
+        rows = len(self._spans)
         self.groups = [rows] if group_rows is None else _split(rows, group_rows)
         self.files = [list(range(len(self.groups)))]
         self._block: tuple[int, int, bytes] | None = None
@@ -41,18 +44,18 @@ class Indexed(Records):
         if self._group_rows is None:
             return [self._layout.decode(raw) for raw in self._single(wanted)]
         base, block = self._whole(group)
-        spans = self._spans[:, group * self._group_rows + wanted] - base
-        return [self._layout.decode(block[start:end]) for start, end in spans.T.tolist()]
+        spans = self._spans[group * self._group_rows + wanted] - base
+        return [self._layout.decode(block[start:end]) for start, end in spans.tolist()]
 
     def where(self, group: int, row: int) -> str:
         row += group * (self._group_rows or 0)
-        number = row + 1 if self._layout.unit == "record" else self._line(int(self._spans[0, row]))
+        number = row + 1 if self._layout.unit == "record" else self._line(int(self._spans[row, 0]))
         return f"{self._name}, {self._layout.unit} {number}"
 
     def _single(self, rows: np.ndarray) -> list[bytes]:
         with storage.open_file(self._uri, "rb") as file:
             found = []
-            for start, end in self._spans[:, rows].T.tolist():
+            for start, end in self._spans[rows].tolist():
                 file.seek(start)
                 found.append(file.read(end - start))
             return found
@@ -63,7 +66,7 @@ class Indexed(Records):
             if self._block is None or self._block[0] != group:
                 self._block = None
                 first = group * (self._group_rows or 0)
-                start, end = int(self._spans[0, first]), int(self._spans[1, first + self.groups[group] - 1])
+                start, end = int(self._spans[first, 0]), int(self._spans[first + self.groups[group] - 1, 1])
                 with storage.open_file(self._uri, "rb") as file:
                     file.seek(start)
                     self._block = group, start, file.read(end - start)
@@ -78,19 +81,27 @@ class Indexed(Records):
         return newlines + 1
 
     def _write_index(self, path: str) -> None:
-        with storage.open_file(self._uri, "rb") as stream:
-            spans = np.fromiter(
-                (offset for piece in self._layout.pieces(stream) for offset in (piece.start, len(piece.raw))), np.int64
-            ).reshape(-1, 2)
-        spans[:, 1] += spans[:, 0]
-        with open(path, "wb") as file:
-            np.save(file, np.ascontiguousarray(spans.T))
+        with storage.open_file(self._uri, "rb") as stream, open(path, "wb") as file:
+            spans = array("q")
+            for piece in self._layout.pieces(stream):
+                spans.extend((piece.start, piece.start + len(piece.raw)))
+                if len(spans) >= 2**16:
+                    spans.tofile(file)
+                    del spans[:]
+            spans.tofile(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_block": None, "_lock": None}
+        return {**self.__dict__, "_block": None, "_lock": None, "_spans": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _spans=_mapped(state["_index"]))
+
+
+def _mapped(path: str) -> np.ndarray:
+    """[rows, 2] int64: where the bytes of each row begin and end."""
+    if not os.path.getsize(path):  # nothing cannot be mapped
+        return np.empty((0, 2), np.int64)
+    return np.memmap(path, np.int64, mode="r").reshape(-1, 2)
 
 
 def _split(rows: int, group_rows: int) -> list[int]:
