@@ -33,6 +33,17 @@ SHAPE = {
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 512,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -40,7 +51,7 @@ SHAPE = {
 """A small model in the words of most configurations; each takes the keys that it knows."""
 
 
-def tiny_causal(architecture: str, seed: int = 0, **changes: Any) -> Any:
+def build_causal(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A transformers model with random weights large enough that nothing hides in rounding."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,9 +71,14 @@ def tiny_causal(architecture: str, seed: int = 0, **changes: Any) -> Any:
 
 
 @pytest.fixture
+def tiny_causal() -> Callable[..., Any]:
+    return build_causal
+
+
+@pytest.fixture
 def tiny() -> Callable[..., LanguageModel]:
     def build(architecture: str, seed: int = 0, **changes: Any) -> LanguageModel:
-        return LanguageModel(tiny_causal(architecture, seed, **changes))
+        return LanguageModel(build_causal(architecture, seed, **changes))
 
     return build
 

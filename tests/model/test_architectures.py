@@ -30,23 +30,12 @@ ARCHITECTURES = {
     "olmo2": {},
     "olmo3": FULL_AND_SLIDING,
     "nanochat": {},
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": {"num_key_value_heads": 4},
     "glm4": {},
     "starcoder2": {},
     "gpt_neox": {},
     "gpt2": {"resid_pdrop": 0.0},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt": {},
 }
 
 LENGTHS = (7, 1, 24, 2, 13)
@@ -94,10 +83,10 @@ def test_a_real_model_computes_the_same_on_a_pack(shared_data, pack):
     path = str(shared_data / "models" / "stories260K_hf")
     model = load_model(ModelFrom(path=path), path, None, seed=0).eval()
     batch = pack([50, 3, 120, 31], vocabulary=512)
-    packed = model.logits(model.hidden(batch)).split(batch.lengths.tolist())
+    packed = model.logits(model.hidden(batch)).detach().split(batch.lengths.tolist())
     plain = AutoModelForCausalLM.from_pretrained(path).eval()
     for part, ids in zip(packed, batch.tokens.split(batch.lengths.tolist()), strict=True):
-        expected = plain(input_ids=ids[None]).logits[0]
+        expected = plain(input_ids=ids[None]).logits[0].detach()
         assert float((part - expected).abs().max()) < 2e-6 * float(expected.abs().max())
 
 

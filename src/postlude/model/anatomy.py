@@ -137,7 +137,7 @@ def _separated(causal: PreTrainedModel, rows: Tensor) -> Tensor:
 
     def detach(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # what follows may work in place
 
     handle = causal.get_input_embeddings().register_forward_hook(detach)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from postlude.model import vocabulary
-from postlude.model.language_model import LanguageModel
-
-SCALAR_FILE = "scalar_head.safetensors"
-"""Holds the head ``scalar`` of a model that has one, beside the files that transformers knows."""
+from postlude.model.language_model import SCALAR_FILE, LanguageModel
+from postlude.model.load import quiet
 
 
 def write_model(
@@ -25,11 +24,13 @@ def write_model(
     folder: str | Path,
     lineage: dict[str, Any],
     dtype: torch.dtype | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write a model into a local folder: config, safetensors, generation config, tokenizer and ``lineage.json``.
 
     ``dtype`` is that of the files: by default the one of the checkpoint that training began with, fp32 for a model
-    that began with none. The vocabulary has its real size. The live model is not touched.
+    that began with none. Generation stops at ``stop_ids``, too. The vocabulary has its real size. The live model is
+    not touched.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,8 +44,9 @@ def write_model(
     state = vocabulary.unpadded(model.causal, model.vocabulary)
     written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
     written.tie_weights()
-    written.generation_config = _generation_config(model.causal.generation_config, tokenizer)
-    written.save_pretrained(folder)
+    written.generation_config = _generation_config(model.causal.generation_config, tokenizer, stop_ids)
+    with quiet():
+        written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.scalar is not None:
         save_file(_cast(model.scalar.state_dict(), dtype), folder / SCALAR_FILE)
@@ -62,13 +64,13 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: cast[tensor.data_ptr()] for name, tensor in state.items()}
 
 
-def _generation_config(found: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's own, that also stops at what the tokenizer calls the end."""
+def _generation_config(
+    found: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> GenerationConfig:
+    """The model's own, that also stops at what the tokenizer calls the end, and at ``stop_ids``."""
     config = copy.deepcopy(found)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    ends = list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id, *stop_ids) if end is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if config.bos_token_id is None:
         config.bos_token_id = tokenizer.bos_token_id

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-_LARGEST_CHUNK = 256
-"""Queries of one kernel call under a sliding window: enough to fill the kernel, few enough for a small mask."""
+_CHUNK = (64, 256)
+"""Fewest and most queries of one kernel call under a sliding window: enough to fill the kernel, few enough for a
+small mask."""
 
 
 class Span(NamedTuple):
@@ -54,11 +55,11 @@ def spans(lengths: Sequence[int], window: int | None) -> Iterator[Span]:
             if length:
                 yield Span(begin, end, begin, None)
         else:
-            chunk = min(window, _LARGEST_CHUNK)
+            chunk = min(max(window, _CHUNK[0]), _CHUNK[1])
             for start in range(begin, end, chunk):
-                key_start = max(begin, start - window + 1)
-                whole = key_start == start
-                yield Span(start, min(start + chunk, end), key_start, None if whole else window)
+                stop, key_start = min(start + chunk, end), max(begin, start - window + 1)
+                whole = key_start == start and stop - start <= window
+                yield Span(start, stop, key_start, None if whole else window)
         begin = end
 
 

@@ -20,6 +20,9 @@ from postlude.manifest.errors import DataError, ManifestError
 from postlude.model import anatomy, attention, vocabulary
 from postlude.model.attention import Documents
 
+SCALAR_FILE = "scalar_head.safetensors"
+"""Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
+
 
 class HeadParameters(NamedTuple):
     """What the logits are made of: ``soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``."""

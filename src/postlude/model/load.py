@@ -12,7 +12,7 @@ import difflib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from postlude import storage
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model import vocabulary
-from postlude.model.export import SCALAR_FILE
-from postlude.model.language_model import LanguageModel
+from postlude.model.language_model import SCALAR_FILE, LanguageModel
 
 
 def load_model(
@@ -114,7 +114,16 @@ def _new_config(new: NewModel, tokenizer: PreTrainedTokenizerBase | None) -> Pre
         derived["pad_token_id"] = None if pad in (bos, eos) else pad
     derived = {key: value for key, value in derived.items() if key in known}
     with _user_errors(f"model.new: no '{new.architecture}' can be made of this configuration"):
-        return AutoConfig.for_model(new.architecture, **{**derived, **new.config})
+        config = AutoConfig.for_model(new.architecture, **{**derived, **new.config})
+        _check_heads(config.get_text_config())
+    return config
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """ValueError where key-value heads cannot be shared out: an attention kernel would end the process."""
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and shared and heads % shared:
+        raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared}).")
 
 
 def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -165,7 +174,8 @@ def _read_weights(folder: str, place: str, config: PreTrainedConfig) -> tuple[Pr
     """The model with fp32 weights, and the dtype that the checkpoint holds."""
     stored = config.dtype  # transformers changes it while loading
     causal = read_causal(folder, place, config, "auto" if stored is None else torch.float32)
-    return causal.float(), stored if isinstance(stored, torch.dtype) else causal.dtype
+    stored = stored if isinstance(stored, torch.dtype) else causal.dtype
+    return causal.float(), stored
 
 
 def read_causal(
@@ -173,7 +183,10 @@ def read_causal(
 ) -> PreTrainedModel:
     """A transformers model from its files, every weight of it. ManifestError if they are broken or incomplete."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        with quiet() if Path(folder).exists() else nullcontext():  # a download shows how far it is
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ManifestError(f"The model at '{place}' cannot be loaded: {_one_line(error)}") from error
     causal, report = loaded
@@ -184,6 +197,18 @@ def read_causal(
             f"are not in its files, the first being '{missing[0]}'. Give a complete causal language model."
         )
     return causal
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While this is open, transformers shows no progress bars: a run has a display of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
