@@ -41,7 +41,9 @@ def validate(
     synthetic: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Use so many made-up records, odd ones too, in place of each data set.", show_default=False
+            min=1,
+            help="Also try so many made-up records, odd ones too, with each data set's format and template.",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any, Protocol
 
-from postlude.manifest.errors import ManifestError, UserError
+from postlude.manifest.errors import UserError
 
 
 class Report(Protocol):
@@ -43,8 +43,4 @@ def tell(error: UserError, as_json: bool) -> None:
 
     Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
     if as_json:
-        problems = error.problems if isinstance(error, ManifestError) else ()
-        described: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
-        if problems:
-            described["problems"] = [problem.to_json() for problem in problems]
-        show_json({"error": described})
+        show_json({"error": error.to_json()})

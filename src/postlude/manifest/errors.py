@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from postlude.manifest.problem import Problem
@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {"kind": type(self).__name__, "message": str(self)}
 
 
 class ManifestError(UserError):
@@ -24,6 +28,10 @@ class ManifestError(UserError):
         super().__init__(message)
         self.problems = tuple(problems)
         """Each thing that is wrong, where the message lists several."""
+
+    def to_json(self) -> dict[str, Any]:
+        problems = [problem.to_json() for problem in self.problems]
+        return {**super().to_json(), **({"problems": problems} if problems else {})}
 
 
 class DataError(UserError):

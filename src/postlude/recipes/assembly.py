@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,12 +18,12 @@ from postlude.data.dataset import Dataset
 from postlude.data.document import Block
 from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
-from postlude.data.example import texts_of
+from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
 from postlude.data.tokenizer import load_tokenizer, train_tokenizer
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import restore
-from postlude.manifest.schema import Manifest, ModelFrom
+from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom
 from postlude.model.flops import packed_flops
 from postlude.model.load import load_model
 from postlude.recipes.recipe import TrainingRecipe
@@ -80,8 +81,7 @@ class Assembly:
     def dataset(self, name: str, limit: int | None = None) -> Dataset:
         """A named data set with its filters applied. ManifestError if the recipe cannot train on its format."""
         config = self.manifest.data[name]
-        produces = config.format.produces  # type: ignore[attr-defined]
-        shapes = get_args(produces) or (produces,)
+        shapes = _shapes(config)
         if not any(issubclass(shape, self.config.accepts) for shape in shapes):
             raise ManifestError(
                 f"data.{name}.format '{config.format.component_name}' makes {_listed(shapes)}, but the recipe "
@@ -106,13 +106,27 @@ class Assembly:
             train_on=config.train_on,
             block=self.config.batch.block,
             truncate=config.truncate,
+            today=self._begun,
         )
         return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
+
+    @cached_property
+    def _begun(self) -> datetime | None:
+        """When the stage first ran: what a template is told that asks for the date, also on the day of a resume."""
+        begun_at = self.stage.status().begun_at
+        return datetime.fromisoformat(begun_at) if begun_at else None
 
     @cached_property
     def sources(self) -> dict[str, EncodedDataset]:
         """The data sets that the stage trains on, encoded."""
         return {name: self.encoded(dataset) for name, dataset in self.datasets.items()}
+
+    @property
+    def conversations(self) -> dict[str, EncodedDataset]:
+        """Those of the sources whose format makes conversations."""
+        return {
+            name: source for name, source in self.sources.items() if Conversation in _shapes(self.manifest.data[name])
+        }
 
     @cached_property
     def loader(self) -> Loader:
@@ -176,6 +190,20 @@ class Assembly:
                 train_tokenizer(asked.train, self._texts()).save_pretrained(folder)
         self.workers.barrier()
         return load_tokenizer(kept)
+
+    @property
+    def finished_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the artifact: with the template that the conversations were rendered with, if it is one."""
+        given = {source.encoder.given_template for source in self.conversations.values()}
+        template = given.pop() if len(given) == 1 else None
+        tokenizer = copy(self.tokenizer)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return tokenizer
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer in what was trained on."""
+        return sorted({stop for source in self.conversations.values() for stop in source.encoder.stop_ids})
 
     def _texts(self) -> Iterator[str]:
         for dataset in self.datasets.values():
@@ -257,6 +285,12 @@ class Assembly:
     def _committed(self, recorder: Recorder, uri: str, step: int) -> None:
         recorder.event("checkpoint_saved", step=step, uri=uri)
         self.stage.prune(self.config.checkpoint.keep)
+
+
+def _shapes(config: DatasetConfig) -> tuple[type, ...]:
+    """The shapes of examples that a data set's format makes."""
+    produces = config.format.produces  # type: ignore[attr-defined]
+    return get_args(produces) or (produces,)
 
 
 def _listed(shapes: Iterable[type]) -> str:

@@ -72,7 +72,13 @@ def _newest_sound(assembly: Assembly, recorder: Recorder) -> tuple[int, str] | N
 
 def _write_artifact(assembly: Assembly, summary: Summary) -> None:
     with assembly.stage.write_artifact() as folder:
-        write_model(assembly.program.roles["policy"].model, assembly.tokenizer, folder, lineage(assembly, summary))
+        write_model(
+            assembly.program.roles["policy"].model,
+            assembly.finished_tokenizer,
+            folder,
+            lineage(assembly, summary),
+            stop_ids=assembly.stop_ids,
+        )
 
 
 def lineage(assembly: Assembly, summary: Summary) -> dict[str, Any]:

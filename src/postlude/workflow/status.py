@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from postlude.manifest.lock import read_lock
 from postlude.runs import Run, list_runs, open_run
@@ -77,7 +78,7 @@ class RunStatus:
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [f"{alarm.time} {alarm.kind}: {_told(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
-        return Group(table, *notes)
+        return Group(table, *map(Text, notes))
 
 
 @dataclass(frozen=True)

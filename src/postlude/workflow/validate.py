@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from postlude import storage
 from postlude.data.measure import measure
@@ -36,6 +37,8 @@ class StageReport:
     threads: int
     statistics: Statistics
     rehearsal: Rehearsal
+    remarks: list[str] = field(default_factory=list)
+    """What is not wrong, but should be known before training."""
     synthetic: dict[str, list[Verdict]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class StageReport:
             "threads": self.threads,
             "data": self.statistics.to_json(),
             "step": self.rehearsal.to_json(),
+            "remarks": self.remarks,
             "synthetic": {name: [v.to_json() for v in verdicts] for name, verdicts in self.synthetic.items()},
         }
 
@@ -66,7 +70,7 @@ class Report:
         return {
             "manifest": self.manifest,
             "ok": self.error is None,
-            "error": str(self.error) if self.error else None,
+            "error": self.error.to_json() if self.error else None,
             "stages": [stage.to_json() for stage in self.stages],
         }
 
@@ -76,8 +80,8 @@ class Report:
             parts += [f"[bold]{stage.stage}[/bold]: {stage.workers} worker(s) of {stage.threads} thread(s)"]
             parts += stage.statistics.tables()
             parts += [_synthetic_table(name, verdicts) for name, verdicts in stage.synthetic.items()]
-            parts += [stage.rehearsal.render()]
-        parts += [f"[red]{self.error}[/red]" if self.error else "[green]Everything is in order.[/green]"]
+            parts += [stage.rehearsal.render(), *(Text(f"Note: {remark}", "yellow") for remark in stage.remarks)]
+        parts += [Text(str(self.error), "red") if self.error else Text("Everything is in order.", "green")]
         return Group(*parts)
 
 
@@ -104,6 +108,11 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     workers = ranks_of(resolved.manifest, config)
     task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=cores())
     assembly = Assembly(task, Workers(), sample=sample)
+    made_up: dict[str, list[Verdict]] = {}
+    if synthetic:
+        for data, source in assembly.sources.items():
+            format: Any = resolved.manifest.data[data].format
+            made_up[data] = try_synthetic(format, source.encoder.encode, synthetic, resolved.manifest.seed)
     statistics = measure(
         assembly.sources,
         assembly.config.data,
@@ -112,17 +121,15 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
         window=assembly.config.batch.window,
         sample=sample,
     )
-    made_up = {
-        data: try_synthetic(resolved.manifest.data[data].format, source.encode, synthetic, resolved.manifest.seed)
-        for data, source in (assembly.sources if synthetic else {}).items()
-    }
-    return StageReport(name, workers, threads_of(config, workers), statistics, rehearse(assembly), made_up)
+    remarks = [remark for source in assembly.conversations.values() for remark in source.encoder.remarks]
+    return StageReport(name, workers, threads_of(config, workers), statistics, rehearse(assembly), remarks, made_up)
 
 
 def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Table:
     table = Table(title=f"{name}: synthetic records", title_justify="left")
-    for column in ("record", "expected", "came out"):
-        table.add_column(column)
+    for column in ("record", "count", "expected", "came out"):
+        table.add_column(column, justify="right" if column == "count" else "left")
     for verdict in verdicts:
-        table.add_row(verdict.what, verdict.expected, verdict.found)
+        style = None if verdict.as_expected else "yellow"
+        table.add_row(verdict.what, str(verdict.count), verdict.expected, Text(verdict.found), style=style)
     return table
