@@ -170,8 +170,11 @@ class _WeightedLikelihood(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         if ctx.promised is not None:
-            message = f"The head was promised that its loss enters with the factor {ctx.promised}; it was another."
-            torch._assert_async(upstream == ctx.promised, message)
+            torch._assert_async(
+                upstream == ctx.promised,
+                f"The head was promised that its sum enters the loss with the factor {ctx.promised}, and the gradient "
+                "of its weight is already made so. Put factors into the weights of the rows instead.",
+            )
         elif upstream.is_cuda or upstream != 1:  # to ask a GPU costs more than to multiply
             for gradient in gradients:
                 if gradient is not None:

@@ -77,7 +77,7 @@ class LogitChunks:
         limits, row_bytes = projection.limits, len(weight) * self.sum.itemsize
         most = max(1, min(limits.chunk_rows, limits.chunk_bytes // row_bytes))
         size = -(-rows // max(1, -(-rows // most)))  # as even as they come
-        columns = max(1, limits.tile_bytes // (max(1, size) * self.sum.itemsize))
+        columns = max(1, limits.tile_bytes // (max(1, size, weight.shape[1]) * self.sum.itemsize))
         self.chunks = [slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size))]
         self.tiles = [slice(a, min(a + columns, len(weight))) for a in range(0, len(weight), columns)]
         self._buffer = torch.empty(size, len(weight), dtype=self.sum, device=weight.device)
