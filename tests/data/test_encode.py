@@ -140,6 +140,7 @@ def test_a_token_that_straddles_two_pieces_counts_as_the_heavier_one():
     for pieces, weights in (
         ([("ab", 0.0), ("cd", 0.5)], [0.0, 0.5, 0.5]),
         ([("ab", 0.5), ("cd", 0.0)], [0.0, 0.5, 0.0]),
+        ([("ab", 1.0), ("cd", 0.5)], [0.0, 1.0, 0.5]),
     ):
         found = document(Text(pieces), tokenizer)
         assert found.streams["weight"].tolist() == weights

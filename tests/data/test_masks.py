@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.masks import Masker
+from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import CHATML, load_tokenizer
-from postlude.data.turns import MaskError, StopTokens, Turns
+from postlude.data.turns import MaskError, Turns
 from postlude.manifest.schema import TokenizerFrom
 
 TOKENIZER = load_tokenizer(TokenizerFrom(bytes=True))
@@ -252,6 +253,11 @@ def test_an_impossible_weight_is_a_bad_record(weight):
 def test_an_empty_conversation_is_a_bad_record():
     with pytest.raises(BadRecord, match="no message"):
         trained(PLAIN, [])
+
+
+def test_a_prompt_that_a_template_always_writes_is_not_trained():
+    template = PLAIN.replace("<|im_end|>\n", "<|im_end|>").replace("{% if add_generation_prompt %}", "{% if true %}")
+    assert trained(template, TALK) == [("two<|im_end|>", 1.0), ("four<|im_end|>", 1.0)]
 
 
 # --- what cannot be proven ---------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ import pytest
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Conversation
+from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import load_tokenizer
-from postlude.data.turns import MaskError, StopTokens, Turns
+from postlude.data.turns import MaskError, Turns
 from postlude.manifest.errors import DataError
 
 SPECIAL = re.compile(
@@ -201,6 +202,28 @@ def test_a_turn_holds_what_its_message_says_and_nothing_of_another(templates):
                 for text in SPOKEN:
                     is_own = text in json.dumps(chat.messages[index])
                     assert said.count(text) == (is_own and turns.text.count(text) > 0), (template.name, kind, said)
+
+
+def test_turns_of_a_long_conversation_are_what_each_is_alone(templates):
+    """Turns between the same texts are proven once for a conversation, and one that is asked for alone by itself."""
+    messages = [user("alpha")]
+    for step in range(4):
+        thinking = f"<think>\nstep {step}\n</think>\n\n" if step % 2 else ""
+        messages += [assistant(f"{thinking}Said {step}.", tool_calls=calls(f"Town {step}")), result(f"answer {step}\n")]
+        messages += [assistant(f"{thinking}Told {step}.", reasoning_content=f"why {step}"), user(f"more {step}")]
+    messages.append(assistant("Done."))
+    chat = Chat.of(Conversation(messages, TOOLS))
+    compared = 0
+    for template in templates:
+        try:
+            together = Turns(template.renderer, template.stop_tokens, chat).spans(turns_of_assistant(chat))
+        except DataError:
+            continue
+        for index in turns_of_assistant(chat)[::2]:
+            alone = Turns(template.renderer, template.stop_tokens, chat).spans([index])[index]
+            assert together[index] == alone, (template.name, index)
+        compared += 1
+    assert compared > 55
 
 
 TURNS = {

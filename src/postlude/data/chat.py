@@ -32,7 +32,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The names under which the thinking part of a message is found in data and in templates."""
 
 _TRACKING = threading.Lock()
-"""Held while marks are tracked: a compiled template is one for the whole process, and tracks one rendering at a time."""
+"""Held while marks are tracked: the whole process shares a compiled template, which tracks one rendering at a time."""
 
 
 @dataclass(frozen=True)

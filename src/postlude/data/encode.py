@@ -17,8 +17,8 @@ from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.document import WEIGHT, Document
 from postlude.data.example import BadRecord, Conversation, Example, Text, Tokens
 from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
+from postlude.data.stop_tokens import StopTokens
 from postlude.data.truncate import Policy, truncate
-from postlude.data.turns import StopTokens
 from postlude.manifest.errors import DataError, ManifestError
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from postlude.data.chat import REASONING_KEYS, Chat, ChatRenderer
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_parts
-from postlude.data.turns import MaskError, Span, StopTokens, Turns
+from postlude.data.stop_tokens import StopTokens
+from postlude.data.turns import MaskError, Span, Turns
 from postlude.manifest.errors import DataError
 
 TrainOn = Literal["assistant", "last", "all"] | Sequence[str]

@@ -85,16 +85,66 @@ def call_parts(chat: Chat, index: int) -> list[Part]:
     return [Part(index, where, text) for where, text in (*texts[-1:], ((*path, "name"), function["name"]))]
 
 
-def locate(render: Render, chat: Chat, text: str, parts: Sequence[Part]) -> dict[Part, Finding]:
-    """The place of each part in ``text``, the plain rendering of ``chat``."""
+def locate(
+    render: Render, chat: Chat, text: str, parts: Sequence[Part], context: Sequence[Sequence[Part]] = ()
+) -> dict[Part, Finding]:
+    """The place of each part in ``text``, the plain rendering of ``chat``.
+
+    ``context`` are groups of parts that are nice to know, each likely to be treated alike: for those, no more is tried
+    than can be tried for the whole group at once.
+    """
     if not parts:
         return {}
     marked = Marked(render, chat, text)
-    found = marked.places([(part, 0, len(part.text)) for part in parts]) or dict.fromkeys(parts, Unproven(""))
-    for part, finding in found.items():
-        if isinstance(finding, Unproven):
-            found[part] = _search(marked, part)
-    return found
+    groups = [parts, *context]
+    findings = marked.places([(part, 0, len(part.text)) for group in groups for part in group]) or {}
+    for group in groups:
+        findings |= _search(marked, [part for part in group if _is_open(findings, part)])
+    for part in parts:
+        if _is_open(findings, part):
+            findings |= _search(marked, [part])
+    return findings
+
+
+def _is_open(findings: Mapping[Part, Finding], part: Part) -> bool:
+    return part not in findings or isinstance(findings[part], Unproven)
+
+
+def _search(marked: Marked, parts: Sequence[Part]) -> dict[Part, Finding]:
+    """The places of parts that are all marked at once, of each the largest stretch with which that can be proven."""
+    findings: dict[Part, Finding] = dict.fromkeys(parts, Unproven("the template changes it"))
+    stretches = {part: _stretches(part.text) for part in parts}
+    tried: list[list[tuple[Part, int, int]]] = []
+    for several in zip(*stretches.values(), strict=True):
+        marks = [(part, *stretch) for part, stretch in zip(parts, several, strict=True) if _is_open(findings, part)]
+        if marks and marks not in tried:
+            tried.append(marks)
+            findings |= marked.places(marks) or {}
+    return findings
+
+
+def _stretches(text: str) -> list[tuple[int, int]]:
+    """What of a text may be rendered, the largest first: without line ends or white space at a side, or thinking.
+
+    As many for every text, so that texts can be tried together.
+    """
+    leads, trails = [0], [len(text)]
+    for stripped in ("\n", None):
+        leads.append(len(text) - len(text.lstrip(stripped)))
+        trails.append(len(text.rstrip(stripped)))
+    thinking = list(_THINKING_ENDS.finditer(text))
+    said = text[thinking[-1].end() :].lstrip() if thinking else ""
+    for stripped in ("\n", None):
+        if thinking and not said:  # nothing but thinking, so that is what is looked for
+            end = thinking[-1].start()
+            begun = _THINKING_BEGINS.search(text, 0, end)
+            leads.append(len(text) - len(text[begun.end() :].lstrip(stripped)) if begun else leads[-1])
+            trails.append(len(text[:end].rstrip(stripped)))
+        else:
+            first = text[thinking[0].end() :].lstrip() if thinking else ""
+            leads.append(len(text) - len((first if stripped else said) or text.lstrip()))
+            trails.append(len(text.rstrip()))
+    return [(lead, trail if trail >= lead else len(text)) for lead in leads for trail in trails]
 
 
 class Marked:
@@ -142,36 +192,6 @@ def _finding(starts: list[int], ends: list[int], lead: int, trail: int) -> Findi
         return Place(starts[0], ends[0], lead, trail)
     times = max(len(starts), len(ends))
     return Unproven(f"the template renders it {times} times" if times > 1 else "the template renders a part of it")
-
-
-def _search(marked: Marked, part: Part) -> Finding:
-    """The largest stretch of a part that can be proven."""
-    reason = "the template changes it"
-    for lead, trail in _stretches(part.text):
-        found = marked.places([(part, lead, trail)])
-        finding = found[part] if found else Unproven(reason)
-        if not isinstance(finding, Unproven):
-            return finding
-        reason = finding.reason
-    return Unproven(reason)
-
-
-def _stretches(text: str) -> Iterator[tuple[int, int]]:
-    """What of a text may be rendered, the largest first: without line ends or white space at a side, or thinking."""
-    leads, trails = [0], [len(text)]
-    for stripped in ("\n", None):
-        leads.append(len(text) - len(text.lstrip(stripped)))
-        trails.append(len(text.rstrip(stripped)))
-    for thinking in _THINKING_ENDS.finditer(text):
-        said = text[thinking.end() :].lstrip()
-        if said:
-            leads.append(len(text) - len(said))
-            continue
-        for stripped in ("\n", None):  # nothing but thinking, so that is what is looked for
-            trails.append(len(text[: thinking.start()].rstrip(stripped)))
-            for begun in _THINKING_BEGINS.finditer(text, 0, thinking.start()):
-                leads.append(len(text) - len(text[begun.end() :].lstrip(stripped)))
-    yield from ((lead, trail) for lead in dict.fromkeys(leads) for trail in dict.fromkeys(trails) if lead <= trail)
 
 
 def _replaced(chat: Chat, part: Part, text: str) -> Chat:

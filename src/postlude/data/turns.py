@@ -10,7 +10,8 @@ of the generation prompt to the end of the stop token, and both ends come from r
 
 Templates write earlier turns otherwise than the last one. Where that is so, the renderings are compared from the
 nearest proven text on. Where a generation prompt says more than the turn has (an opened thinking part), the turn
-begins with its first proven text.
+begins with its first proven text. Of turns that are parted from their neighbours by the very same text, the first is
+rendered and the others follow it, so that a long conversation takes few renderings, most of them short.
 """
 
 from __future__ import annotations
@@ -19,14 +20,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.sentinels import Finding, Marked, Part, Place, Unproven, call_parts, locate, spoken_parts
+from postlude.data.stop_tokens import StopTokens
 from postlude.manifest.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 """What two different tags have in common: ``<|`` of ``<|end|>`` and ``<|user|>``."""
@@ -34,36 +32,33 @@ _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 Span = tuple[int, int]
 """From one character of the rendered text to before another."""
 
+_Gap = tuple[str | None, ...]
+"""What stands between a turn and its neighbour, and who the neighbour is."""
+
 
 class MaskError(DataError):
     """Which tokens of a turn are its own cannot be proven."""
 
 
-class StopTokens:
-    """The special tokens of a tokenizer, as they stand in text."""
+@dataclass(frozen=True)
+class _Text:
+    """A part of a message at its proven place."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special.update(tokenizer.all_special_tokens)
-        known = sorted(filter(None, special), key=len, reverse=True)
-        one = "|".join(map(re.escape, known)) if known else "(?!)"
-        self._next = re.compile(rf"\s*(?:{one})")
-        self._before = re.compile(rf"(?:{one})$")
-        self._end_of_sequence = tokenizer.eos_token
+    part: Part
+    place: Place
 
-    def end_after(self, text: str, position: int) -> int | None:
-        """Where the special token ends that comes next in ``text``; None if something else comes."""
-        found = self._next.match(text, position)
-        return found and found.end()
+    @property
+    def start(self) -> int:
+        return self.place.start
 
-    def stand_before(self, text: str, position: int) -> bool:
-        """Whether a special token ends at ``position``."""
-        return self._before.search(text[:position]) is not None
+    @property
+    def end(self) -> int:
+        return self.place.end
 
-    def until_end_of_sequence(self, closing: str) -> str:
-        """``closing`` up to the end-of-sequence token, if that is in it."""
-        token = self._end_of_sequence
-        return closing[: closing.index(token) + len(token)] if token and token in closing else closing
+    @property
+    def key(self) -> str:
+        """Which part of a message it is."""
+        return str(self.part.path[0])
 
 
 @dataclass(frozen=True)
@@ -79,59 +74,112 @@ class Turns:
     def __init__(self, renderer: ChatRenderer, stop_tokens: StopTokens, chat: Chat) -> None:
         self._renderer, self._stop_tokens, self._chat = renderer, stop_tokens, chat
         self.text = renderer.render(chat)
+        self._findings: dict[Part, Finding] = {}
+        self._prompts: dict[_Gap, str] = {}
+        """What stands between the text before a turn and the turn, where it is proven."""
+        self._openings: dict[_Gap, str] = {}
+        """What stands between a turn and the text after it, where it is proven."""
 
     def spans(self, indices: Sequence[int]) -> dict[int, list[Span]]:
         """The spans of the messages at ``indices``: mostly one each, none where the template leaves a message out.
 
         MaskError, naming template and message, if that cannot be proven.
         """
-        parts = [part for i in indices for part in (*spoken_parts(self._chat, i), *call_parts(self._chat, i))]
-        findings = self._locate(parts)
-        spans = {}
-        for index in indices:
-            spoken = self._proven(index, [(part, findings[part]) for part in spoken_parts(self._chat, index)])
-            call = self._call(index, [(part, findings[part]) for part in call_parts(self._chat, index)])
-            spans[index] = self._spans(index, sorted([*spoken, *call], key=lambda found: found[1].start))
-        return spans
+        parts = [[*spoken_parts(self._chat, i), *call_parts(self._chat, i)] for i in range(len(self._chat.messages))]
+        wanted = [part for i in indices for part in parts[i]]
+        others: dict[str | None, list[Part]] = {}
+        for i, several in enumerate(parts):
+            if i not in indices:
+                others.setdefault(self._role(i), []).extend(several)
+        self._findings = self._locate(wanted, list(others.values()))
+        return {i: self._spans(i, self._texts(i)) for i in indices}
 
-    def _proven(self, index: int, found: list[tuple[Part, Finding]]) -> list[tuple[Part, Place]]:
-        """The parts that are in the rendering. MaskError if that is not known of one."""
-        proven = []
-        for part, finding in found:
-            if isinstance(finding, Unproven):
-                raise self._error(index, f"of its {part.path[0]}, {finding.reason}")
-            if finding is not None:
-                proven.append((part, finding))
-        return proven
-
-    def _call(self, index: int, found: list[tuple[Part, Finding]]) -> list[tuple[Part, Place]]:
-        """The one of a call's texts whose place is proven. MaskError if there is none, unless the call is left out."""
-        proven = [(part, place) for part, place in found if isinstance(place, Place)]
-        return proven[:1] or self._proven(index, found)
-
-    def _spans(self, index: int, parts: list[tuple[Part, Place]]) -> list[Span]:
-        """One span over the parts, or more where the template puts the result of a call between them."""
-        if not parts:
+    def _spans(self, index: int, texts: list[_Text]) -> list[Span]:
+        """One span over the texts, or more where the template puts the result of a call between them."""
+        if not texts:
             return []
         spans = []
-        start = self._begin(index, *parts[0])
-        for (part, place), (following, there) in pairwise(parts):
-            if not self._adjoin(index, place, there):
-                if following.is_call:
+        start = self._begin(index, texts[0])
+        for one, following in pairwise(texts):
+            if not self._adjoin(index, one, following):
+                if following.part.is_call:
                     raise self._error(index, "the template puts something between its text and its tool call")
-                spans.append((start, self._end(index, part, place, following.text[there.lead :])))
-                start = there.start
-        return [*spans, (start, self._end(index, *parts[-1]))]
+                elsewhere = following.part.text[following.place.lead :]
+                spans.append((start, self._proven_end(index, one, elsewhere)))
+                start = following.start
+        return [*spans, (start, self._end(index, texts[-1]))]
+
+    # --- the texts of a message -----------------------------------------------------------------------------
+
+    def _texts(self, index: int) -> list[_Text]:
+        """The texts of a message in the order of the rendering. MaskError if the place of one is not known."""
+        spoken = self._in_rendering(spoken_parts(self._chat, index))
+        call = call_parts(self._chat, index)
+        proven = [_Text(part, place) for part in call if isinstance(place := self._findings[part], Place)]
+        return sorted([*spoken, *(proven[:1] or self._in_rendering(call))], key=lambda text: text.start)
+
+    def _in_rendering(self, parts: list[Part]) -> list[_Text]:
+        found = []
+        for part in parts:
+            finding = self._findings[part]
+            if isinstance(finding, Unproven):
+                raise self._error(part.message, f"of its {part.path[0]}, {finding.reason}")
+            if finding is not None:
+                found.append(_Text(part, finding))
+        return found
+
+    def _neighbour(self, index: int) -> list[_Text]:
+        """The texts of a message beside a turn; none where they are not known."""
+        try:
+            return self._texts(index) if 0 <= index < len(self._chat.messages) else []
+        except MaskError:
+            return []
+
+    def _role(self, index: int) -> str | None:
+        return self._chat.messages[index].get("role") if 0 <= index < len(self._chat.messages) else None
+
+    def _adjoin(self, index: int, one: _Text, other: _Text) -> bool:
+        """Whether nothing of another message stands between two texts of a message."""
+        following = index + 1
+        while self._role(following) == "tool":
+            unproven = [
+                part for part in spoken_parts(self._chat, following) if isinstance(self._findings[part], Unproven)
+            ]
+            self._findings |= self._locate(unproven)
+            if any(one.end <= text.start <= other.start for text in self._texts(following)):
+                return False
+            following += 1
+        return True
 
     # --- the beginning --------------------------------------------------------------------------------------
 
-    def _begin(self, index: int, part: Part, place: Place) -> int:
-        begin = self._generation_begin(index) if self._chat.messages[index].get("role") == "assistant" else None
-        if begin is not None and (begin.exact or part.is_call) and begin.position <= place.start:
-            return begin.position
-        if part.is_call:
+    def _begin(self, index: int, first: _Text) -> int:
+        before = self._neighbour(index - 1)
+        if not before or before[-1].end > first.start:
+            return self._proven_begin(index, first).position
+        start = before[-1].end
+        between = self.text[start : first.start]
+        neighbours = (self._role(index - 1), before[-1].key, first.key)
+        known = self._prompts.get((*neighbours, between))
+        if known is None and first.place.lead:  # the thinking in the text is in between, and it never is the same
+            known = self._prompts.get(neighbours)
+        if known is None or not between.startswith(known):
+            begin = self._proven_begin(index, first)
+            if begin.position < start:
+                return begin.position
+            known = self.text[start : begin.position]
+            self._prompts[(*neighbours, between)] = known
+            if begin.exact:
+                self._prompts[neighbours] = known
+        return start + len(known)
+
+    def _proven_begin(self, index: int, first: _Text) -> _Begin:
+        begin = self._generation_begin(index) if self._role(index) == "assistant" else None
+        if begin is not None and (begin.exact or first.part.is_call) and begin.position <= first.start:
+            return begin
+        if first.part.is_call:
             raise self._error(index, "it begins with a tool call, and the generation prompt before it is another")
-        return place.start
+        return _Begin(first.start, exact=False)
 
     def _generation_begin(self, index: int) -> _Begin | None:
         """Where the rendering leaves the generation prompt for a message; None if that cannot be compared."""
@@ -142,52 +190,59 @@ class Turns:
             return None
         if self.text.startswith(prompt):
             return _Begin(len(prompt), exact=True)
-        previous = self._last_place(index - 1)
-        if previous is None:
-            return None
-        part, place = previous
-        there = self._place_in(before, prompt, part, place, generation_prompt=True)
+        previous = self._neighbour(index - 1)
+        there = self._place_in(before, prompt, previous[-1], generation_prompt=True) if previous else None
         if there is None:
             return None
-        shared = _shared(self.text[place.end :], prompt[there.end :])
+        start = previous[-1].end
+        shared = _shared(self.text[start:], prompt[there.end :])
         if there.end + len(shared) == len(prompt):
-            return _Begin(place.end + len(shared), exact=True)
-        return _Begin(place.end + len(_whole_tags(shared)), exact=False)
-
-    def _last_place(self, index: int) -> tuple[Part, Place] | None:
-        """The last text of a message whose place is proven."""
-        if index < 0:
-            return None
-        parts = [*spoken_parts(self._chat, index), *call_parts(self._chat, index)]
-        findings = self._locate(parts)
-        places = [(part, place) for part, place in findings.items() if isinstance(place, Place)]
-        return max(places, key=lambda found: found[1].end, default=None)
+            return _Begin(start + len(shared), exact=True)
+        return _Begin(start + len(_whole_tags(shared)), exact=False)
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def _end(self, index: int, part: Part, place: Place, then: str = "") -> int:
-        """The end of the span whose last text is at ``place``; ``then`` is a text of the message that is elsewhere."""
-        closing = self._closing(index, part, place, then)
-        if closing is None and part.is_call:
+    def _end(self, index: int, last: _Text) -> int:
+        after = self._neighbour(index + 1)
+        if not after or after[0].start < last.end:
+            return self._proven_end(index, last)
+        start = after[0].start
+        between = self.text[last.end : start]
+        neighbours = (self._role(index), last.key, self._role(index + 1), after[0].key)
+        known = self._openings.get((*neighbours, between))
+        if known is None and last.part.is_call:  # the rest of the call is in between
+            known = self._openings.get(neighbours)
+        if known is None or not between.endswith(known):
+            end = self._proven_end(index, last)
+            if end > start:
+                return end
+            known = self.text[end:start]
+            self._openings[(*neighbours, between)] = self._openings[neighbours] = known
+        return start - len(known)
+
+    def _proven_end(self, index: int, last: _Text, elsewhere: str = "") -> int:
+        """The end of the span with this last text; ``elsewhere`` is a text of the message that stands not in it."""
+        closing = self._closing(index, last, elsewhere)
+        if closing is None and last.part.is_call:
             raise self._error(index, "the template writes its tool call otherwise when the conversation goes on")
-        end = place.end + len(closing or "")
+        end = last.end + len(closing or "")
         if closing and self._stop_tokens.stand_before(self.text, end):
             return end
         return self._stop_tokens.end_after(self.text, end) or end
 
-    def _closing(self, index: int, part: Part, place: Place, then: str) -> str | None:
-        """What follows a text of a message and still belongs to the message; None if that cannot be told.
+    def _closing(self, index: int, last: _Text, elsewhere: str) -> str | None:
+        """What follows the last text of a message and still belongs to it; None if that cannot be told.
 
         It is what the rendering shares with others that go on differently after the message.
         """
-        rest = self.text[place.end :]
+        rest = self.text[last.end :]
         compared = False
         for other, ends in self._alternatives(index):
             try:
                 rendered = self._renderer.render(other)
             except DataError:
                 continue
-            there = self._place_in(other, rendered, part, place)
+            there = self._place_in(other, rendered, last)
             if there is None:
                 continue
             compared = True
@@ -195,67 +250,52 @@ class Turns:
             shared = _shared(rest, other_rest)
             if len(shared) < len(other_rest if ends else rest):
                 shared = _whole_tags(shared)
-                if not all(self._begins_anew(text[len(shared) :], then) for text in (rest, other_rest)):
+                if not all(self._begins_anew(text[len(shared) :], elsewhere) for text in (rest, other_rest)):
                     continue
             shared = shared.rstrip()
-            return shared if part.is_call else self._stop_tokens.until_end_of_sequence(shared)
+            return shared if last.part.is_call else self._stop_tokens.until_end_of_sequence(shared)
         is_last = index + 1 == len(self._chat.messages)
-        return rest.rstrip() if is_last and (part.is_call or not compared) else None
+        return rest.rstrip() if is_last and (last.part.is_call or not compared) else None
 
     def _alternatives(self, index: int) -> Iterator[tuple[Chat, bool]]:
         """Conversations that go on differently after a message, and whether they end with it."""
         messages, tools = self._chat.messages, self._chat.tools
         until = messages[: index + 1]
-        if index + 1 < len(messages):
-            yield Chat(until, tools), True
-        following = messages[index + 1].get("role") if index + 1 < len(messages) else None
+        following = self._role(index + 1)
         calls = messages[index].get("tool_calls")
-        if calls and following is None:
+        if following is not None:
+            yield Chat(until, tools), True
+        elif calls:
             name = calls[-1].get("function", calls[-1])["name"]
             answer = {"role": "tool", "content": "text", "name": name, "tool_call_id": calls[-1].get("id", "0")}
             yield Chat([*until, answer], tools), False
-        role = "user" if messages[index].get("role") == "assistant" and following != "user" else "assistant"
+        role = "user" if self._role(index) == "assistant" and following != "user" else "assistant"
         yield Chat([*until, {"role": role, "content": "text"}], tools), False
 
-    def _begins_anew(self, rest: str, then: str) -> bool:
-        """Whether a text begins with a tag, a special token or ``then``, or has nothing in it."""
+    def _begins_anew(self, rest: str, elsewhere: str) -> bool:
+        """Whether a text begins with a tag, a special token or ``elsewhere``, or has nothing in it."""
         begin = rest.lstrip()
-        known = begin[:1] in ("", "<", "[") or (then and begin.startswith(then))
+        known = begin[:1] in ("", "<", "[") or (elsewhere and begin.startswith(elsewhere))
         return bool(known) or self._stop_tokens.end_after(rest, 0) is not None
-
-    def _adjoin(self, index: int, one: Place, other: Place) -> bool:
-        """Whether nothing of another message stands between two texts of a message."""
-        for following in range(index + 1, len(self._chat.messages)):
-            if self._chat.messages[following].get("role") != "tool":
-                break
-            for part, place in self._locate(spoken_parts(self._chat, following)).items():
-                if isinstance(place, Unproven):
-                    raise self._error(following, f"of its {part.path[0]}, {place.reason}")
-                if place is not None and one.end <= place.start <= other.start:
-                    return False
-        return True
 
     # --- comparing renderings -------------------------------------------------------------------------------
 
-    def _locate(self, parts: Sequence[Part]) -> dict[Part, Finding]:
-        return locate(self._renderer.render, self._chat, self.text, parts)
+    def _locate(self, parts: Sequence[Part], context: Sequence[Sequence[Part]] = ()) -> dict[Part, Finding]:
+        return locate(self._renderer.render, self._chat, self.text, parts, context)
 
-    def _place_in(
-        self, chat: Chat, rendered: str, part: Part, place: Place, generation_prompt: bool = False
-    ) -> Place | None:
-        """The place in ``rendered``, the text of ``chat``, of a part whose place in this conversation is known."""
-        if rendered[: place.end] == self.text[: place.end]:
-            return place
+    def _place_in(self, chat: Chat, rendered: str, text: _Text, generation_prompt: bool = False) -> Place | None:
+        """The place in ``rendered``, the rendering of ``chat``, of a text of this conversation."""
+        if rendered[: text.end] == self.text[: text.end]:
+            return text.place
         marked = Marked(lambda shown: self._renderer.render(shown, generation_prompt), chat, rendered)
-        found = marked.places([(part, place.lead, place.trail)])
-        there = found[part] if found else None
+        found = marked.places([(text.part, text.place.lead, text.place.trail)])
+        there = found[text.part] if found else None
         return there if isinstance(there, Place) else None
 
     def _error(self, index: int, reason: str) -> MaskError:
-        message = self._chat.messages[index]
         return MaskError(
             f"{self._renderer.name(self._chat)}: which text belongs to message {index + 1} (role "
-            f"'{message.get('role')}') cannot be proven: {reason}. Give another template as data.NAME.template, or "
+            f"'{self._role(index)}') cannot be proven: {reason}. Give another template as data.NAME.template, or "
             "put {% generation %} marks into this one."
         )
 
