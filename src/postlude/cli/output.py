@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from postlude.manifest.errors import UserError
 
+WIDTH = 120
+"""Characters of a line where the output is no terminal."""
+
 
 class Report(Protocol):
     """What a command has found out."""
@@ -28,7 +31,8 @@ def show(report: Report, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        Console().print(report.render())
+        console = Console()
+        console.print(report.render(), width=None if console.is_terminal else WIDTH)
 
 
 def show_json(document: Any) -> None:

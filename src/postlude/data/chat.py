@@ -145,8 +145,8 @@ class _Compiled:
             self.compiled: Template = _compile_jinja_template(text)
         except TemplateSyntaxError as error:
             raise ManifestError(
-                f"{name} does not compile: line {error.lineno}: {error.message}. Mend it, or give another template as "
-                "data.NAME.template."
+                f"{name} does not compile: line {error.lineno}: {str(error.message).rstrip('.')}. Mend it, or give "
+                "another template as data.NAME.template."
             ) from error
 
     @cached_property

@@ -66,7 +66,7 @@ class EncodedDataset:
         if encoded.error is not None:
             if self._on_bad_record == "stop":
                 raise DataError(
-                    f"The example '{example_id}' cannot be used: {encoded.error} Mend it, or set "
+                    f"The example '{example_id}' cannot be used: {str(encoded.error).rstrip('.')}. Mend it, or set "
                     f"data.{self.dataset.name}.on_bad_record to skip to leave such examples out and count them."
                 ) from encoded.error
             self.statistics.drop(UNUSABLE, example_id)

@@ -234,10 +234,10 @@ class Assembly:
         return model
 
     def with_model(self, start: ModelFrom) -> Assembly:
-        """The same stage with another model to start from; data and tokenizer are shared."""
+        """The same stage with another model to start from. Records and tokenizer are shared, what is counted is not."""
         other = copy(self)
         other.config = self.config.model_copy(update={"model": start})
-        for built in ("program", "precision"):
+        for built in ("program", "precision", "sources", "loader"):
             other.__dict__.pop(built, None)
         return other
 

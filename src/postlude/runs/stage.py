@@ -89,6 +89,10 @@ class Stage:
     def _state(self) -> str:
         return storage.join(self.uri, "state.json")
 
+    def has_begun(self) -> bool:
+        """Whether it has made a step: before that there is nothing to lose."""
+        return bool(self.metrics.size_bytes() or self._all_checkpoints() or self.has_artifact())
+
     def clear(self) -> None:
         """Remove all that the stage wrote, so that a new revision begins from nothing.
 

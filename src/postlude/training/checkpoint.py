@@ -111,18 +111,17 @@ class Checkpointer:
     def save(self, uri: str, step: int, tensors: State, small: Mapping[str, Any], background: bool) -> None:
         """Save ``tensors`` (copied first if in the background) and the JSON-able ``small`` state under ``uri``.
 
-        Waits for the save before it and raises what that one raised: :class:`postlude.storage.StorageFull` when
-        the disk was full, and then nothing of the failed checkpoint stays.
+        Returns at once; :meth:`wait` tells how it went, and has to be called before the next save.
         """
-        self.wait()
+        assert self._pending is None, "the save before has not been waited for"
         if background:
             tensors = tree_map(_copied, tensors)
         self._pending = self._thread.submit(self._write, uri, step, tensors, dict(small))
-        if not background:
-            self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in progress and raise what it raised."""
+        """Wait for the save in progress and raise what it raised: :class:`postlude.storage.StorageFull` when the disk
+        was full, and then nothing of the failed checkpoint stays.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

@@ -128,7 +128,7 @@ class Trainer:
                 if work is None:
                     break
                 self.train(work)
-                if self._due(self.config.checkpoint.every):
+                if self._due(self.config.checkpoint.every) and not self.skipped_in_a_row:
                     self.save(background=True)
             if self.config.evaluate and not summary.interrupted and not self._due(self.config.evaluate.every):
                 self._evaluate()
@@ -228,11 +228,13 @@ class Trainer:
 
     def _diverged(self, batches: Sequence[PackedBatch]) -> str:
         ids = [name for names in self.workers.gather([i for b in batches for i in b.example_ids]) for name in names]
+        kept = f"The checkpoint of step {self._saved_step}, before them, is kept." if self._saved_step > 0 else ""
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         return (
             f"{self.skipped_in_a_row} steps in a row, the last being step {self.step}, had a loss or gradient that "
-            f"is not finite. The last good checkpoint is kept. The examples of the last batch were: {shown}. "
-            "Lower optimizer.lr, set max_grad_norm, look at these examples, or use precision bf16 or fp32."
+            f"is not finite. {kept} The examples of the last batch were: {shown}. Look at these examples; lower "
+            "optimizer.lr or max_grad_norm with `postlude amend` and run again; or begin a new run with another "
+            "precision."
         )
 
     # --- evaluation -----------------------------------------------------------------------------------------
@@ -256,8 +258,14 @@ class Trainer:
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, background: bool) -> None:
-        """Checkpoint the state after the last step; in the background, while training goes on, if asked to."""
-        if self.checkpoint_uri is None or self.step == self._saved_step:
+        """Checkpoint the state after the last step; in the background, while training goes on, if asked to.
+
+        A full disk ends the training or is an alarm, as the manifest says; the checkpoints before are not touched.
+        """
+        if self.checkpoint_uri is None:
+            return
+        self._settle()
+        if self.step == self._saved_step:
             return
         self.journal.flush()
         small = {
@@ -269,12 +277,20 @@ class Trainer:
             "world": self.workers.world,
         }
         with self.phases.measure("checkpoint"):
+            tensors = trained_state(self.program.roles, self.optimizers)
+            self.checkpointer.save(self.checkpoint_uri(self.step), self.step, tensors, small, background)
+            self._saved_step = self.step
+        if not background:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint in progress, if there is one, and see to it that it succeeded."""
+        with self.phases.measure("checkpoint"):
             try:
-                tensors = trained_state(self.program.roles, self.optimizers)
-                self.checkpointer.save(self.checkpoint_uri(self.step), self.step, tensors, small, background)
-                self._saved_step = self.step
+                self.checkpointer.wait()
             except storage.StorageFull as error:
-                self.journal.event("alarm", what="checkpoint not saved", reason=str(error), step=self.step)
+                self.journal.event("alarm", what="checkpoint not saved", reason=str(error), step=self._saved_step)
+                self._saved_step = -1
                 if self.config.checkpoint.on_full_disk == "stop":
                     raise
 

@@ -72,11 +72,14 @@ def lock(run: Run, resolved: Resolved) -> None:
     before = run.read_manifest_lock()
     if before is not None:
         locked = read_lock(before)
-        changes: list[str] = []
+        changes: dict[str, None] = {}
         for stage in run.stages():
             if stage.name in resolved.manifest.stages and stage.name in locked.stages:
-                free = resolved.manifest.stages[stage.name].free
-                changes += [f"stages.{stage.name}.{line}" for line in differences(locked, resolved, stage.name, free)]
+                changed = differences(locked, resolved, stage.name, resolved.manifest.stages[stage.name].free)
+                if stage.has_begun():
+                    changes |= dict.fromkeys(changed)
+                elif changed:
+                    stage.clear()
         if changes:
             raise ManifestError(
                 f"The run '{run.uri}' has begun with another manifest, and a stage that has begun does not change:\n  "
@@ -100,14 +103,13 @@ def run_stage(run: Run, resolved: Resolved, name: str, inline: bool) -> int:
     stage.enter("running", process=os.getpid())
     try:
         summary = run_ranks("postlude.recipes.execution:run_stage", task, ranks, threads)[0]
-    except UserError as error:
-        stage.enter("failed", error=str(error))
-        raise
     except KeyboardInterrupt:
         stage.enter("interrupted")
         raise
     except Exception as error:
-        stage.enter("failed", error=f"{type(error).__name__}: {error}")
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        stage.enter("failed", error=said)
+        events.record(run.events, events.make("failure", name, error=said))
         raise
     stage.enter("interrupted" if summary.interrupted else "done", steps=summary.steps)
     return INTERRUPTED if summary.interrupted else 0
