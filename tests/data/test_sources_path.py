@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postlude.data.records import Records, Unreadable
-from postlude.data.sources import files
+from postlude.data.sources import files, tables
 from postlude.data.sources.path import Path as PathSource
 from postlude.data.sources.text import JsonArray
 from postlude.manifest.errors import DataError
@@ -28,7 +28,7 @@ CONTAINERS = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "parquet", "c
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 """Any text, so also line ends of every kind, quotes and what looks like JSON."""
-tables = st.lists(st.fixed_dictionaries({"id": texts, "said": texts}), min_size=1, max_size=25)
+row_lists = st.lists(st.fixed_dictionaries({"id": texts, "said": texts}), min_size=1, max_size=25)
 
 
 def write(path: Path, rows: list[dict[str, str]], group_rows: int = 4) -> None:
@@ -72,7 +72,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.capability("Read JSON lines (plain, gzip, Zstandard), JSON arrays, Parquet, CSV and TSV")
 @pytest.mark.parametrize("container", CONTAINERS)
 @settings(max_examples=12, deadline=None)
-@given(rows=tables, data=st.data())
+@given(rows=row_lists, data=st.data())
 def test_any_rows_in_any_order_are_those_that_were_written(
     container: str, rows: list[dict[str, str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -128,11 +128,12 @@ def test_parquet_keeps_the_types_that_pyarrow_reads(tmp_path: Path) -> None:
         assert all_rows(opened(tmp_path / "a.parquet", stream, tmp_path / "cache")) == expected
 
 
-def test_parquet_with_other_dictionaries_in_each_row_group_is_read_at_random(tmp_path: Path) -> None:
-    rows = [{"kind": f"kind {i // 500} {i % 3}"} for i in range(3000)]
-    table = pa.table({"kind": pa.array([row["kind"] for row in rows]).dictionary_encode()})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=700)
-    assert all_rows(opened(tmp_path / "a.parquet", False, tmp_path / "cache")) == rows
+def test_batches_with_dictionaries_of_their_own_become_one_arrow_file(tmp_path: Path) -> None:
+    values = [[f"kind {part} {i % 3}" for i in range(700)] for part in range(4)]
+    batches = [pa.record_batch({"kind": pa.array(part).dictionary_encode()}) for part in values]
+    tables.write_arrow(str(tmp_path / "a.arrow"), batches[0].schema, batches)
+    records = tables.ArrowRows(str(tmp_path / "a.arrow"), "a", "")
+    assert records.read(0) == [{"kind": value} for part in values for value in part]
 
 
 # --- which files --------------------------------------------------------------------------------------------
