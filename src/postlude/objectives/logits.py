@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
-LOW_PRECISION_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("amx_fp16",)}
-"""What an x86 processor needs for products in a dtype, as ``torch.cpu.get_capabilities`` names it."""
+LOW_PRECISION_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16",)}
+"""What a processor needs one of for fast products in a dtype, as ``torch.cpu.get_capabilities`` names it."""
 
 
 @dataclass(frozen=True)
