@@ -2,13 +2,11 @@
 
 A test that carries ``capability("...")`` proves what it names. One that needs a GPU leaves its capability
 written but not run. What is absent is listed here with the key that the manifest refuses, and a test holds
-that it does refuse it. After a whole session the page is written anew; with CI set, a page that was not up to
-date fails the session.
+that it does refuse it. After a whole session without a failure the page is written anew.
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -45,16 +43,13 @@ class Status:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         config = session.config
-        partial = config.option.keyword or config.option.collectonly or config.args_source.name != "TESTPATHS"
+        partial = config.option.keyword or config.args_source.name != "TESTPATHS"
         if exitstatus != pytest.ExitCode.OK or partial:
             return
         page = self.render()
-        if PAGE.exists() and PAGE.read_text() == page:
-            return
-        PAGE.write_text(page)
-        if os.environ.get("CI"):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            print("\ndocs/status.md was not up to date: commit the page that the tests have written.")
+        if not PAGE.exists() or PAGE.read_text() != page:
+            PAGE.write_text(page)
+            print("\ndocs/status.md was written anew: commit it.")
 
     def render(self) -> str:
         lines = [
