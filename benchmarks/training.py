@@ -169,7 +169,7 @@ def measure(side: str, folder: Path, steps: int, vocabulary: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one round of few steps")
+    parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--side", choices=["postlude", "trl"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--steps", type=int)
@@ -192,11 +192,13 @@ def main() -> None:
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
-        for vocabulary, steps in ((8192, 24), (151936, 8)):
+        for vocabulary, steps in ((8192, 16), (151936, 8)):
+            if arguments.vocabulary not in (None, vocabulary):
+                continue
             found: dict[str, list[dict[str, float]]] = {"trl": [], "postlude": []}
             for _ in range(1 if arguments.quick else 3):
                 for side in found:
-                    found[side].append(measure(side, Path(place), steps // (2 if arguments.quick else 1), vocabulary))
+                    found[side].append(measure(side, Path(place), steps, vocabulary))
             rate = {side: statistics.median(run["rate"] for run in runs) for side, runs in found.items()}
             growth = {side: statistics.median(run["growth"] for run in runs) / 2**20 for side, runs in found.items()}
             table.add_row(
