@@ -248,8 +248,14 @@ def test_a_broken_promise_is_an_error():
     loss, _ = FusedHead(p.weight, upstream=1.0).negative_log_likelihood(p.hidden, p.targets, p.weights)
     with pytest.raises(RuntimeError, match="promised"):
         (loss * 2).backward()
-    with pytest.raises(ValueError, match="parameter"):
-        FusedHead(p.weight * 2, upstream=1.0)
+
+
+def test_a_promise_for_a_weight_that_is_no_leaf_changes_nothing():
+    p = problem(bias=False)
+    loss, _ = FusedHead(p.weight * 2, upstream=3.0).negative_log_likelihood(p.hidden, p.targets, p.weights)
+    (loss * 3).backward()
+    expected, _ = FusedHead(p.weight * 2).negative_log_likelihood(p.hidden, p.targets, p.weights)
+    torch.testing.assert_close([p.hidden.grad, p.weight.grad], gradients(expected * 3, p))
 
 
 def test_a_scaled_gradient_cannot_be_taken_twice():

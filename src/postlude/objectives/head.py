@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
-
-if TYPE_CHECKING:
-    from postlude.model.language_model import LanguageModel
 
 
 class FusedHead:
@@ -35,10 +32,10 @@ class FusedHead:
     ``soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``.
 
     ``upstream`` is a promise: the sum that :meth:`negative_log_likelihood` returns enters what is differentiated
-    with exactly this factor (a loss scale, or 1). The forward pass then adds the weight's gradient to
-    ``weight.grad`` itself, so that all micro-batches share the one. In exchange each forward pass that builds a
-    graph must be followed by its backward pass, which raises RuntimeError if the factor is another, and hooks on the
-    weight do not see this gradient.
+    with exactly this factor (a loss scale, or 1). The forward pass then adds the gradient of a weight that is a leaf
+    in fp32 to ``weight.grad`` itself, so that all micro-batches share the one. In exchange each forward pass that
+    builds a graph must be followed by its backward pass, which raises RuntimeError if the factor is another, and
+    hooks on the weight do not see this gradient.
     """
 
     def __init__(
@@ -58,16 +55,6 @@ class FusedHead:
         self.limits = limits or Limits.of(weight.device)
         if not 0 < self.vocabulary <= len(weight):
             raise ValueError(f"A head of {len(weight)} rows cannot serve a vocabulary of {vocabulary}.")
-        if upstream is not None and not weight.is_leaf:
-            raise ValueError("Only a parameter has a gradient to add to: do not promise an upstream factor here.")
-
-    @staticmethod
-    def of(model: LanguageModel, upstream: float | None = None) -> FusedHead:
-        """The head of a model."""
-        lm = model.lm_head_parameters()
-        return FusedHead(
-            lm.weight, lm.bias, vocabulary=lm.vocabulary, scale=lm.scale, soft_cap=lm.soft_cap, upstream=upstream
-        )
 
     def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum of the rows' negative log-likelihoods, a scalar to differentiate, and each row's own.
@@ -133,7 +120,7 @@ class _WeightedLikelihood(torch.autograd.Function):
         weights = weights.to(chunks.sum)
         likelihood = torch.empty_like(weights)
         needed = [with_gradient and need for need in ctx.needs_input_grad[:3]]
-        direct = needed[1] and head.upstream is not None and weight.dtype == chunks.sum
+        direct = needed[1] and head.upstream is not None and weight.is_leaf and weight.dtype == chunks.sum
         # Divided by a count of tokens, weights are smaller than fp16 can hold. A power of two rounds nothing.
         power = _power_of_two_above(weights) if any(needed) and chunks.product == torch.float16 else 1.0
         sums = [

@@ -32,8 +32,8 @@ class LanguageHead(Head, Protocol):
     def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum (a scalar to differentiate) and the unweighted value of each row, [rows], detached.
 
-        The weights must be known before the forward pass: the gradient is made during it. All factors, normalisers
-        too, belong into the weights, and the sum into the loss as it is.
+        The weights must be known before the forward pass: the gradient is made during it. An objective whose
+        ``loss_is_likelihood`` puts all factors, normalisers too, into the weights.
         """
         ...
 
