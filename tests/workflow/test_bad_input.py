@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from postlude import storage
+from postlude.manifest.component import register
 from postlude.manifest.errors import DataError, ManifestError, UserError
 from postlude.runs import Run
+from postlude.telemetry.sinks import OpenSink, Sink
 from postlude.training.trainer import Diverged
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate
@@ -89,7 +91,10 @@ def change(manifest: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
     [
         ("stages.sft.optimiser", {"name": "adamw"}, "optimizer"),
         ("stages.sft.steps", "four", "steps"),
+        ("stages.sft.optimizer", {"name": "adamw", "rate": 1}, "rate"),
         ("defaults", {"betta": 1}, "betta"),
+        ("data.spare", {"source": {"path": "x.jsonl"}, "format": "messages"}, "no stage uses"),
+        ("stages.sft.model.new.config", {**SHAPE, "num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ("stages.sft.model", {"path": "/no/such/model"}, "/no/such/model"),
         ("stages.sft.model.new.architecture", "lama", "llama"),
         ("stages.sft.model.new.config.vocab_size", 32, "vocabulary of 32"),
@@ -104,6 +109,15 @@ def test_a_manifest_that_cannot_be_is_refused_with_its_place(manifest, tmp_path,
     assert isinstance(report.error, ManifestError)
     assert report.exit_code == 2
     assert said in str(report.error)
+
+
+def test_an_unknown_key_is_told_with_line_column_and_the_nearest_name(manifest, tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(json.dumps(change(manifest, "stages.sft.stpes", 3), indent=1))
+    place = next(n for n, line in enumerate(path.read_text().splitlines(), 1) if "stpes" in line)
+    error = validate(str(path), []).error
+    assert f"{path}:{place}:4: stages.sft.stpes" in str(error)
+    assert "'steps'" in str(error)
 
 
 def test_a_tokenizer_without_a_template_is_refused_for_chats(manifest, start, shared_data) -> None:
@@ -155,6 +169,19 @@ def test_nothing_to_train_on_says_why(manifest, tmp_path) -> None:
     assert "nothing to train on" in first_error(manifest, tmp_path)
 
 
+def test_what_is_left_out_is_counted_and_the_rest_is_trained_on(manifest, tmp_path) -> None:
+    question = {"messages": [{"role": "user", "content": "Hello?"}]}
+    write_lines(tmp_path / "chats.jsonl", [question, *conversations(8), {"messages": "none"}, {"other": 1}])
+    path = tmp_path / "bad.yaml"
+    path.write_text(json.dumps(change(manifest, "data.chats.on_bad_record", "skip")))
+    report = validate(str(path), [])
+    assert report.error is None
+    source = report.to_json()["stages"][0]["data"]["sources"]["chats"]
+    assert (source["records"], source["read"], source["units"]) == (11, 11, 8)
+    assert {reason: dropped["count"] for reason, dropped in source["dropped"].items()} == {"nothing to train on": 1}
+    assert [dropped["count"] for dropped in source["filtered"].values()] == [2]
+
+
 def test_a_block_shorter_than_every_example_says_so(manifest, tmp_path) -> None:
     small = change(manifest, "stages.sft.batch", {"tokens": 16, "block": 8})
     said = first_error(change(small, "data.chats.truncate", "drop"), tmp_path)
@@ -164,7 +191,34 @@ def test_a_block_shorter_than_every_example_says_so(manifest, tmp_path) -> None:
 
 def test_a_template_that_raises_is_named(manifest, tmp_path) -> None:
     template = "{% if messages|length > 1 %}{{ raise_exception('two is too many') }}{% endif %}"
-    assert "two is too many" in first_error(change(manifest, "data.chats.template", template), tmp_path)
+    said = first_error(change(manifest, "data.chats.template", template), tmp_path)
+    assert "two is too many" in said
+    assert "template given in the manifest" in said
+    assert "'chats:" in said, "the example"
+
+
+def test_roles_out_of_order_are_told_by_message(manifest, tmp_path) -> None:
+    messages = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
+    write_lines(tmp_path / "chats.jsonl", [*conversations(3), {"messages": messages}])
+    said = first_error(manifest, tmp_path)
+    assert "line 4" in said
+    assert "message 2" in said
+
+
+def test_before_the_first_step_there_is_nothing_to_lose_and_the_manifest_may_be_mended(manifest, start) -> None:
+    with pytest.raises(DataError, match="8 tokens"):
+        start(change(change(manifest, "stages.sft.batch", {"tokens": 16, "block": 8}), "data.chats.truncate", "drop"))
+    assert start(manifest) == 0
+
+
+@pytest.mark.parametrize(("place", "value", "code"), [("stages.sft.stpes", 3, 2), ("data.chats.key", "number", 3)])
+def test_the_command_exits_with_the_kind_of_error(project, place: str, value: Any, code: int) -> None:
+    project.manifest = change(project.manifest, place, value)
+    ran, validated = project("run", "MANIFEST"), project("validate", "MANIFEST", "--json")
+    assert ran.exit_code == validated.exit_code == code
+    assert ran.err.startswith("Error: ")
+    assert "Traceback" not in ran.err
+    assert validated.json["error"]["message"] in ran.err
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -172,7 +226,7 @@ def test_a_template_that_raises_is_named(manifest, tmp_path) -> None:
 
 def test_a_changed_manifest_is_refused_with_its_difference(manifest, start) -> None:
     assert start(manifest) == 0
-    with pytest.raises(ManifestError, match=r"steps.*4 -> 5"):
+    with pytest.raises(ManifestError, match=r"(?m)^  stages\.sft\.steps: 4 -> 5$"):
         start(change(manifest, "stages.sft.steps", 5))
     assert start(change(manifest, "stages.sft.checkpoint.every", 2)) == 0, "when to save is free"
 
@@ -185,11 +239,16 @@ def test_a_second_process_on_a_run_is_refused(manifest, start, tmp_path) -> None
 def test_a_run_that_diverges_names_its_examples_and_keeps_its_checkpoint(manifest, start, tmp_path) -> None:
     wild = change(manifest, "stages.sft.optimizer", {"name": "sgd", "lr": 1e38})
     wild = change(change(wild, "stages.sft.max_grad_norm", None), "stages.sft.max_skipped_steps", 2)
-    with pytest.raises(Diverged, match=r"chats:[0-9a-f]{16}"):
+    with pytest.raises(Diverged, match=r"chats:[0-9a-f]{16}") as raised:
         start(change(wild, "stages.sft.steps", 40))
     stage = Run(str(tmp_path / "runs" / "bad")).stage("sft")
     assert stage.status().state == "failed"
-    assert stage.checkpoints()
+    skipped = [line["skipped"] for line in stage.metrics.read()]
+    assert skipped[-2:] == [True, True]
+    good = skipped.index(True)
+    assert stage.checkpoints()[0].step == good, "nothing is saved while steps are skipped"
+    assert f"checkpoint of step {good}" in str(raised.value)
+    assert '"failure"' in (tmp_path / "runs" / "bad" / "events.jsonl").read_text()
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(manifest, start, tmp_path) -> None:
@@ -262,6 +321,41 @@ def test_a_full_disk_is_an_alarm_where_the_run_is_to_go_on(crowded, start, small
     lines = (small_disk / "bad/stages/sft/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert "checkpoint not saved" in (small_disk / "bad/events.jsonl").read_text()
+
+
+@register("sinks", "flood")
+class Flood(Sink):
+    """Fills the disk to its last byte when a step is done, as another program might."""
+
+    path: str
+    step: int
+
+    def open(self, run_uri: str, stage: str) -> OpenSink:
+        return _OpenFlood(self.path, self.step)
+
+
+class _OpenFlood(OpenSink):
+    def __init__(self, path: str, step: int) -> None:
+        self._path, self._step = path, step
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        if line["step"] == self._step:
+            with suppress(OSError), open(self._path, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+
+
+def test_a_disk_without_room_for_one_line_stops_the_run_and_loses_nothing(manifest, start, small_disk: Path) -> None:
+    assert start(change(manifest, "name", "calm")) == 0
+    expected = (Path(manifest["run_dir"]) / "calm/stages/sft/metrics.jsonl").read_text().splitlines()
+    manifest = change(change(manifest, "run_dir", str(small_disk)), "stages.sft.checkpoint.keep", 1)
+    flood = small_disk / "flood"
+    with pytest.raises(storage.StorageFull, match="room"):
+        start(change(manifest, "sinks", [{"name": "flood", "path": str(flood), "step": 2}]))
+    flood.unlink()
+    assert start(manifest) == 0, "sinks cannot change the result"
+    lines = (small_disk / "bad/stages/sft/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [json.loads(line)["loss"] for line in expected]
 
 
 def test_a_read_only_run_directory_is_named(manifest, start, small_disk: Path) -> None:

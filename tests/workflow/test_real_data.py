@@ -1,4 +1,4 @@
-"""Real data through whole runs: a published model is fine-tuned, raw logs become a new model, a large vocabulary fits."""
+"""Whole runs on real data: a published model is fine-tuned, raw logs become a new model, a large vocabulary fits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def losses(run: Run) -> list[float]:
 
 
 def logits_of_last_checkpoint(run: Run, ids: torch.Tensor) -> torch.Tensor:
-    """Transformers' own forward pass with the weights that the newest checkpoint holds, [documents, tokens, vocabulary]."""
+    """Transformers' own forward pass with the weights of the newest checkpoint: [documents, tokens, vocabulary]."""
     manifest = Path(run.uri).parents[1] / f"{run.name}.yaml"
     assembly = Assembly(StageTask(load(manifest.read_text(), str(manifest)).tree, "tune", run.uri, 1), Workers())
     role = assembly.program.roles["policy"]
