@@ -37,6 +37,8 @@ class StageReport:
     threads: int
     statistics: Statistics
     rehearsal: Rehearsal
+    held_out: dict[str, int] = field(default_factory=dict)
+    """How many documents each evaluation runs over."""
     remarks: list[str] = field(default_factory=list)
     """What is not wrong, but should be known before training."""
     synthetic: dict[str, list[Verdict]] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class StageReport:
             "workers": self.workers,
             "threads": self.threads,
             "data": self.statistics.to_json(),
+            "held_out_documents": self.held_out,
             "step": self.rehearsal.to_json(),
             "remarks": self.remarks,
             "synthetic": {name: [v.to_json() for v in verdicts] for name, verdicts in self.synthetic.items()},
@@ -79,6 +82,7 @@ class Report:
         for stage in self.stages:
             parts += [f"[bold]{stage.stage}[/bold]: {stage.workers} worker(s) of {stage.threads} thread(s)"]
             parts += stage.statistics.tables()
+            parts += [Text(f"Held out: {name}, documents {n:,}") for name, n in stage.held_out.items()]
             parts += [_synthetic_table(name, verdicts) for name, verdicts in stage.synthetic.items()]
             parts += [stage.rehearsal.render(), *(Text(f"Note: {remark}", "yellow") for remark in stage.remarks)]
         parts += [Text(str(self.error), "red") if self.error else Text("Everything is in order.", "green")]
@@ -121,8 +125,14 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
         window=assembly.config.batch.window,
         sample=sample,
     )
+    held_out = {
+        name: sum(len(unit.documents) for block in blocks for unit in block)
+        for name, blocks in assembly.evaluations.items()
+    }
+    rehearsal = rehearse(assembly)
     remarks = [remark for source in assembly.conversations.values() for remark in source.encoder.remarks]
-    return StageReport(name, workers, threads_of(config, workers), statistics, rehearse(assembly), remarks, made_up)
+    threads = threads_of(config, workers)
+    return StageReport(name, workers, threads, statistics, rehearsal, held_out, remarks, made_up)
 
 
 def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Table:
