@@ -62,6 +62,17 @@ def packed(query, key, value, lengths, scale, window=None, softcap=None, sinks=N
     return output
 
 
+def assert_same_with_gradients(inputs, sinks, lengths, scale, window, softcap):
+    results = []
+    for attention_function in (dense, packed):
+        output = attention_function(*inputs, lengths, scale, window, softcap, sinks)
+        direction = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+        wanted = inputs if sinks is None else [*inputs, sinks]
+        results.append([output, *torch.autograd.grad((output * direction).sum(), wanted)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
@@ -79,23 +90,17 @@ lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 def test_output_and_every_gradient_equal_the_definition(lengths, key_heads, scale, window, softcap, with_sinks, seed):
     inputs = states(lengths, key_heads=key_heads, seed=seed)
     sinks = torch.randn(4, dtype=torch.float64).requires_grad_() if with_sinks else None
-    results = []
-    for attention_function in (dense, packed):
-        output = attention_function(*inputs, lengths, scale, window, softcap, sinks)
-        direction = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
-        wanted = [*inputs, sinks] if with_sinks else inputs
-        results.append([output, *torch.autograd.grad((output * direction).sum(), wanted)])
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert_same_with_gradients(inputs, sinks, lengths, scale, window, softcap)
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [7, 300, 511])
-def test_a_window_longer_than_a_chunk_of_queries(window):
+def test_documents_longer_than_a_window_are_worked_on_in_chunks(window, with_sinks):
     lengths = [700, 3, 301]
     inputs = states(lengths, heads=2, key_heads=1)
-    for with_sinks in (None, torch.tensor([0.5, -1.0], dtype=torch.float64)):
-        expected = dense(*inputs, lengths, 0.3, window, None, with_sinks)
-        torch.testing.assert_close(packed(*inputs, lengths, 0.3, window, None, with_sinks), expected)
+    sinks = torch.tensor([0.5, -1.0], dtype=torch.float64).requires_grad_() if with_sinks else None
+    assert any(len(list(kernels.spans([length], window))) > 1 for length in lengths)
+    assert_same_with_gradients(inputs, sinks, lengths, 0.3, window, None)
 
 
 def test_each_document_is_bitwise_what_it_is_alone():

@@ -112,7 +112,10 @@ def _pack(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """The hidden states [documents, tokens, hidden] of the rows [documents, tokens] laid end to end."""
     documents = Documents.of(torch.full((len(rows),), rows.shape[1]), rows.device)
     positions = torch.arange(rows.shape[1], device=rows.device).repeat(len(rows))
-    return run(causal, rows.flatten(), positions, documents).unflatten(0, rows.shape)
+    try:
+        return run(causal, rows.flatten(), positions, documents).unflatten(0, rows.shape)
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # one that reads its mask, for instance
+        raise Refused(f"does not run on a pack ({' '.join(str(error).split())})") from error
 
 
 def _attention_layers(causal: PreTrainedModel, row: Tensor) -> tuple[AttentionLayer, ...]:
@@ -170,7 +173,10 @@ def _explain(
     # The head is tried on large hidden states: on a model's own a soft cap may be too faint to be told.
     generator = torch.Generator().manual_seed(1)
     loud = torch.randn(packed.shape, generator=generator).to(packed)
-    loud *= 60.0 / float(_products(head, loud).abs().max())
+    largest = float(_products(head, loud).abs().max())
+    if not largest:
+        raise Refused("has a head of zeros, which tells nothing about what becomes of its logits")
+    loud *= 60.0 / largest
     seen: list[Tensor] = []
 
     def replace(module: nn.Module, arguments: Any, output: Any) -> Any:
