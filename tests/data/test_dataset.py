@@ -120,6 +120,8 @@ def test_limit_and_sample(tmp_path: Path, small: None) -> None:
     assert texts(make(tmp_path, ROWS, sample=4, limit=10)) == [ROWS[i]["text"] for i in (0, 3, 6, 9)]
     assert texts(make(tmp_path, ROWS, sample=5, stream=True)) == [row["text"] for row in ROWS[:5]]
     assert make(tmp_path, ROWS, sample=99).groups == [25]
+    assert [make(tmp_path, ROWS, sample=n).rows for n in (4, 99)] == [25, 25]
+    assert make(tmp_path, ROWS, sample=5, filters=["n <> 0"]).rows == 20, "four of five, of 25"
 
 
 FILTERS: list[tuple[Any, Callable[[dict[str, Any]], bool]]] = [

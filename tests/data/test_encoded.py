@@ -40,7 +40,7 @@ class MadeUpEncoder:
 
 def made_up(rows, on_bad_record="stop", dropped=()):
     dataset = SimpleNamespace(
-        name="s", groups=[len(rows)], files=[[0]], seekable=True, dropped=dict(dropped),
+        name="s", rows=len(rows), groups=[len(rows)], files=[[0]], seekable=True, dropped=dict(dropped),
         examples=lambda group, positions: [rows[position] for position in positions],
     )  # fmt: skip
     return EncodedDataset(dataset, MadeUpEncoder(), each_alone, on_bad_record), dataset

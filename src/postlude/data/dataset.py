@@ -80,10 +80,14 @@ class Dataset:
         self._known_bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
         self._kept = _chosen(self._records.groups, config.limit, sample)
+        chosen = sum(map(len, self._kept))
         if config.filters:
             self._filter(config, cache, str(sample))
         self.groups: Sequence[int] = [len(rows) for rows in self._kept]
         """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
+        whole = sum(map(len, _chosen(self._records.groups, config.limit, None)))
+        self.rows: int = round(whole * sum(self.groups) / chosen) if chosen else 0
+        """How many rows are used; where this is a sample, about how many would be without."""
 
     def examples(self, group: int, positions: Sequence[int]) -> list[list[tuple[str, Example]]]:
         """For each position in a group its examples with their identities; none for a bad record that is skipped.

@@ -33,7 +33,7 @@ class EncodedDataset:
     ) -> None:
         self.dataset, self.encoder = dataset, encoder
         self._units, self._on_bad_record = units, on_bad_record
-        self.statistics = SourceStatistics(dataset.name, sum(dataset.groups), filtered=self._filtered())
+        self.statistics = SourceStatistics(dataset.name, dataset.rows, filtered=self._filtered())
 
     @property
     def groups(self) -> Sequence[int]:

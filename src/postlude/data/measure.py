@@ -1,4 +1,4 @@
-"""Measure the data before anything is trained: read every source once, or a sample of it, then pack what was found.
+"""Measure the data before anything is trained: read every source once, then pack what was found.
 
 The lengths that were read are packed by the loader's own windows, so the fill is that of the run, and an epoch that
 takes a small source several times is counted in full while each record is read once.
@@ -27,44 +27,50 @@ def measure(
     seed: int,
     block: int,
     window: int,
-    sample: int | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> Statistics:
-    """Read each source in the order of its first epoch, to its end or only ``sample`` records of it, and pack.
+    """Read each source in the order of its first epoch, and pack an epoch.
 
-    What the sources have counted before is counted with it. DataError where there is nothing to train on.
+    ``rows`` says how many rows a source has where what is given here is a sample of them. What the sources have
+    counted before is counted with it. DataError where there is nothing to train on.
     """
-    reader = WindowReader(sources, weights, seed=seed, block=block, window=window)
-    known = {name: _Measured(source, _lengths(reader, name, sample)) for name, source in sources.items()}
+    given = WindowReader(sources, weights, seed=seed, block=block, window=window)
+    in_all = {**given.rows, **(rows or {})}
+    sampled = in_all != given.rows
+    known = {name: _Measured(source, _lengths(given, name), in_all[name]) for name, source in sources.items()}
     if not any(source.statistics.units for source in sources.values()):
-        raise reader.nothing_to_train_on()
-    sampled = sample is not None and any(rows > sample for rows in reader.rows.values())
+        raise given.nothing_to_train_on()
+    reader = WindowReader(known, weights, seed=seed, block=block, window=window)
     tokens = blocks = draws = 0
-    for packed in WindowReader(known, weights, seed=seed, block=block, window=window).windows(reader.start, 1):
+    for packed in reader.windows(reader.start, 1):
         tokens += sum(len(unit) for filled in packed.blocks for unit in filled)
         blocks, draws = blocks + len(packed.blocks), packed.end.draws
         if sampled and packed.end.window == _ENOUGH_WINDOWS:
             break
-    per_epoch = reader.mixture.epoch_end(0)
+    per_epoch, fill = reader.mixture.epoch_end(0), tokens / (blocks * block)
+    if draws < per_epoch:
+        drawn = reader.mixture.counts(0, per_epoch)
+        tokens = round(sum(count * known[name].mean_tokens for name, count in drawn.items()))
+        blocks = round(tokens / (fill * block))
     return Statistics(
         sources={name: sources[name].statistics for name in sorted(sources)},
         repeats=reader.mixture.repeats(),
         block=block,
         records_per_epoch=per_epoch,
-        tokens_per_epoch=round(tokens * per_epoch / draws),
-        blocks_per_epoch=round(blocks * per_epoch / draws),
-        fill=tokens / (blocks * block),
+        tokens_per_epoch=tokens,
+        blocks_per_epoch=blocks,
+        fill=fill,
         sampled=sampled,
     )
 
 
-def _lengths(reader: WindowReader, name: str, sample: int | None) -> list[tuple[int, ...]]:
-    """The lengths of the units of each row that was read, in the order of the rows."""
+def _lengths(reader: WindowReader, name: str) -> list[tuple[int, ...]]:
+    """The lengths of the units of each row, in the order of the rows."""
     rows = reader.rows[name]
-    asked = rows if sample is None else min(sample, rows)
     found: list[tuple[int, int, tuple[int, ...]]] = []
     seen: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for start in range(0, asked, _CHUNK):
-        for group, positions, units in reader.read(name, start, min(_CHUNK, asked - start)):
+    for start in range(0, rows, _CHUNK):
+        for group, positions, units in reader.read(name, start, min(_CHUNK, rows - start)):
             for position, several in zip(positions, units, strict=True):
                 lengths = tuple(len(unit) for unit in several)
                 found.append((group, position, seen.setdefault(lengths, lengths)))
@@ -82,13 +88,20 @@ class _Length(Unit):
 
 
 class _Measured:
-    """A source that gives back the lengths measured in another: of every row, or of a sample over and over."""
+    """A source of so many rows that gives back the lengths measured in another, over and over where that has fewer."""
 
-    def __init__(self, source: UnitSource, lengths: Sequence[tuple[int, ...]]) -> None:
-        self.groups, self.files, self.seekable = source.groups, source.files, source.seekable
+    groups: Sequence[int]
+    files: Sequence[Sequence[int]]
+
+    def __init__(self, source: UnitSource, lengths: Sequence[tuple[int, ...]], rows: int) -> None:
+        is_whole = rows == len(lengths)
+        self.groups, self.files = (source.groups, source.files) if is_whole else ([rows], [[0]])
+        self.seekable = source.seekable or not is_whole
         self.statistics = source.statistics
         self._lengths = lengths
-        self._starts = [0, *accumulate(source.groups)]
+        self._starts = [0, *accumulate(self.groups)]
+        self.mean_tokens: float = sum(map(sum, lengths)) / len(lengths)
+        """Of a row."""
 
     def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
         rows = (self._starts[group] + position for position in positions)

@@ -123,7 +123,7 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
         seed=resolved.manifest.seed,
         block=assembly.config.batch.block,
         window=assembly.config.batch.window,
-        sample=sample,
+        rows={name: dataset.rows for name, dataset in assembly.datasets.items()},
     )
     held_out = {
         name: sum(len(unit.documents) for block in blocks for unit in block)
