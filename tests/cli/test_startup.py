@@ -46,13 +46,34 @@ def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
     assert not imported & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", [["schema"], ["recipes"], ["--help"]])
-def test_a_reader_that_leaves_is_no_complaint(command):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "postlude", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+# An error as JSON is less than a buffer, and reaches the pipe only at the end.
+FAILS = """
+import sys
+from postlude.cli import app
+from postlude.manifest.errors import UserError
+
+def fails(json: bool = False) -> None:
+    raise UserError("it went wrong")
+
+app.app.command()(fails)
+sys.argv = ["postlude", "fails", "--json"]
+app.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["-m", "postlude", "schema"], b""),
+        (["-m", "postlude", "recipes"], b""),
+        (["-c", FAILS], b"Error: it went wrong\n"),
+    ],
+)
+def test_a_reader_that_leaves_is_no_complaint(monkeypatch, command, told):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     _, complaint = process.communicate()
-    assert complaint == b""
+    assert complaint == told
     assert process.returncode == 1

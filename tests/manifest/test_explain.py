@@ -37,7 +37,7 @@ def test_a_key_is_told_with_its_history_and_its_documentation(example):
         ("first.evaluate.limit", ["null", "schema default"]),
         ("first.schedule.name", ["cosine", "schema default", "choices  cosine"]),
         ("data.chats.filters.1.most", ["30", "manifest at x.yaml:14:", "The longest that stays.", "required"]),
-        ("data.chats.source.name", ["path", "choices  hub, path", "Files."]),
+        ("data.chats.source.name", ["path", "manifest at x.yaml:12:", "choices  hub, path", "Files."]),
         ("first.optimizer", ["name: adamw", "lr: 1e-05", "betas: [0.9, 0.999]", "Adaptive moments."]),
         ("second", ["model.from: first", "optimizer.momentum: 0.0", "Trains beside a reference."]),
         ("data", ["chats.limit: 1000", "held.source.split: test", "The data sets by name."]),

@@ -229,6 +229,10 @@ def test_a_mixture_is_inherited_whole_or_not_at_all(example):
     assert stage_of(both, "second")["data"] == {"held": 2.0}
     assert stage_of(both, "second", "second.data.chats=0.5")["data"] == {"held": 2.0, "chats": 0.5}
     assert stage_of(both, "second", "second.data={chats: 0.5}")["data"] == {"chats": 0.5}
+    said = ["second.data={chats: 0.5}", "second.data.more=1"]
+    for order in (said, said[::-1]):
+        data = stage_of(both, "second", *order, "data.more={source: {path: x}, format: chat}")["data"]
+        assert data == {"chats": 0.5, "more": 1.0}
 
 
 def test_null_takes_back_what_the_defaults_give(example):
@@ -254,6 +258,12 @@ def test_the_command_line_can_set_what_is_outside_the_stages(example):
     assert (tree["seed"], tree["data"]["chats"]["limit"]) == (3, 10)
     assert tree["compute"]["pools"]["train"]["workers"] == 1
     assert tree["data"]["held"]["format"] == {"name": "chat", "field": "turns"}
+
+
+def test_a_key_of_the_manifest_comes_before_a_stage_of_the_same_name(example):
+    text = example.replace("  first:", "  data:").replace("from: first", "from: data")
+    tree = load(text, "x.yaml", ["data.chats.limit=7", "stages.data.steps=9"]).tree
+    assert (tree["data"]["chats"]["limit"], tree["stages"]["data"]["steps"]) == (7, 9)
 
 
 def test_what_was_overridden_is_remembered(example):

@@ -83,6 +83,6 @@ def _circles(used: Mapping[str, list[Reference]]) -> Iterator[list[str]]:
         except graphlib.CycleError as error:
             circle = error.args[1][::-1]
             yield circle
-            needs = {n: [p for p in parents if p not in circle] for n, parents in needs.items() if n not in circle}
+            needs[circle[0]] = [parent for parent in needs[circle[0]] if parent != circle[1]]
         else:
             return
