@@ -256,14 +256,29 @@ def test_an_empty_conversation_is_a_bad_record():
 
 
 def test_a_prompt_that_a_template_always_writes_is_not_trained():
-    template = PLAIN.replace("<|im_end|>\n", "<|im_end|>").replace("{% if add_generation_prompt %}", "{% if true %}")
+    template = "{% for m in messages %}{{ '<|im_start|><' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{{ '<|im_start|><assistant>' }}"
     assert trained(template, TALK) == [("two<|im_end|>", 1.0), ("four<|im_end|>", 1.0)]
+
+
+def test_turns_that_a_template_writes_differently_are_proven_each():
+    messages = [*TALK, user("five"), assistant("six")]
+    sign = "('# ' if {} > 2 else '')"
+    prompts = PLAIN.replace("m.content", sign.format("loop.index * (m.role == 'assistant')") + " + m.content")
+    prompts = prompts.replace("assistant\n'", "assistant\n' + " + sign.format("messages | length"))
+    openings = PLAIN.replace("{{ '<|im_start|>' + m", "{{ ('<sep>\n' if loop.index == 5 else '') + '<|im_start|>' + m")
+    for template, written in ((prompts, "\n# four"), (openings, "\n<sep>\n")):
+        masked = masker(template).mask(Conversation(messages))
+        assert written in masked.text
+        assert [masked.text[start:end] for start, end, _ in masked.spans] == [
+            text + "<|im_end|>" for text in ("two", "four", "six")
+        ]
 
 
 # --- what cannot be proven ---------------------------------------------------------------------------------------
 
 TWICE = "{% for m in messages %}{{ m.role + ': ' + m.content + ' (' + m.content + ')\n' }}{% endfor %}"
-CHANGING = "{% for m in messages %}{{ m.role + ': ' + m.content.replace('\n', ' ')[:5] + '\n' }}{% endfor %}"
+CHANGING = "{% for m in messages %}{{ m.role + ': ' + m.content.replace('\n', ' ')[:6] + '\n' }}{% endfor %}"
 
 
 @pytest.mark.parametrize(("template", "reason"), [(TWICE, "renders it 2 times"), (CHANGING, "changes it")])
@@ -275,6 +290,13 @@ def test_a_turn_that_cannot_be_proven_is_refused_by_name(template, reason, tmp_p
     assert "odd.jinja" in str(refused.value)
     assert "message 2 (role 'assistant')" in str(refused.value)
     assert "data.NAME.template" in str(refused.value)
+
+
+def test_the_turn_that_is_refused_is_the_one_at_fault():
+    messages = [*TALK, user("five"), assistant("more than six characters")]
+    with pytest.raises(MaskError, match="message 6"):
+        trained(CHANGING, messages)
+    assert [text for text, _ in trained(CHANGING, messages[:4])] == ["two", "four"]
 
 
 def test_a_turn_with_the_weight_zero_needs_no_proof():

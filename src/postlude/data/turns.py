@@ -9,9 +9,10 @@ of the generation prompt to the end of the stop token, and both ends come from r
   next is the turn's last, as a model has to make it to stop.
 
 Templates write earlier turns otherwise than the last one. Where that is so, the renderings are compared from the
-nearest proven text on. Where a generation prompt says more than the turn has (an opened thinking part), the turn
-begins with its first proven text. Of turns that are parted from their neighbours by the very same text, the first is
-rendered and the others follow it, so that a long conversation takes few renderings, most of them short.
+nearest proven text on. Where there is no generation prompt, or one that says more than the turn has (an opened
+thinking part), the turn begins with its first proven text. Of turns that are parted from their neighbours by the very
+same text, the first is rendered and the others follow it, so that a long conversation takes few renderings, most of
+them short.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _Text:
 class _Begin:
     position: int
     exact: bool
-    """Whether the whole generation prompt comes before it, and not only the beginning of one."""
+    """Whether a generation prompt comes before it, a whole one and not only its beginning."""
 
 
 class Turns:
@@ -186,10 +187,11 @@ class Turns:
         before = self._chat.until(index)
         try:
             prompt = self._renderer.render(before, generation_prompt=True)
+            is_there = prompt != self._renderer.render(before)
         except DataError:
             return None
         if self.text.startswith(prompt):
-            return _Begin(len(prompt), exact=True)
+            return _Begin(len(prompt), exact=is_there)
         previous = self._neighbour(index - 1)
         there = self._place_in(before, prompt, previous[-1], generation_prompt=True) if previous else None
         if there is None:
@@ -197,7 +199,7 @@ class Turns:
         start = previous[-1].end
         shared = _shared(self.text[start:], prompt[there.end :])
         if there.end + len(shared) == len(prompt):
-            return _Begin(start + len(shared), exact=True)
+            return _Begin(start + len(shared), exact=is_there)
         return _Begin(start + len(_whole_tags(shared)), exact=False)
 
     # --- the end --------------------------------------------------------------------------------------------
