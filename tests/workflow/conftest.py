@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,7 @@ class Project:
 
     NAME = "small"
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._capsys = folder, capsys
+    def __init__(self, folder: Path) -> None:
         self.chats = folder / "chats.jsonl"
         self.path = folder / "small.yaml"
         self.write_chats(chat(f"Say {n}.", f"{n}, {n} and {n}.") for n in range(48))
@@ -75,17 +76,12 @@ class Project:
         """Run ``postlude`` in this process; ``MANIFEST`` stands for the manifest and ``RUN`` for the run."""
         self.write()
         places = {"MANIFEST": str(self.path), "RUN": self.run.uri, "RUN/sft": f"{self.run.uri}/sft"}
-        argv = sys.argv
-        sys.argv = ["postlude", *(places.get(argument, argument) for argument in arguments)]
-        self._capsys.readouterr()
-        try:
-            main()
-        except SystemExit as done:
-            out, err = self._capsys.readouterr()
-            return Done(int(done.code or 0), out, err)
-        finally:
-            sys.argv = argv
-        raise AssertionError("the command line always exits")
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["postlude", *(places.get(argument, argument) for argument in arguments)])
+            with pytest.raises(SystemExit) as done:
+                main()
+        return Done(int(done.value.code or 0), out.getvalue(), err.getvalue())
 
     # --- the run directory ----------------------------------------------------------------------------------
 
@@ -128,10 +124,11 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Project:
-    return Project(tmp_path, capsys)
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def make_chat() -> Callable[[str, str], dict[str, Any]]:
-    return chat
+def new_project() -> type[Project]:
+    """For a project that several tests share."""
+    return Project

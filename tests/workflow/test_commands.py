@@ -1,131 +1,256 @@
-"""What the commands around a run answer: preflight, preview, status, export, amendments."""
+"""The commands over a real run: what each prints and exits with, and that an amendment is replayed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postlude.manifest.errors import ManifestError, UserError
-from postlude.runs import Run
+from postlude.manifest.component import register
+from postlude.telemetry.sinks import OpenSink, Sink
 from postlude.workflow.amend import amend
-from postlude.workflow.models import export, generate
-from postlude.workflow.preview import preview
-from postlude.workflow.run import run
-from postlude.workflow.status import runs, status
-from postlude.workflow.validate import validate
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest whose run is done."""
-    folder = tmp_path_factory.mktemp("commands")
-    with (folder / "chats.jsonl").open("w") as file:
-        for n in range(60):
-            said = [{"role": "user", "content": f"And {n}?"}, {"role": "assistant", "content": f"{n} it is."}]
-            file.write(json.dumps({"messages": said}) + "\n")
-    path = folder / "whole.yaml"
-    path.write_text(json.dumps(described(folder, "whole")))
-    assert run(str(path), [], inline=True) == 0
-    return path
+def trained(tmp_path_factory: pytest.TempPathFactory, new_project) -> Any:
+    """A run that is done, for commands that only look at it."""
+    project = new_project(tmp_path_factory.mktemp("commands"))
+    project.manifest["data"]["unseen"] = {**project.data, "limit": 6}
+    project.stage["evaluate"] = {"data": {"unseen": 1.0}, "every": 2}
+    assert project("run", "MANIFEST").exit_code == 0
+    return project
 
 
-def described(folder: Path, name: str) -> dict[str, Any]:
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    chats = {"source": {"path": str(folder / "chats.jsonl")}, "format": "messages"}
-    return {
-        "name": name,
-        "run_dir": str(folder / "runs"),
-        "data": {"chats": chats, "held_out": {**chats, "limit": 7}},
-        "stages": {
-            "sft": {
-                "recipe": "sft",
-                "model": {"new": {"architecture": "llama", "config": shape}},
-                "tokenizer": {"bytes": True},
-                "data": {"chats": 1.0},
-                "evaluate": {"data": {"held_out": 1.0}},
-                "steps": 6,
-                "batch": {"tokens": 512, "block": 256},
-                "schedule": "constant",
-                "threads": 1,
-                "checkpoint": {"every": 2, "keep": 9},
-            }
-        },
-    }
+# --- before a run -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.capability("A preflight without a GPU: data, masks, memory, one small step")
-def test_a_preflight_tells_of_data_memory_and_a_step(manifest: Path) -> None:
-    report = validate(str(manifest), [], sample=20, synthetic=10)
-    assert report.exit_code == 0
-    said = json.loads(json.dumps(report.to_json()))
-    assert said["ok"]
-    (stage,) = said["stages"]
-    assert stage["held_out_documents"] == {"held_out": 7}
-    assert stage["step"]["memory"]["peak_bytes"] > 0
-    assert stage["step"]["loss"] == pytest.approx(stage["step"]["log_vocabulary"], rel=0.2)
-    assert stage["synthetic"]["chats"]
+def test_validate_tells_of_data_memory_and_a_step(trained) -> None:
+    done = trained("validate", "MANIFEST", "--json")
+    assert done.exit_code == 0
+    report = done.json
+    assert report["ok"]
+    assert report["error"] is None
+    (stage,) = report["stages"]
+    chats = stage["data"]["sources"]["chats"]
+    assert (chats["records"], chats["read"], chats["units"], chats["dropped"]) == (48, 48, 48, {})
+    assert 0 < chats["trained_share"] < 1
+    assert stage["data"]["packing"]["tokens_per_epoch"] == chats["tokens"]
+    assert stage["held_out_documents"] == {"unseen": 6}
+    assert stage["step"]["loss"] == pytest.approx(stage["step"]["log_vocabulary"], rel=0.05)
+    memory = stage["step"]["memory"]
+    assert memory["parameters"] == AutoModelForCausalLM.from_pretrained(trained.sft.artifact).num_parameters()
+    assert memory["weights_bytes"] == 4 * memory["parameters"]
+
+
+def test_validate_shows_tables(trained) -> None:
+    shown = trained("validate", "MANIFEST")
+    assert shown.exit_code == 0
+    for said in ("chats", "Everything is in order", "gradient norm"):
+        assert said in shown.out
+
+
+def test_validate_on_a_sample_reads_no_more(trained) -> None:
+    whole, part = (
+        trained("validate", "MANIFEST", "--json", *sample).json["stages"][0]["data"]
+        for sample in ((), ("--sample", "12"))
+    )
+    assert part["packing"]["sampled"]
+    assert part["sources"]["chats"]["read"] == 12
+    assert part["packing"]["records_per_epoch"] == whole["packing"]["records_per_epoch"] == 48
+    assert part["packing"]["tokens_per_epoch"] == pytest.approx(whole["packing"]["tokens_per_epoch"], rel=0.05)
+
+
+@pytest.mark.capability("Try a pipeline on synthetic records")
+def test_validate_with_synthetic_records(trained) -> None:
+    done = trained("validate", "MANIFEST", "--json", "--sample", "12", "--synthetic", "120")
+    assert done.exit_code == 0
+    verdicts = done.json["stages"][0]["synthetic"]["chats"]
+    assert sum(verdict["count"] for verdict in verdicts) == 120
+    assert all(verdict["as_expected"] for verdict in verdicts)
+    by_what = {verdict["what"]: verdict for verdict in verdicts}
+    assert by_what["two users in a row"]["found"].startswith("refused")
+    assert by_what["Korean, decomposed"]["found"] == "trained on"
+
+
+def test_looking_ahead_writes_nothing_into_the_run(project) -> None:
+    assert project("validate", "MANIFEST").exit_code == 0
+    assert project("preview", "MANIFEST").exit_code == 0
+    assert not Path(project.manifest["run_dir"]).exists()
 
 
 @pytest.mark.capability("The packed blocks, each token marked as trained or not")
-def test_a_preview_shows_what_is_trained(manifest: Path) -> None:
-    said = preview(str(manifest), [], blocks=2).to_json()
-    assert len(said["blocks"]) == 2
-    document = said["blocks"][0]["documents"][0]
-    assert set(document) == {"example_id", "source", "tokens"}
-    assert set(document["tokens"][0]) == {"id", "text", "trained"}
-    trained = "".join(token["text"] for token in document["tokens"] if token["trained"])
-    assert trained.startswith(tuple("0123456789"))
-    assert " it is." in trained
+def test_preview_shows_the_very_blocks(trained) -> None:
+    done = trained("preview", "MANIFEST", "-n", "2", "--json")
+    assert done.exit_code == 0
+    blocks = done.json["blocks"]
+    assert len(blocks) == 2
+    documents = [document for block in blocks for document in block["documents"]]
+    tokenizer = AutoTokenizer.from_pretrained(trained.sft.artifact)
+    for document in documents:
+        assert set(document) == {"example_id", "source", "tokens"}
+        tokens = document["tokens"]
+        assert set(tokens[0]) == {"id", "text", "trained"}
+        assert "".join(token["text"] for token in tokens) == tokenizer.decode([token["id"] for token in tokens])
+        said = "".join(token["text"] for token in tokens if token["trained"])
+        number = said.partition(",")[0]
+        assert said == f"{number}, {number} and {number}.<|im_end|>"
+    first_step = {row["example_id"] for row in trained.sft.read_examples().to_pylist() if row["step"] == 1}
+    assert {document["example_id"] for document in documents} <= first_step
 
 
-def test_status_and_runs_tell_of_a_run_that_is_done(manifest: Path) -> None:
-    folder = manifest.parent / "runs"
-    said = status(str(folder / "whole")).to_json()
-    assert said["state"] == "done"
-    assert said["stages"][0]["step"] == said["stages"][0]["last_checkpoint"] == 6
-    assert "whole" in [Path(one["run"]).name for one in runs(str(folder)).to_json()["runs"]]
-    with pytest.raises(UserError, match="whole"):
-        status(str(folder / "whale"))
+class _Page(HTMLParser):
+    """Collects the tokens of a page, with whether each is shown as trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[tuple[int, bool]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        shown = dict(attrs)
+        if tag == "span" and shown.get("title"):
+            self.tokens.append((int(shown["title"] or ""), "t" in (shown["class"] or "").split()))
 
 
-def test_an_export_is_the_artifact_and_overwrites_nothing(manifest: Path, tmp_path: Path) -> None:
-    place = str(manifest.parent / "runs" / "whole" / "sft")
-    out = tmp_path / "model"
-    export(place, str(out))
-    artifact = manifest.parent / "runs/whole/stages/sft/model"
-    assert {file.name for file in out.iterdir()} == {file.name for file in artifact.iterdir()} - {"COMMITTED"}
-    assert (out / "model.safetensors").read_bytes() == (artifact / "model.safetensors").read_bytes()
+def test_preview_as_a_page_marks_the_same_tokens(trained, tmp_path: Path) -> None:
+    page = tmp_path / "preview.html"
+    done = trained("preview", "MANIFEST", "--html", str(page), "--json")
+    tokens = [token for document in done.json["blocks"][0]["documents"] for token in document["tokens"]]
+    parser = _Page()
+    parser.feed(page.read_text())
+    assert parser.tokens == [(token["id"], token["trained"]) for token in tokens]
+
+
+def test_explain_tells_where_a_value_comes_from(trained) -> None:
+    shown = trained("explain", "MANIFEST", "sft.optimizer.lr")
+    assert shown.exit_code == 0
+    assert "0.01" in shown.out
+    assert "small.yaml:" in shown.out
+    assert "command line" in trained("explain", "MANIFEST", "sft.optimizer.lr", "sft.optimizer.lr=0.5").out
+
+
+# --- a run and what it leaves -------------------------------------------------------------------------------
+
+
+def test_status_and_runs_tell_the_same(trained) -> None:
+    status = trained("status", "RUN", "--json").json
+    assert (status["state"], status["held_by"], status["alarms"]) == ("done", None, [])
+    (stage,) = status["stages"]
+    lines = trained.sft.metrics.read()
+    assert (stage["state"], stage["step"], stage["last_checkpoint"]) == ("done", 4, 4)
+    assert (stage["first_loss"], stage["loss"]) == (lines[0]["loss"], lines[-1]["loss"])
+    assert trained("runs", trained.manifest["run_dir"], "--json").json == {"runs": [status]}
+    assert "step 4" in trained("status", "RUN").out
+    assert "1/1" in trained("runs", trained.manifest["run_dir"]).out
+
+
+def test_a_finished_run_is_kept_as_it_is(trained) -> None:
+    before = trained.sft.metrics.read()
+    assert trained("run", "MANIFEST").exit_code == 0
+    assert trained.sft.metrics.read() == before
+
+
+def test_generate_talks_to_a_stage(trained) -> None:
+    def said(model: str, *options: str) -> str:
+        done = trained("generate", model, "--prompt", "Say 3.", "--max-tokens", "8", *options)
+        assert done.exit_code == 0
+        return done.out
+
+    assert said("RUN/sft") == said("RUN") == said(trained.sft.artifact)
+    once, again, otherwise = (said("RUN", "--temperature", "2", "--seed", seed) for seed in ("1", "1", "2"))
+    assert once == again != otherwise
+
+
+def test_verify_finds_packed_logits_the_same(trained) -> None:
+    done = trained("verify", "RUN/sft", "--json")
+    assert done.exit_code == 0
+    assert done.json["same"]
+
+
+def test_an_export_is_the_artifact_and_overwrites_nothing(trained, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    assert trained("export", "RUN", str(out)).exit_code == 0
+    artifact = Path(trained.sft.artifact)
+    names = {file.name for file in artifact.iterdir()} - {"COMMITTED"}
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {n: (artifact / n).read_bytes() for n in names}
     lineage = json.loads((out / "lineage.json").read_text())
-    assert lineage["stage"] == "sft"
+    assert (lineage["run"], lineage["stage"], lineage["recipe"], lineage["steps"]) == ("small", "sft", "sft", 4)
     assert set(lineage["data"]) == {"chats"}
-    with pytest.raises(UserError, match="there already"):
-        export(place, str(out))
-    assert "".join(generate(str(out), "And 5?", max_tokens=4, temperature=0.0, seed=0)) is not None
+    again = trained("export", "RUN", str(out))
+    assert again.exit_code == 1
+    assert "there already" in again.err
+
+
+def test_a_place_that_is_no_run_is_told_with_the_nearest(trained, tmp_path: Path) -> None:
+    for arguments, nearest in (
+        (("status", f"{trained.manifest['run_dir']}/smal"), "'small'"),
+        (("export", f"{trained.run.uri}/sfr", str(tmp_path / "out")), "'sft'"),
+    ):
+        done = trained(*arguments)
+        assert done.exit_code == 1
+        assert nearest in done.err
+
+
+# --- amendments ---------------------------------------------------------------------------------------------
+
+
+@register("sinks", "amends")
+class Amends(Sink):
+    """Asks for a change when a step is done, as somebody who watches might."""
+
+    step: int
+    assignment: str
+
+    def open(self, run_uri: str, stage: str) -> OpenSink:
+        return _Asking(run_uri, stage, self)
+
+
+class _Asking(OpenSink):
+    def __init__(self, run_uri: str, stage: str, config: Amends) -> None:
+        self._run_uri, self._stage, self._config = run_uri, stage, config
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        if line["step"] == self._config.step:
+            amend(self._run_uri, self._stage, self._config.assignment)
 
 
 @pytest.mark.capability("Recorded amendments, applied at a named step and replayed by a resume")
-def test_an_amendment_holds_from_its_step_on_and_is_replayed(manifest: Path) -> None:
-    folder = manifest.parent
-    path = folder / "amended.yaml"
-    path.write_text(json.dumps(described(folder, "amended")))
-    assert run(str(path), [], inline=True) == 0
-    stage = Run(str(folder / "runs" / "amended")).stage("sft")
+def test_an_amendment_of_a_running_stage_holds_from_its_step_on_and_is_replayed(project) -> None:
+    project.stage |= {"steps": 6, "schedule": "constant"}
+    project.manifest["sinks"] = [{"name": "amends", "step": 3, "assignment": "optimizer.lr=0.5"}]
+    assert project("run", "MANIFEST").exit_code == 0
+    project.manifest["sinks"] = []
+    undisturbed = project.lines()
+    assert [line["lr"] for line in undisturbed] == [0.01] * 3 + [0.5] * 3
+    (applied,) = project.told("amendment_applied")
+    assert (applied["step"], applied["assignment"]) == (4, "optimizer.lr=0.5")
+    lineage = json.loads(Path(project.sft.artifact, "lineage.json").read_text())
+    assert lineage["amendments"] == ["optimizer.lr=0.5"]
+    for last_checkpoint in (4, 0):  # after the step of the amendment, and before it
+        project.as_if_killed(keep=last_checkpoint)
+        assert project("run", "MANIFEST").exit_code == 0
+        assert project.told("stage_started")[-1].get("from_step") == last_checkpoint
+        assert project.lines() == undisturbed
 
-    def rates() -> list[float]:
-        return [line["lr"] for line in stage.metrics.read()]
 
-    before = rates()
-    stage.enter("interrupted")  # as if it had been killed after its second checkpoint
-    stage.cut_back(4)
-    with pytest.raises(ManifestError, match="may not change"):
-        amend(str(folder / "runs" / "amended"), "sft", "steps=9")
-    amend(str(folder / "runs" / "amended"), "sft", "optimizer.lr=0.5")
-    assert run(str(path), [], inline=True) == 0
-    assert rates() == [*before[:4], 0.5, 0.5]
-    stage.enter("interrupted")
-    stage.cut_back(2)
-    assert run(str(path), [], inline=True) == 0
-    assert rates() == [*before[:4], 0.5, 0.5], "the change comes at the same step again"
+def test_an_amendment_asked_for_while_nothing_runs_holds_from_the_resume_on(project) -> None:
+    project.stage["schedule"] = "constant"
+    assert project("run", "MANIFEST").exit_code == 0
+    refused = project("amend", "RUN", "sft", "optimizer.lr=0.5")
+    assert refused.exit_code == 2
+    assert "done" in refused.err
+    project.as_if_killed(keep=2)
+    for assignment, said in (("steps=9", "may not change"), ("optimizer.lr=fast", "lr"), ("lr", "KEY=VALUE")):
+        wrong = project("amend", "RUN", "sft", assignment)
+        assert wrong.exit_code == 2
+        assert said in wrong.err
+    before = project.lines()
+    assert "0.01 -> 0.5" in project("amend", "RUN", "sft", "optimizer.lr=0.5").out
+    assert project("run", "MANIFEST").exit_code == 0
+    assert project.lines()[:2] == before[:2]
+    assert [line["lr"] for line in project.lines()] == [0.01, 0.01, 0.5, 0.5]
