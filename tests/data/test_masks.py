@@ -15,7 +15,7 @@ from postlude.data.masks import Masker
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import CHATML, load_tokenizer
 from postlude.data.turns import MaskError, Turns
-from postlude.manifest.schema import TokenizerFrom
+from postlude.manifest.schema import TokenizerFrom, TrainOnSpans
 
 TOKENIZER = load_tokenizer(TokenizerFrom(bytes=True))
 STOP_TOKENS = StopTokens(TOKENIZER)
@@ -273,6 +273,26 @@ def test_turns_that_a_template_writes_differently_are_proven_each():
         assert [masked.text[start:end] for start, end, _ in masked.spans] == [
             text + "<|im_end|>" for text in ("two", "four", "six")
         ]
+
+
+@pytest.mark.capability("Train only stretches of a turn, found by a regular expression")
+@pytest.mark.parametrize(
+    ("turns", "spans", "expected"),
+    [
+        ("assistant", "<a>.*?</a>", [("<a>1\n</a>", 1.0), ("<a>2</a>", 0.5), ("<a>3</a>", 0.5)]),
+        ("assistant", "<a>(.*?)</a>", [("1\n", 1.0), ("2", 0.5), ("3", 0.5)]),
+        ("last", "(<a>)|(end)(<.im_end.>)", [("<a>", 0.5), ("<a>", 0.5), ("end", 0.5), ("<|im_end|>", 0.5)]),
+        (["user"], "<a>", [("<a>", 1.0)]),
+        ("all", "assistant", [("assistant", 1.0), ("assistant", 1.0)]),
+        ("assistant", "nowhere", []),
+        ("assistant", "x*", []),
+    ],
+)
+def test_only_what_an_expression_finds_in_a_turn_is_trained(turns, spans, expected):
+    messages = [user("<a>"), assistant("so <a>1\n</a>"), user("2"), assistant("<a>2</a><a>3</a>end", weight=0.5)]
+    if turns == "all":
+        messages = [user("first"), assistant("second"), user("third"), assistant("fourth")]
+    assert trained(PLAIN, messages, TrainOnSpans(turns=turns, spans=spans)) == expected
 
 
 # --- what cannot be proven ---------------------------------------------------------------------------------------

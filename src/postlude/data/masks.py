@@ -13,10 +13,11 @@ Notable:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any
 
 from postlude.data.chat import REASONING_KEYS, Chat, ChatRenderer
 from postlude.data.example import BadRecord, Conversation
@@ -24,9 +25,10 @@ from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_part
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.turns import MaskError, Span, Turns
 from postlude.manifest.errors import DataError
+from postlude.manifest.schema import TrainOnSpans, Turns as TurnsTrained
 
-TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
-"""Which turns are trained: the assistant's, its last one, everything, or those of a list of roles."""
+TrainOn = TurnsTrained | TrainOnSpans
+"""Which turns are trained, and which stretches of them."""
 
 WeightedSpan = tuple[int, int, float]
 """From one character to before another, and how much it counts."""
@@ -47,7 +49,13 @@ class Masker:
     """Finds what is trained in conversations rendered by one template."""
 
     def __init__(self, renderer: ChatRenderer, stop_tokens: StopTokens, train_on: TrainOn) -> None:
-        self._renderer, self._stop_tokens, self._train_on = renderer, stop_tokens, train_on
+        self._renderer, self._stop_tokens = renderer, stop_tokens
+        self._expression: re.Pattern[str] | None = None
+        self._train_on: TurnsTrained
+        if isinstance(train_on, TrainOnSpans):
+            self._train_on, self._expression = train_on.turns, re.compile(train_on.spans, re.DOTALL)
+        else:
+            self._train_on = train_on
         self._shapes: dict[Any, _Shape | None] = {}
 
     def mask(self, conversation: Conversation) -> Masked:
@@ -55,6 +63,12 @@ class Masker:
 
         DataError if the template raises, MaskError if a stretch cannot be proven, BadRecord for an impossible weight.
         """
+        masked = self._mask_turns(conversation)
+        if self._expression is None:
+            return masked
+        return Masked(masked.text, list(_found(self._expression, masked)))
+
+    def _mask_turns(self, conversation: Conversation) -> Masked:
         weights = [_weight(message, number) for number, message in enumerate(conversation.messages, 1)]
         chat = Chat.of(conversation)
         if not chat.messages:
@@ -190,6 +204,15 @@ class _Shape:
             i: [(start + moved[before], end + moved[until]) for start, end, before, until in several]
             for i, several in self._spans.items()
         }
+
+
+def _found(expression: re.Pattern[str], masked: Masked) -> Iterator[WeightedSpan]:
+    """What an expression matches within each span, or its groups do."""
+    for start, end, weight in masked.spans:
+        for match in expression.finditer(masked.text[start:end]):
+            for group in range(1, expression.groups + 1) or [0]:
+                if match.end(group) > match.start(group) >= 0:
+                    yield start + match.start(group), start + match.end(group), weight
 
 
 def _with_placeholders(chat: Chat) -> Chat | None:

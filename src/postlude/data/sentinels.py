@@ -137,8 +137,8 @@ def _stretches(text: str) -> list[tuple[int, int]]:
     for stripped in ("\n", None):
         if thinking and not said:  # nothing but thinking, so that is what is looked for
             end = thinking[-1].start()
-            begun = _THINKING_BEGINS.search(text, 0, end)
-            leads.append(len(text) - len(text[begun.end() :].lstrip(stripped)) if begun else leads[-1])
+            begun = list(_THINKING_BEGINS.finditer(text, 0, end))
+            leads.append(len(text) - len(text[begun[-1].end() :].lstrip(stripped)) if begun else leads[-1])
             trails.append(len(text[:end].rstrip(stripped)))
         else:
             first = text[thinking[0].end() :].lstrip() if thinking else ""
