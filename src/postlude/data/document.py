@@ -43,6 +43,10 @@ def stream(name: str) -> Stream:
 WEIGHT = define_stream("weight", "float32")
 """How much a token counts in the loss: zero where it is not trained, never negative."""
 
+SCORE = define_stream("score", "float32")
+"""What the data say of a document, the same at each of its tokens: how good an answer is, or 1 for one that is wanted
+and -1 for one that is not."""
+
 
 @dataclass(frozen=True)
 class Document:

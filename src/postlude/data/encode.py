@@ -6,19 +6,31 @@ A token counts if any of its characters lies in a trained stretch, and of severa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from postlude.data.chat import Chat, ChatRenderer
-from postlude.data.document import WEIGHT, Document
-from postlude.data.example import BadRecord, Conversation, Example, Text, Tokens
+from postlude.data.document import SCORE, WEIGHT, Document
+from postlude.data.example import (
+    Answer,
+    BadRecord,
+    Conversation,
+    Example,
+    Judged,
+    Ranked,
+    Text,
+    Tokens,
+    answers_of,
+    scores_of,
+)
 from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
 from postlude.data.stop_tokens import StopTokens
-from postlude.data.truncate import Policy, truncate
+from postlude.data.truncate import Policy, shared_limit, truncate
 from postlude.manifest.errors import DataError, ManifestError
 
 if TYPE_CHECKING:
@@ -37,7 +49,8 @@ class Encoded:
     """What became of one example: documents, or the reason why there are none, or what is wrong with it."""
 
     documents: tuple[Document, ...] = ()
-    """With the stream ``weight``; several where the example was split."""
+    """With the stream ``weight``; several where the example was split, or has several answers. Those of an answer
+    have the stream ``score``."""
     dropped: str | None = None
     truncated: int = 0
     """Tokens cut off."""
@@ -125,12 +138,31 @@ class Encoder:
         return (masked, rows[0]) if rows else None
 
     def encode(self, examples: Sequence[tuple[str, Example]], source: str) -> list[Encoded]:
-        """Encode examples, each with its id, in order. What is wrong with one is in its place and stops nothing."""
+        """Encode examples, each with its id, in order. What is wrong with one is in its place and stops nothing.
+
+        ManifestError where answers that belong together were to be split.
+        """
+        several = [answers_of(example) for _, example in examples]
+        rows = iter(self._rows([answer for answers in several for answer in answers]))
+        encoded = []
+        for (example_id, example), answers in zip(examples, several, strict=True):
+            own = list(islice(rows, len(answers)))
+            errors = [row for row in own if isinstance(row, Exception)]
+            if errors:
+                encoded.append(Encoded(error=errors[0]))
+            elif isinstance(example, Ranked | Judged):
+                encoded.append(self._together(own, scores_of(example), example_id, source))  # type: ignore[arg-type]
+            else:
+                encoded.append(self._documents(own[0], example_id, source))  # type: ignore[arg-type]
+        return encoded
+
+    def _rows(self, examples: Sequence[Answer | Tokens]) -> list[_Row | None | DataError | BadRecord]:
+        """Each example tokenised; None where nothing is trained, an exception where something is wrong."""
         rows: dict[int, _Row] = {}
         errors: dict[int, DataError | BadRecord] = {}
         chats: dict[int, Masked] = {}
         texts: dict[int, Masked] = {}
-        for i, (_, example) in enumerate(examples):
+        for i, example in enumerate(examples):
             try:
                 if isinstance(example, Conversation):
                     chats[i] = self._masker.mask(example)
@@ -143,11 +175,8 @@ class Encoder:
         for i, encoding in self._tokenised(chats, add_special_tokens=False):
             rows[i] = _row(encoding, chats[i].spans)
         for i, encoding in self._tokenised(texts, add_special_tokens=True):
-            rows[i] = self._ended(_row(encoding, texts[i].spans), examples[i][1])
-        return [
-            Encoded(error=errors[i]) if i in errors else self._documents(rows.get(i), example_id, source)
-            for i, (example_id, _) in enumerate(examples)
-        ]
+            rows[i] = self._ended(_row(encoding, texts[i].spans), examples[i])
+        return [errors.get(i, rows.get(i)) for i in range(len(examples))]
 
     def _tokenised(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
         """The texts in which something is trained, tokenised all at once."""
@@ -195,16 +224,35 @@ class Encoder:
             raise BadRecord(f"its {len(tokens)} tokens need as many weights, each a number from 0")
         return _Row(tokens.astype(np.int64), weights.copy())
 
-    def _documents(self, row: _Row | None, example_id: str, source: str) -> Encoded:
+    def _documents(self, row: _Row | None, example_id: str, source: str, limit: int | None = None) -> Encoded:
         if row is None or not row.weights[1:].any():
             return Encoded(dropped=NOTHING_TO_TRAIN)
-        kept = truncate(row.weights, self._block, self._policy)
+        kept = truncate(row.weights, limit or self._block, self._policy)
         documents = []
         for start, end in kept.spans:
             weights = row.weights[start:end].copy()
             weights[0] = 0
             documents.append(Document(example_id, source, row.tokens[start:end], {WEIGHT.name: weights}))
         return Encoded(tuple(documents), kept.dropped, kept.cut)
+
+    def _together(self, rows: Sequence[_Row | None], scores: Sequence[float], example_id: str, source: str) -> Encoded:
+        """Answers that stay in one block: all are kept, or none."""
+        if self._policy == "split":
+            raise ManifestError(
+                f"data.{source}.truncate: answers that belong together cannot be split. Choose right, left or drop."
+            )
+        limit = shared_limit([len(row.tokens) for row in rows if row is not None], self._block)
+        documents: list[Document] = []
+        cut = 0
+        for row, score in zip(rows, scores, strict=True):
+            one = self._documents(row, example_id, source, limit)
+            if one.dropped is not None:
+                return one
+            for document in one.documents:
+                streams = {**document.streams, SCORE.name: np.full(len(document), score, np.float32)}
+                documents.append(replace(document, streams=streams))
+            cut += one.truncated
+        return Encoded(tuple(documents), truncated=cut)
 
 
 def _joined(text: Text) -> Masked:

@@ -43,7 +43,43 @@ class Tokens:
     weights: Sequence[float]
 
 
-Example = Conversation | Text | Tokens
+Answer = Conversation | Text
+"""A prompt and what is answered to it: what is trained of it is the answer."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Answers to one prompt, the best first: the two sides of a pair, a ranked list. They stay one unit."""
+
+    answers: Sequence[Answer]
+    """At least two."""
+    scores: Sequence[float] | None = None
+    """How good each is, where the data say: the difference of two is the margin between them."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer of which somebody said whether it is wanted."""
+
+    answer: Answer
+    desirable: bool
+
+
+Example = Conversation | Text | Tokens | Ranked | Judged
+
+
+def answers_of(example: Example) -> Sequence[Answer | Tokens]:
+    """What becomes a document each."""
+    if isinstance(example, Ranked):
+        return example.answers
+    return (example.answer,) if isinstance(example, Judged) else (example,)
+
+
+def scores_of(example: Ranked | Judged) -> Sequence[float]:
+    """The value of the stream ``score`` of each answer: its score, or 1 for a wanted one and -1 for an unwanted."""
+    if isinstance(example, Judged):
+        return (1.0 if example.desirable else -1.0,)
+    return example.scores or (0.0,) * len(example.answers)
 
 
 class Format(Component):
@@ -60,9 +96,10 @@ class Format(Component):
 
 def texts_of(example: Example) -> Iterator[str]:
     """The text in an example, for whoever wants to learn a vocabulary from it; token ids have none."""
-    if isinstance(example, Conversation):
-        for message in example.messages:
-            if isinstance(message.get("content"), str):
-                yield message["content"]
-    elif isinstance(example, Text):
-        yield "".join(text for text, _ in example.pieces)
+    for answer in answers_of(example):
+        if isinstance(answer, Conversation):
+            for message in answer.messages:
+                if isinstance(message.get("content"), str):
+                    yield message["content"]
+        elif isinstance(answer, Text):
+            yield "".join(text for text, _ in answer.pieces)

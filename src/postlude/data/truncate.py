@@ -50,3 +50,16 @@ def truncate(weights: np.ndarray, block: int, policy: Policy) -> Truncated:
     for start, end in kept:
         covered[start:end] = True
     return Truncated(kept, cut=length - int(covered.sum()))
+
+
+def shared_limit(lengths: Sequence[int], block: int) -> int:
+    """How long each of several documents may be that stay in one block together: the shorter ones leave their room
+    to the longer ones.
+    """
+    room = block
+    for place, length in enumerate(sorted(lengths)):
+        share = room // (len(lengths) - place)
+        if length > share:
+            return share
+        room -= length
+    return block

@@ -55,8 +55,13 @@ def _misreferences(value: Value) -> Iterator[Problem]:
             elif reference.to == "stage" and reference.name not in stages:
                 others = suggestion_or_list(reference.name, set(stages) - {name})
                 yield at(path, f"there is no stage '{reference.name}'.{others}")
-    for circle in _circles(used):
-        path = next(ref.path for ref in used[circle[0]] if ref.to == "stage" and ref.name == circle[1])
+    makers = {name: maker for name, dataset in data.items() if isinstance(maker := _maker(dataset), str)}
+    for name, maker in makers.items():
+        if maker not in stages:
+            others = suggestion_or_list(maker, stages)
+            yield at(("data", name, "source", "from"), f"there is no stage '{maker}'.{others}")
+    for circle in _circles(used, makers):
+        path = next(ref.path for ref in used[circle[0]] if circle[1] in (ref.name, makers.get(ref.name)))
         yield at(("stages", circle[0], *path), f"the stages wait for each other: {' -> '.join(circle)}")
     if len(used) < len(stages):
         return  # what a stage of an unknown recipe would use is not known
@@ -71,12 +76,22 @@ def _misreferences(value: Value) -> Iterator[Problem]:
             yield at(("compute", "pools", name), what)
 
 
-def _circles(used: Mapping[str, list[Reference]]) -> Iterator[list[str]]:
-    """Circles of stages that start from each other: from a stage along what it needs, back to that stage."""
-    needs = {
-        name: [ref.name for ref in named if ref.to == "stage" and ref.name in used and ref.name != name]
-        for name, named in used.items()
-    }
+def _maker(dataset: Value) -> object:
+    """What a data set's source says makes it."""
+    source = dataset.get("source")
+    return source.plain().get("from") if source is not None and source.is_mapping else None
+
+
+def _circles(used: Mapping[str, list[Reference]], makers: Mapping[str, str]) -> Iterator[list[str]]:
+    """Circles of stages that need each other: from a stage along what it needs, back to that stage.
+
+    A stage that starts from itself is told elsewhere; one that reads the data that it makes is a circle of one.
+    """
+    needs = {}
+    for name, named in used.items():
+        started = [ref.name for ref in named if ref.to == "stage" and ref.name != name]
+        read = [makers[ref.name] for ref in named if ref.to == "data" and ref.name in makers]
+        needs[name] = [need for need in (*started, *read) if need in used]
     while True:
         try:
             graphlib.TopologicalSorter(needs).prepare()

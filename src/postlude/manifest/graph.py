@@ -1,8 +1,9 @@
 """What the stages need from each other and from the rest of the manifest.
 
-A :class:`~postlude.manifest.schema.ModelFrom` anywhere in a stage (its model, a reference, a teacher, a reward
+A :class:`~postlude.manifest.schema.ModelPlace` anywhere in a stage (its model, a reference, a teacher, a reward
 model) is a dependency on the stage that it names; a :data:`~postlude.manifest.schema.Mixture` uses the data sets
-that it names. Both are found by the schema, so that a recipe need not list them.
+that it names, and with them the stages that make those (``source: {from: STAGE}``). All are found by the schema, so
+that a recipe need not list them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from postlude.manifest.schema import Manifest, ModelFrom, StageConfig
+from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
 from postlude.manifest.shape import Shape
 from postlude.manifest.value import KeyPath
 
@@ -40,7 +41,7 @@ def references(content: Any, shape: Shape) -> Iterator[Reference]:
             yield from (Reference("data", (*path, name), name) for name in content)
             return
         config = shape.config(content)
-        if config is not None and issubclass(config, ModelFrom) and isinstance(content.get("from"), str):
+        if config is not None and issubclass(config, ModelPlace) and isinstance(content.get("from"), str):
             yield Reference("stage", (*path, "from"), content["from"])
         for key, item in content.items():
             yield from below(item, shape.child(content, key), (*path, key))
@@ -58,6 +59,18 @@ def datasets_used(stage: StageConfig) -> dict[KeyPath, str]:
     return {reference.path: reference.name for reference in _of(stage) if reference.to == "data"}
 
 
+def maker_of(dataset: DatasetConfig) -> str | None:
+    """The stage that makes a data set, if one does."""
+    return dataset.source.model_dump(by_alias=True).get("from")
+
+
+def needs(manifest: Manifest, stage: str) -> list[str]:
+    """The stages that must be done before a stage: those that it names, and those that make the data it reads."""
+    config = manifest.stages[stage]
+    makers = [maker_of(manifest.data[name]) for name in datasets_used(config).values()]
+    return list(dict.fromkeys([*stages_used(config).values(), *filter(None, makers)]))
+
+
 def _of(stage: StageConfig) -> Iterator[Reference]:
     return references(stage.model_dump(mode="json", by_alias=True), Shape(type(stage)))
 
@@ -65,7 +78,7 @@ def _of(stage: StageConfig) -> Iterator[Reference]:
 def order(manifest: Manifest) -> list[str]:
     """The names of the stages, each after those that it needs, otherwise as in the manifest."""
     place = {name: i for i, name in enumerate(manifest.stages)}
-    sorter = graphlib.TopologicalSorter({name: stages_used(stage).values() for name, stage in manifest.stages.items()})
+    sorter = graphlib.TopologicalSorter({name: needs(manifest, name) for name in manifest.stages})
     sorter.prepare()
     ordered: list[str] = []
     ready: list[str] = []

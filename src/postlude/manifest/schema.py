@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.component import Component, Config, Named
 
@@ -31,15 +32,38 @@ Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1
 
 
 def _source_name(keys: Mapping[str, Any]) -> str | None:
-    """``{path: ...}``, ``{hub: ...}`` and ``{query: ...}`` say by their own key which source they are."""
-    return next((name for name in ("path", "hub", "query") if name in keys), None)
+    """``{path: ...}``, ``{hub: ...}``, ``{query: ...}`` and ``{from: ...}`` say by their own key which source they are."""
+    return next((name for name in ("path", "hub", "query", "from") if name in keys), None)
+
+
+Turns = Literal["assistant", "last", "all"] | list[str]
+"""The assistant's turns, its last one, everything, or those of a list of roles."""
+
+
+class TrainOnSpans(Config):
+    """Only stretches of some turns: what a regular expression finds in them."""
+
+    turns: Turns = "assistant"
+    """Which turns are looked at: the assistant's, its last one, everything, or a list of roles."""
+    spans: str
+    """A regular expression (Python's, the dot matches line ends, too). It is searched in the text of each turn as the
+    template writes it, the stop token included: what it matches is trained or, where it has groups, what they match."""
+
+    @field_validator("spans")
+    @classmethod
+    def _is_an_expression(cls, spans: str) -> str:
+        try:
+            re.compile(spans)
+        except re.error as error:
+            raise ValueError(f"this is no regular expression: {error}") from error
+        return spans
 
 
 class DatasetConfig(Config):
     """A named data set: where its records come from and how each becomes something to train on."""
 
     source: Annotated[Component, Named("sources", infer=_source_name)]
-    """Where the records are: ``path``, ``hub`` or ``query`` says which kind of source it is."""
+    """Where the records are: ``path``, ``hub``, ``query`` or ``from`` says which kind of source it is."""
     format: Annotated[Component, Named("formats")]
     """How a record is read as an example."""
     filters: list[str | Annotated[Component, Named("filters")]] = []
@@ -48,8 +72,9 @@ class DatasetConfig(Config):
     """The column that identifies a record; without it the identity is a hash of the record."""
     template: str | None = None
     """A chat template in place of the tokenizer's own: a path that ends in .jinja, or the template itself."""
-    train_on: Literal["assistant", "last", "all"] | list[str] = "assistant"
-    """Which turns are trained: the assistant's, its last one, everything, or a list of roles."""
+    train_on: Turns | TrainOnSpans = "assistant"
+    """What is trained of a conversation: the assistant's turns, its last one, everything, the turns of a list of roles;
+    or of such turns only what a regular expression finds: ``{turns: last, spans: '<answer>.*</answer>'}``."""
     truncate: Literal["right", "left", "drop", "split"] = "right"
     """What happens to an example longer than the block."""
     limit: Positive | None = None
@@ -61,15 +86,22 @@ class DatasetConfig(Config):
 # --- parts of a stage ---------------------------------------------------------------------------------------
 
 
-class ModelFrom(Config):
-    """The model a stage starts from: exactly one of ``path``, ``from`` and ``new``."""
+class ModelPlace(Config):
+    """A model that is there, or will be: exactly one of ``path`` and ``from``."""
 
-    exactly_one = (("path", "from", "new"),)
+    exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "from"),)
 
     path: str | None = None
     """A Hugging Face directory, a hub name, or RUN/STAGE."""
     from_: Annotated[str | None, Field(alias="from")] = None
     """The stage of this manifest whose artifact it is."""
+
+
+class ModelFrom(ModelPlace):
+    """The model a stage starts from: exactly one of ``path``, ``from`` and ``new``."""
+
+    exactly_one = (("path", "from", "new"),)
+
     new: NewModel | None = None
     """Random weights in a given shape."""
 

@@ -33,13 +33,13 @@ from transformers.utils import logging as transformers_logging
 
 from postlude import storage
 from postlude.manifest.errors import ManifestError
-from postlude.manifest.schema import ModelFrom, NewModel
+from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
 from postlude.model.language_model import SCALAR_FILE, LanguageModel
 
 
 def load_model(
-    start: ModelFrom, place: str | None, tokenizer: PreTrainedTokenizerBase | None, *, seed: int
+    start: ModelPlace, place: str | None, tokenizer: PreTrainedTokenizerBase | None, *, seed: int
 ) -> LanguageModel:
     """The model that a stage starts from, on the CPU with fp32 weights.
 
@@ -62,12 +62,12 @@ def load_model(
     return model
 
 
-def configuration(start: ModelFrom, place: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     """The configuration of the model that :func:`load_model` would make, without its weights."""
     if place is not None:
         with local_files(place, (".json",)) as folder:
             return read_config(folder, place)
-    if start.new is None:
+    if not isinstance(start, ModelFrom) or start.new is None:
         raise ValueError("A model that is not new needs the place of its files.")
     config = _new_config(start.new, tokenizer)
     if tokenizer is not None:

@@ -20,10 +20,11 @@ from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
+from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer, train_tokenizer
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.load import restore
-from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom
+from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom, ModelPlace
 from postlude.model.flops import packed_flops
 from postlude.model.load import load_model
 from postlude.recipes.recipe import TrainingRecipe
@@ -80,7 +81,7 @@ class Assembly:
 
     def dataset(self, name: str, limit: int | None = None) -> Dataset:
         """A named data set with its filters applied. ManifestError if the recipe cannot train on its format."""
-        config = self.manifest.data[name]
+        config = self._located(self.manifest.data[name])
         shapes = _shapes(config)
         if not any(issubclass(shape, self.config.accepts) for shape in shapes):
             raise ManifestError(
@@ -91,6 +92,15 @@ class Assembly:
         if limit is not None:
             config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
         return Dataset(name, config, self.run.cache, sample=self.sample)
+
+    def _located(self, config: DatasetConfig) -> DatasetConfig:
+        """A data set that a stage makes, with the files that it made as the source."""
+        if not isinstance(config.source, FromStage):
+            return config
+        made = self.run.stage(config.source.from_)
+        if not made.has_artifact():
+            raise DataError(f"The stage '{made.name}' of {self.run.uri} has not made its data yet. Run it first.")
+        return config.model_copy(update={"source": config.source.at(made.artifact)})
 
     @cached_property
     def datasets(self) -> dict[str, Dataset]:
@@ -215,7 +225,7 @@ class Assembly:
 
     # --- models ---------------------------------------------------------------------------------------------
 
-    def place_of(self, start: ModelFrom) -> str | None:
+    def place_of(self, start: ModelPlace) -> str | None:
         """The directory or hub name behind ``path`` or ``from``; None for ``new``."""
         if start.from_ is not None:
             return self.run.stage(start.from_).artifact
@@ -223,7 +233,7 @@ class Assembly:
             return None
         return artifact_of(start.path) or start.path
 
-    def model(self, start: ModelFrom) -> LanguageModel:
+    def model(self, start: ModelPlace) -> LanguageModel:
         """A model on this rank's device, recomputing and compiled as the stage says."""
         model = load_model(start, self.place_of(start), self.tokenizer, seed=self.manifest.seed)
         model.to(self.workers.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from postlude.manifest.schema import ModelFrom
+from postlude.manifest.schema import ModelPlace
 from postlude.model.language_model import LanguageModel
 from postlude.objectives.objective import Objective
 from postlude.training.optimizers import Optimizer
@@ -18,7 +18,7 @@ class Companion:
     Without an optimiser it is frozen and only run forward.
     """
 
-    start: ModelFrom
+    start: ModelPlace
     optimizer: Optimizer | None = None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from postlude import storage
 from postlude.cluster.local import run_ranks
 from postlude.manifest.errors import ManifestError, UserError
-from postlude.manifest.graph import order, stages_used
+from postlude.manifest.graph import needs, order
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import differences, lock_text, read_lock
 from postlude.recipes.assembly import StageTask
@@ -60,7 +60,7 @@ def stages_in_order(resolved: Resolved, wanted: str | None = None) -> list[str]:
     needed = {wanted}
     for name in reversed(ordered):
         if name in needed:
-            needed |= set(stages_used(stages[name]).values())
+            needed |= set(needs(resolved.manifest, name))
     return [name for name in ordered if name in needed]
 
 

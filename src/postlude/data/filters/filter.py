@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from postlude.data.example import Conversation, Example, Record, Text
+from postlude.data.example import Conversation, Example, Record, Text, answers_of
 from postlude.manifest.component import Component
 
 
@@ -66,7 +66,8 @@ class ContentFilter(Filter):
 def content_of(examples: list[Example]) -> Content:
     """What the examples of a record say."""
     texts, turns = [], 0
-    for example in examples:
+    said = [answer for example in examples for answer in answers_of(example)]
+    for example in said:
         if isinstance(example, Conversation):
             texts += [_texts([message.get(key) for key in _SAID]) for message in example.messages]
             turns = max(turns, len(example.messages))
@@ -76,8 +77,9 @@ def content_of(examples: list[Example]) -> Content:
         else:
             texts.append(" ".join(map(str, example.ids)))
             turns = max(turns, 1)
-    # The paths through a tree share their first messages: what the record says, it says once.
-    return Content("\n".join(dict.fromkeys(texts) if len(examples) > 1 else texts), turns)
+    # The paths through a tree share their first messages, and the sides of a pair theirs: what the record says, it
+    # says once.
+    return Content("\n".join(dict.fromkeys(texts) if len(said) > 1 else texts), turns)
 
 
 _SAID = ("reasoning_content", "content", "tool_calls")
