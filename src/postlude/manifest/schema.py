@@ -32,7 +32,7 @@ Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1
 
 
 def _source_name(keys: Mapping[str, Any]) -> str | None:
-    """``{path: ...}``, ``{hub: ...}``, ``{query: ...}`` and ``{from: ...}`` say by their own key which source they are."""
+    """``{path: ...}``, ``{hub: ...}``, ``{query: ...}`` and ``{from: ...}`` say by a key which source they are."""
     return next((name for name in ("path", "hub", "query", "from") if name in keys), None)
 
 
