@@ -45,6 +45,10 @@ _BAD = "bad record"
 Rows = Sequence[int] | np.ndarray
 
 
+class NothingLeft(DataError):
+    """The filters of a data set drop all of its records."""
+
+
 @dataclass
 class Dropped:
     """Records that were left out for one reason."""
@@ -94,9 +98,16 @@ class Dataset:
 
         DataError at a bad record, unless ``on_bad_record`` is ``skip``.
         """
+        return [examples for _, examples in self.read(group, positions)]
+
+    def read(self, group: int, positions: Sequence[int]) -> list[tuple[Record, list[tuple[str, Example]]]]:
+        """As :meth:`examples`, each with the record that they are in; one that cannot be read is empty."""
         rows = [int(self._kept[group][position]) for position in positions]
         records = self._records.read(group, rows)
-        return [self._examples(group, row, record) for row, record in zip(rows, records, strict=True)]
+        return [
+            ({} if isinstance(record, Unreadable) else record, self._examples(group, row, record))
+            for row, record in zip(rows, records, strict=True)
+        ]
 
     def identity(self, record: Record) -> str:
         """The data set's name and the record's key, or a hash of the record. :class:`BadRecord` without the key."""
@@ -173,7 +184,7 @@ class Dataset:
         }
         if not any(map(len, self._kept)):
             counts = ", ".join(f"{one.count} by '{reason}'" for reason, one in self.dropped.items())
-            raise DataError(
+            raise NothingLeft(
                 f"The filters of the data set '{self.name}' leave no record: dropped {counts}. Loosen them, or check "
                 "that they mean these data."
             )

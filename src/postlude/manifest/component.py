@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.nearest import suggestion_or_list
 
-KINDS = ("recipes", "objectives", "sources", "formats", "filters", "optimizers", "schedules", "sinks")
+KINDS = ("recipes", "objectives", "sources", "formats", "filters", "optimizers", "schedules", "sinks", "rewards")
 
 
 class Config(BaseModel):

@@ -198,6 +198,10 @@ class StageConfig(Component):
     recipe: str
     """What the stage does, by the name of its recipe."""
 
+    def base_model(self) -> ModelPlace | None:
+        """The model whose architecture and tokenizer the model has that the stage makes; None if it makes none."""
+        return None
+
     @classmethod
     def starter(cls, stem: str) -> Starter | None:
         """A manifest to start from, for ``postlude init``; ``stem`` is its path without the suffix."""
@@ -251,6 +255,9 @@ class TrainingStage(StageConfig):
     """Loss on held-out data, if it is wanted."""
     max_skipped_steps: Positive = 5
     """So many steps in a row without a finite gradient stop the run."""
+
+    def base_model(self) -> ModelPlace | None:
+        return self.model
 
 
 # --- the whole ----------------------------------------------------------------------------------------------

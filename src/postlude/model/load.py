@@ -62,6 +62,29 @@ def load_model(
     return model
 
 
+def load_causal(
+    start: ModelPlace,
+    place: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model that is only run forward, as transformers has it, on the CPU; otherwise as :func:`load_model`.
+
+    ``dtype`` is that of the weights, by default the one that they are stored in.
+    """
+    if place is None:
+        causal = _random(configuration(start, None, tokenizer), seed)
+    else:
+        with local_files(place) as folder:
+            config = read_config(folder, place)
+            if tokenizer is not None:
+                vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
+            causal = read_causal(folder, place, config, "auto")
+    return (causal if dtype is None else causal.to(dtype)).eval().requires_grad_(False)  # type: ignore[arg-type]
+
+
 def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
     """The configuration of the model that :func:`load_model` would make, without its weights."""
     if place is not None:

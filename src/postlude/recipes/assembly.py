@@ -1,17 +1,14 @@
 """From a stage of a manifest to a trainer: what every training recipe shares.
 
-A rank builds everything from the resolved manifest and the run directory alone, so it can be started anywhere.
 Preflight and preview build the same parts and stop earlier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from postlude import storage
 from postlude.data.dataset import Dataset
@@ -20,15 +17,14 @@ from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
-from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer, train_tokenizer
-from postlude.manifest.errors import DataError, ManifestError
-from postlude.manifest.load import restore
-from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom, ModelPlace
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model.flops import packed_flops
 from postlude.model.load import load_model
+from postlude.recipes.parts import Parts, StageTask, shapes_of
 from postlude.recipes.recipe import TrainingRecipe
-from postlude.runs import Run, artifact_of
+from postlude.runs import Run
 from postlude.telemetry.progress import waiting
 from postlude.telemetry.recorder import Recorder
 from postlude.training.amendments import Amendments
@@ -44,63 +40,22 @@ if TYPE_CHECKING:
     from postlude.model.language_model import LanguageModel
 
 
-@dataclass(frozen=True)
-class StageTask:
-    """Which stage of which run to work on: all that a rank needs to be told."""
+class Assembly(Parts):
+    """The parts of one training stage on one rank, each built when it is first asked for."""
 
-    tree: dict[str, Any]
-    """The resolved manifest."""
-    stage: str
-    run: str
-    """URI of the run directory."""
-    threads: int
-
-
-class Assembly:
-    """The parts of one stage on one rank, each built when it is first asked for.
-
-    ``sample`` limits every data set to its first records, for a preflight.
-    """
-
-    def __init__(self, task: StageTask, workers: Workers, sample: int | None = None) -> None:
-        self.task, self.workers, self.sample = task, workers, sample
-        self.manifest: Manifest = restore(task.tree)
-        config = self.manifest.stages[task.stage]
-        if not isinstance(config, TrainingRecipe):
-            raise ManifestError(f"stages.{task.stage}: the recipe '{config.recipe}' does not train a model.")
-        self.config = config
-        self.run = Run(task.run)
-        self.stage = self.run.stage(task.stage)
-
-    @property
-    def gpus_per_worker(self) -> int:
-        """Devices of each worker of the stage's pool; 0 computes on the CPU."""
-        return next((p.gpus_per_worker for n in self.config.pools if (p := self.manifest.compute.pools.get(n))), 0)
+    def __init__(
+        self, task: StageTask, workers: Workers, sample: int | None = None, artifacts: Run | None = None
+    ) -> None:
+        super().__init__(task, workers, sample, artifacts)
+        if not isinstance(self.stage_config, TrainingRecipe):
+            raise ManifestError(f"stages.{task.stage}: the recipe '{self.stage_config.recipe}' does not train a model.")
+        self.config = self.stage_config
 
     # --- data -----------------------------------------------------------------------------------------------
 
     def dataset(self, name: str, limit: int | None = None) -> Dataset:
         """A named data set with its filters applied. ManifestError if the recipe cannot train on its format."""
-        config = self._located(self.manifest.data[name])
-        shapes = _shapes(config)
-        if not any(issubclass(shape, self.config.accepts) for shape in shapes):
-            raise ManifestError(
-                f"data.{name}.format '{config.format.component_name}' makes {_listed(shapes)}, but the recipe "
-                f"'{self.config.recipe}' of stages.{self.task.stage} takes {_listed(self.config.accepts)}. "
-                "Choose another format."
-            )
-        if limit is not None:
-            config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
-        return Dataset(name, config, self.run.cache, sample=self.sample)
-
-    def _located(self, config: DatasetConfig) -> DatasetConfig:
-        """A data set that a stage makes, with the files that it made as the source."""
-        if not isinstance(config.source, FromStage):
-            return config
-        made = self.run.stage(config.source.from_)
-        if not made.has_artifact():
-            raise DataError(f"The stage '{made.name}' of {self.run.uri} has not made its data yet. Run it first.")
-        return config.model_copy(update={"source": config.source.at(made.artifact)})
+        return self.dataset_of(name, self.config.accepts, limit)
 
     @cached_property
     def datasets(self) -> dict[str, Dataset]:
@@ -116,15 +71,9 @@ class Assembly:
             train_on=config.train_on,
             block=self.config.batch.block,
             truncate=config.truncate,
-            today=self._begun,
+            today=self.begun,
         )
         return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
-
-    @cached_property
-    def _begun(self) -> datetime | None:
-        """When the stage first ran: what a template is told that asks for the date, also on the day of a resume."""
-        begun_at = self.stage.status().begun_at
-        return datetime.fromisoformat(begun_at) if begun_at else None
 
     @cached_property
     def sources(self) -> dict[str, EncodedDataset]:
@@ -135,7 +84,7 @@ class Assembly:
     def conversations(self) -> dict[str, EncodedDataset]:
         """Those of the sources whose format makes conversations."""
         return {
-            name: source for name, source in self.sources.items() if Conversation in _shapes(self.manifest.data[name])
+            name: source for name, source in self.sources.items() if Conversation in shapes_of(self.manifest.data[name])
         }
 
     @cached_property
@@ -185,13 +134,7 @@ class Assembly:
         """The stage's tokenizer. One that is trained is trained once, by the leading rank, and kept in the stage."""
         asked = self.config.tokenizer
         if asked is None:
-            path = self.place_of(self.config.model)
-            if path is None:
-                raise ManifestError(
-                    f"stages.{self.task.stage}: a new model has no tokenizer of its own. "
-                    "Give 'tokenizer' with one of path, train and bytes."
-                )
-            return load_tokenizer(path)
+            return self.tokenizer_of(self.config.model)
         if asked.train is None:
             return load_tokenizer(asked)
         kept = self.stage.tokenizer
@@ -200,6 +143,10 @@ class Assembly:
                 train_tokenizer(asked.train, self._texts()).save_pretrained(folder)
         self.workers.barrier()
         return load_tokenizer(kept)
+
+    @property
+    def made_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.finished_tokenizer
 
     @property
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -224,14 +171,6 @@ class Assembly:
                             yield from texts_of(example)
 
     # --- models ---------------------------------------------------------------------------------------------
-
-    def place_of(self, start: ModelPlace) -> str | None:
-        """The directory or hub name behind ``path`` or ``from``; None for ``new``."""
-        if start.from_ is not None:
-            return self.run.stage(start.from_).artifact
-        if start.path is None:
-            return None
-        return artifact_of(start.path) or start.path
 
     def model(self, start: ModelPlace) -> LanguageModel:
         """A model on this rank's device, recomputing and compiled as the stage says."""
@@ -295,13 +234,3 @@ class Assembly:
     def _committed(self, recorder: Recorder, uri: str, step: int) -> None:
         recorder.event("checkpoint_saved", step=step, uri=uri)
         self.stage.prune(self.config.checkpoint.keep)
-
-
-def _shapes(config: DatasetConfig) -> tuple[type, ...]:
-    """The shapes of examples that a data set's format makes."""
-    produces = config.format.produces  # type: ignore[attr-defined]
-    return get_args(produces) or (produces,)
-
-
-def _listed(shapes: Iterable[type]) -> str:
-    return ", ".join(shape.__name__ for shape in shapes)

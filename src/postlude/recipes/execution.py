@@ -1,14 +1,20 @@
-"""A stage on one rank, from its last sound checkpoint to its artifact."""
+"""A stage on one rank, from where it stopped to its artifact."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from postlude import __version__, storage
 from postlude.manifest.lock import manifest_hash, versions
 from postlude.model.export import write_model
-from postlude.recipes.assembly import Assembly, StageTask
-from postlude.telemetry.progress import StageProgress
+from postlude.recipes.assembly import Assembly
+from postlude.recipes.parts import Parts, StageTask
+from postlude.recipes.portions import Portions
+from postlude.recipes.work import Entry, Work, WorkRecipe
+from postlude.recipes.workbench import Workbench
+from postlude.telemetry.progress import StageProgress, console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
 from postlude.training.trainer import Summary
@@ -16,28 +22,78 @@ from postlude.training.workers import Workers
 
 
 def run_stage(task: StageTask) -> Summary:
-    """Train a stage to its end and write its artifact, or until the process is asked to stop."""
-    gpus = Assembly(task, Workers()).gpus_per_worker
-    workers = Workers.join(gpus)
+    """Work on a stage until its artifact is written, or until the process is asked to stop."""
+    workers = Workers.join(Parts(task, Workers()).gpus_per_worker)
     try:
         with Interruption().listening() as stop:
-            assembly = Assembly(task, workers)
-            with StageProgress(task.stage) as display, recorder_of(assembly, display) as recorder:
-                return _train(assembly, recorder, stop)
+            trains = not isinstance(Parts(task, workers).stage_config, WorkRecipe)
+            parts = Assembly(task, workers) if trains else Workbench(task, workers)
+            with StageProgress(task.stage) as display, recorder_of(parts, display) as recorder:
+                if isinstance(parts, Assembly):
+                    return _train(parts, recorder, stop)
+                return _work(parts, recorder, stop)
     finally:
         workers.leave()
 
 
-def recorder_of(assembly: Assembly, display: StageProgress | None) -> Recorder:
+def recorder_of(parts: Parts, display: StageProgress | None) -> Recorder:
     """Where the rank's numbers go; only the leading rank shows them."""
-    leads = assembly.workers.leads
+    leads = parts.workers.leads
     return Recorder(
-        assembly.run,
-        assembly.task.stage,
-        assembly.manifest.sinks,  # type: ignore[arg-type]
-        assembly.workers.rank,
+        parts.run,
+        parts.task.stage,
+        parts.manifest.sinks,  # type: ignore[arg-type]
+        parts.workers.rank,
         display if leads else None,
     )
+
+
+# --- stages that do something else than train ---------------------------------------------------------------
+
+
+def _work(bench: Workbench, recorder: Recorder, stop: Interruption) -> Summary:
+    work = bench.config.begin(bench)
+    portions = Portions(bench, work)
+    if not bench.workers.from_lead(bench.stage.has_artifact()):
+        if portions.do_all(recorder, stop) is None:
+            return Summary(0, interrupted=True)
+        if bench.workers.leads:
+            report = finish(bench, work, portions.read())
+            for kind, fields in work.events(report):
+                recorder.event(kind, **fields)
+            console().print(work.table(report))
+            recorder.event("stage_finished", steps=work.portions)
+    if bench.workers.leads:
+        portions.remove()
+    bench.workers.barrier()
+    return Summary(work.portions)
+
+
+def finish(bench: Workbench, work: Work, portions: Iterable[Sequence[Entry]]) -> dict[str, Any]:
+    """Write the artifact of a stage that does not train, and return the report on it."""
+    with bench.stage.write_artifact() as folder:
+        report = dict(work.finish(portions, folder))
+        written = {"report.json": report, "lineage.json": work_lineage(bench, work)}
+        for name, content in written.items():
+            storage.write_text(storage.join(folder, name), json.dumps(content, indent=2) + "\n")
+    return report
+
+
+def work_lineage(bench: Workbench, work: Work) -> dict[str, Any]:
+    """What the artifact of a stage that does not train came from."""
+    return {
+        "run": bench.run.name,
+        "stage": bench.task.stage,
+        "recipe": bench.config.recipe,
+        "steps": work.portions,
+        "manifest_sha256": manifest_hash(bench.task.tree),
+        "models": dict(work.parents()),
+        "data": dict(work.reads),
+        "versions": {**versions(), "postlude": __version__},
+    }
+
+
+# --- stages that train --------------------------------------------------------------------------------------
 
 
 def _train(assembly: Assembly, recorder: Recorder, stop: Interruption) -> Summary:

@@ -16,15 +16,12 @@ from rich.table import Table
 
 from postlude.data.loader import StepBlocks
 from postlude.manifest.errors import UserError
-from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.load import configuration, count_parameters
 from postlude.recipes.assembly import Assembly
+from postlude.recipes.little import LARGEST_PARAMETERS, little_model
 from postlude.training.meters import Meters
 from postlude.training.precision import Precision
 from postlude.training.trainer import Trainer
-
-LARGEST_PARAMETERS = 300_000_000
-"""A small model that is still larger than this is not stepped here: wide, or with a large vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,10 @@ class Rehearsal:
 
 def rehearse(assembly: Assembly) -> Rehearsal:
     """Plan a stage's memory and make one small step of it. UserError if the step's loss or gradient is not finite."""
-    start = _root(assembly, assembly.config.model)
+    start = assembly.root(assembly.config.model)
     config = configuration(start, assembly.place_of(start), assembly.tokenizer)
     plan = _plan(assembly, config, count_parameters(config))
-    small = {**config.to_diff_dict(), **_shortened(config)}
-    architecture = small.pop("model_type")
-    new = ModelFrom(new=NewModel(architecture=architecture, config=small))
+    new = little_model(config)
     little = assembly.with_model(new)
     fits = count_parameters(configuration(new, None, assembly.tokenizer)) <= LARGEST_PARAMETERS
     precision = Precision.choose(assembly.config.precision, assembly.workers.device, None)
@@ -136,21 +131,6 @@ def _one_step(assembly: Assembly) -> dict[str, Any]:
     trainer.train(StepBlocks(work.blocks[:1], work.epoch, work.progress, work.documents, work.tokens))
     trainer.checkpointer.close()
     return listener.line
-
-
-def _root(assembly: Assembly, start: ModelFrom) -> ModelFrom:
-    """Where the weights come from in the end, through stages that may not have run yet."""
-    while start.from_ is not None and not assembly.run.stage(start.from_).has_artifact():
-        start = assembly.manifest.stages[start.from_].model  # type: ignore[attr-defined]
-    return start
-
-
-def _shortened(config: Any) -> dict[str, Any]:
-    layers = min(2, config.num_hidden_layers)
-    shortened: dict[str, Any] = {"num_hidden_layers": layers}
-    if getattr(config, "layer_types", None):
-        shortened["layer_types"] = config.layer_types[:layers]
-    return shortened
 
 
 def _plan(assembly: Assembly, config: Any, parameters: int) -> MemoryPlan:

@@ -94,6 +94,15 @@ class Evaluation(BaseEvent):
     loss: float
 
 
+class Measured(BaseEvent):
+    """What an evaluation found, of one model on one data set."""
+
+    kind: Literal["measured"] = "measured"
+    name: str
+    """What was measured on what."""
+    values: Mapping[str, float | int]
+
+
 class AmendmentApplied(BaseEvent):
     """A recorded change to the running stage took effect."""
 
@@ -131,6 +140,7 @@ Event = (
     | CheckpointSkipped
     | StepSkipped
     | Evaluation
+    | Measured
     | AmendmentApplied
     | Alarm
     | Failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from postlude.manifest.errors import ComputeError
-from postlude.manifest.schema import Manifest, StageConfig, TrainingStage
+from postlude.manifest.schema import Manifest, StageConfig
 
 
 def cores() -> int:
@@ -20,7 +20,7 @@ def ranks_of(manifest: Manifest, stage: StageConfig) -> int:
 
 def threads_of(stage: StageConfig, ranks: int) -> int:
     """CPU threads of each worker: what the stage says, or its share of the cores."""
-    asked = stage.threads if isinstance(stage, TrainingStage) else None
+    asked = getattr(stage, "threads", None)
     return asked or max(1, cores() // ranks)
 
 

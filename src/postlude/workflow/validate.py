@@ -1,7 +1,9 @@
 """``postlude validate``: a preflight without a GPU, stopped by the first thing that would stop the run.
 
-For each stage: its data are read, rendered, masked and packed; its memory is planned; and one real optimiser step
-is made on this machine's CPU, with a model of the same architecture made small where it is large.
+For each stage that trains: its data are read, rendered, masked and packed; its memory is planned; and one real
+optimiser step is made on this machine's CPU, with a model of the same architecture made small where it is large.
+For each that does something else: its data are read and counted, and a few records go all the way, through such models.
+What they give stands in for the data that the stage will make, for the stages that read those.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from postlude import storage
 from postlude.data.measure import measure
 from postlude.data.statistics import Statistics
 from postlude.data.synthetic import Verdict, try_synthetic
-from postlude.manifest.errors import UserError
+from postlude.manifest.errors import DataError, UserError
+from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
-from postlude.recipes.assembly import Assembly, StageTask
+from postlude.recipes.assembly import Assembly
+from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.rehearsal import Rehearsal, rehearse
+from postlude.recipes.trial import Trial, try_out
+from postlude.recipes.work import WorkRecipe
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, cores, ranks_of, threads_of
 from postlude.workflow.run import stages_in_order
@@ -35,8 +41,13 @@ class StageReport:
     stage: str
     workers: int
     threads: int
-    statistics: Statistics
-    rehearsal: Rehearsal
+    statistics: Statistics | None = None
+    """Of the data that a stage trains on; None for another, and where none are there yet."""
+    rehearsal: Rehearsal | None = None
+    trial: Trial | None = None
+    """Of a stage that does something else than train."""
+    awaited: dict[str, str] = field(default_factory=dict)
+    """Data sets that are not there yet, with the stage that makes each."""
     held_out: dict[str, int] = field(default_factory=dict)
     """How many documents each evaluation runs over."""
     remarks: list[str] = field(default_factory=list)
@@ -48,9 +59,11 @@ class StageReport:
             "stage": self.stage,
             "workers": self.workers,
             "threads": self.threads,
-            "data": self.statistics.to_json(),
+            "data": self.statistics.to_json() if self.statistics else None,
             "held_out_documents": self.held_out,
-            "step": self.rehearsal.to_json(),
+            "step": self.rehearsal.to_json() if self.rehearsal else None,
+            "trial": self.trial.to_json() if self.trial else None,
+            "awaited": self.awaited,
             "remarks": self.remarks,
             "synthetic": {name: [v.to_json() for v in verdicts] for name, verdicts in self.synthetic.items()},
         }
@@ -81,10 +94,12 @@ class Report:
         parts: list[RenderableType] = []
         for stage in self.stages:
             parts += [f"[bold]{stage.stage}[/bold]: {stage.workers} worker(s) of {stage.threads} thread(s)"]
-            parts += stage.statistics.tables()
+            parts += stage.statistics.tables() if stage.statistics else []
             parts += [Text(f"Held out: {name}, documents {n:,}") for name, n in stage.held_out.items()]
             parts += [_synthetic_table(name, verdicts) for name, verdicts in stage.synthetic.items()]
-            parts += [stage.rehearsal.render(), *(Text(f"Note: {remark}", "yellow") for remark in stage.remarks)]
+            parts += [found.render() for found in (stage.rehearsal, stage.trial) if found]
+            parts += [Text(f"Not there yet: {name}, which '{maker}' makes.") for name, maker in stage.awaited.items()]
+            parts += [Text(f"Note: {remark}", "yellow") for remark in stage.remarks]
         parts += [Text(str(self.error), "red") if self.error else Text("Everything is in order.", "green")]
         return Group(*parts)
 
@@ -111,28 +126,41 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     config = resolved.manifest.stages[name]
     workers = ranks_of(resolved.manifest, config)
     task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=cores())
+    report = StageReport(name, workers, threads_of(config, workers))
+    report.awaited = Parts(task, Workers()).makers(datasets_used(config).values())
+    if isinstance(config, WorkRecipe):
+        report.trial = try_out(task, sample)
+        return report
     assembly = Assembly(task, Workers(), sample=sample)
-    made_up: dict[str, list[Verdict]] = {}
+    assembly.is_preflight = True
     if synthetic:
         for data, source in assembly.sources.items():
             format: Any = resolved.manifest.data[data].format
-            made_up[data] = try_synthetic(format, source.encoder.encode, synthetic, resolved.manifest.seed)
-    statistics = measure(
-        assembly.sources,
-        assembly.config.data,
-        seed=resolved.manifest.seed,
-        block=assembly.config.batch.block,
-        window=assembly.config.batch.window,
-        rows={name: dataset.rows for name, dataset in assembly.datasets.items()},
-    )
-    held_out = {
+            report.synthetic[data] = try_synthetic(format, source.encoder.encode, synthetic, resolved.manifest.seed)
+    try:
+        report.statistics = measure(
+            assembly.sources,
+            assembly.config.data,
+            seed=resolved.manifest.seed,
+            block=assembly.config.batch.block,
+            window=assembly.config.batch.window,
+            rows={name: dataset.rows for name, dataset in assembly.datasets.items()},
+        )
+    except DataError as error:
+        if not set(assembly.config.data) <= set(report.awaited):
+            raise
+        # A few records of small random models may be such that nothing in them can be trained on.
+        report.remarks.append(f"not tried further, since the records of a trial are of no use: {error}")
+        return report
+    report.held_out = {
         name: sum(len(unit.documents) for block in blocks for unit in block)
         for name, blocks in assembly.evaluations.items()
     }
-    rehearsal = rehearse(assembly)
-    remarks = [remark for source in assembly.conversations.values() for remark in source.encoder.remarks]
-    threads = threads_of(config, workers)
-    return StageReport(name, workers, threads, statistics, rehearsal, held_out, remarks, made_up)
+    report.rehearsal = rehearse(assembly)
+    report.remarks += [remark for source in assembly.conversations.values() for remark in source.encoder.remarks]
+    if report.awaited:
+        report.remarks.append("what is counted of data that are not there yet is a trial of a few records")
+    return report
 
 
 def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Table:

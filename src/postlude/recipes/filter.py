@@ -1,0 +1,51 @@
+"""Filtering: records are read, judged by filters and rewards, and those that are kept become a data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from postlude.manifest.component import Config
+from postlude.manifest.schema import Positive
+from postlude.recipes.work import Datasets, Work, WorkRecipe
+from postlude.rollout.reward import Reward
+
+if TYPE_CHECKING:
+    from postlude.recipes.workbench import Workbench
+
+
+class KeepRecords(Config):
+    """Which records are kept."""
+
+    exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("above", "share"),)
+
+    above: float | None = None
+    """Those whose reward is above this."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """This share of all the records, those with the highest rewards."""
+
+
+class Filter(WorkRecipe):
+    """Records of data sets that their filters, and a reward, let through, as a data set."""
+
+    recipe: Literal["filter"]
+    data: Datasets
+    """The data sets, with the filters that each has of its own. They have one format, which reads what is kept, too."""
+    reward: list[Reward] = []
+    """What says how good the last turn of a conversation, or a completion, is; written into the records."""
+    keep: KeepRecords | None = None
+    """``{above: THRESHOLD}`` or ``{share: SHARE}``; without it every record that the filters let through."""
+    batch: Positive = 256
+    """Records of a portion."""
+
+    @model_validator(mode="after")
+    def _keep_can_be_told(self) -> Self:
+        if self.keep is not None and not self.reward:
+            raise ValueError("what is kept depends on the reward, so 'reward' is needed")
+        return self
+
+    def begin(self, bench: Workbench) -> Work:
+        from postlude.recipes.filtering import Filtering
+
+        return Filtering(self, bench)

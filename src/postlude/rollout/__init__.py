@@ -1,0 +1,1 @@
+"""Rollouts: prompts become completions through an engine, and rewards say how good they are."""

@@ -1,0 +1,68 @@
+"""What an engine is: token ids go in; token ids, their log-probabilities and why each completion ended come out.
+
+Nothing is ever tokenised again: whoever trains on a completion trains on the very ids that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Ended = Literal["stop", "length"]
+"""Why a completion ended: with a stop token, or because it had no room for more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be made."""
+
+    prompt_id: str
+    """What the prompt is known by: the randomness of its completions follows from it."""
+    tokens: tuple[int, ...]
+    """The prompt's token ids."""
+    sample: int = 0
+    """Which of the prompt's completions it is."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    max_tokens: int
+    stop_ids: frozenset[int]
+    """Each ends a completion, as its last token."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability are drawn from."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request."""
+
+    request: Request
+    tokens: tuple[int, ...]
+    """The sampled token ids, the stop token included."""
+    log_probabilities: tuple[float, ...]
+    """Of each sampled token, at the temperature it was sampled with (at 1 for temperature 0), before ``top_p``."""
+    ended: Ended
+
+
+class Engine(Protocol):
+    """Makes completions. A completion follows from its request and the sampling alone: what else is asked for in the
+    same call changes it by no more than rounding does."""
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a prompt and its completion may have together; None if nothing bounds it."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """A completion for each request, in order.
+
+        ValueError for a prompt without tokens, or one that leaves no room in the context.
+        """
+        ...

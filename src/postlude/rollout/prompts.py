@@ -1,0 +1,111 @@
+"""From an example to what a model is asked, in messages or text and in token ids, and from its ids back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.encode import Encoder
+from postlude.data.example import Answer, Conversation, Example, Record, Text, Tokens, answers_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS = (Conversation, Text)
+"""The shapes of examples that ask something."""
+
+Asked = str | Sequence[Mapping[str, Any]]
+"""A text to be continued, or the messages that an assistant's turn answers."""
+
+
+class NoPrompt(ValueError):
+    """An example that asks nothing. The message says why, in words that are the same for many examples."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked."""
+
+    example_id: str
+    source: str
+    """The name of the data set."""
+    asked: Asked
+    tools: Sequence[Mapping[str, Any]] | None
+    reference: str | None
+    """What the data answer, where they do."""
+    record: Record
+    """The whole record that it comes from."""
+
+    def answered(self, completion: str) -> Answer:
+        """The prompt with an answer to it, the answer trained."""
+        if isinstance(self.asked, str):
+            return Text([(self.asked, 0.0), (completion, 1.0)])
+        return Conversation([*self.asked, {"role": "assistant", "content": completion}], self.tools)
+
+
+def prompt_of(example: Example, example_id: str, source: str, record: Record) -> Prompt:
+    """The prompt in an example: its conversation without the last turn of the assistant, or its text up to where it
+    is trained; plain text asks for its continuation. :class:`NoPrompt` if nothing is asked.
+    """
+    first = answers_of(example)[0]
+    if isinstance(first, Tokens):
+        raise NoPrompt("token ids are no prompt")
+    if isinstance(first, Text):
+        asked, reference = _parted(first)
+        if not asked:
+            raise NoPrompt("the prompt is empty")
+        return Prompt(example_id, source, asked, None, reference, record)
+    messages = [{k: v for k, v in message.items() if k != "weight"} for message in first.messages]
+    answer = None
+    if messages and messages[-1]["role"] == "assistant":
+        answer = str(messages.pop().get("content") or "")
+    if not messages:
+        raise NoPrompt("nothing comes before the assistant's turn")
+    if messages[-1]["role"] in ("system", "developer", "assistant"):
+        raise NoPrompt(f"the prompt ends with a message of the role '{messages[-1]['role']}'")
+    return Prompt(example_id, source, messages, first.tools, answer, record)
+
+
+def _parted(text: Text) -> tuple[str, str | None]:
+    """What is given and what is to be learned; all of it is given where nothing else is."""
+    pieces = list(text.pieces)
+    given = next((i for i, (_, weight) in enumerate(pieces) if weight), len(pieces))
+    if given == 0:
+        return "".join(piece for piece, _ in pieces), None
+    return "".join(piece for piece, _ in pieces[:given]), "".join(piece for piece, _ in pieces[given:]) or None
+
+
+class PromptEncoder:
+    """Prompts as token ids, and completions as text. ``template`` stands in for the tokenizer's own chat template."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, today: datetime | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._template, self._today = template, today
+        self._renderer: ChatRenderer | None = None
+
+    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids that an answer continues. ManifestError if messages need a template and there is none,
+        DataError where the template refuses them."""
+        if isinstance(prompt.asked, str):
+            ids = list(self.tokenizer(prompt.asked).input_ids)
+            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # some tokenizers end every text, and nothing would follow
+            return tuple(ids)
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer, self._template, self._today)
+        chat = Chat.of(Conversation(prompt.asked, prompt.tools))
+        text = self._renderer.render(chat, generation_prompt=True)
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: the end of a sequence, and what the template ends a turn with."""
+        return Encoder(self.tokenizer, template=self._template, block=1, today=self._today).stop_ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What a completion says, without special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -1,0 +1,105 @@
+"""Rewards: what says how good a completion is. A function of one's own is a class, or a function named by its module.
+
+class Polite(RewardFunction):
+    word: str = "please"
+
+    def score(self, prompt, completion, record):
+        return float(self.word in completion)
+
+def polite(prompt, completion, record):
+    return float("please" in completion)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.schema import ModelPlace
+
+REFERENCE = "reference"
+"""Under this name a record tells what the data answer, unless it has a column of the name."""
+
+
+class RewardFunction(Component):
+    """Says how good a completion is. The component of the kind ``rewards``."""
+
+    def check(self) -> None:
+        """:class:`~postlude.manifest.errors.ManifestError` if it cannot be used: what it names is not there."""
+
+    def score(
+        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
+    ) -> float | bool:
+        """The reward. ``prompt`` is the messages, or the text, that was asked; ``record`` is the whole record, where
+        ``reference`` is what the data answer."""
+        raise NotImplementedError
+
+
+class ReferenceReward(RewardFunction):
+    """Base of the functions that compare with what the data say."""
+
+    answer: str = REFERENCE
+    """The column of the right answer, a text, a number or a list of which one is enough; by default the turn or
+    completion of the data that takes the prompt up."""
+
+    def answers(self, record: Mapping[str, Any]) -> list[str]:
+        """The right answers. ValueError if the record has none."""
+        found = record.get(self.answer)
+        if found is None:
+            raise ValueError(f"the record has no '{self.answer}' to compare with; name its column as 'answer'")
+        return [str(one) for one in (found if isinstance(found, list | tuple) else [found])]
+
+
+class NamedReward(Named):
+    """A reward function by its registered name, or a Python function as ``package.module:name``."""
+
+    def __init__(self) -> None:
+        super().__init__("rewards")
+
+    def name_in(self, keys: Mapping[str, Any]) -> str | None:
+        name = super().name_in(keys)
+        return "python" if name is not None and ":" in name else name
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        described = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [*described["anyOf"], {"type": "string", "pattern": ":"}]}
+
+
+class Reward(Config):
+    """A part of the reward: a function, or a model with a head that scores."""
+
+    exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("function", "model"),)
+
+    function: Annotated[RewardFunction, NamedReward()] | None = None
+    """A registered function, or ``package.module:name`` of one's own: ``name(prompt, completion, record)``."""
+    model: ModelPlace | None = None
+    """A reward model: it scores the whole conversation."""
+    weight: float = 1.0
+    """The rewards are multiplied by their weights and added."""
+    label: Annotated[str, Field(min_length=1)] | None = None
+    """What the part is called in records and metrics; by default after the function, the stage or the path."""
+
+    @property
+    def name(self) -> str:
+        """What the part is called."""
+        if self.label is not None:
+            return self.label
+        if self.model is not None:
+            return (self.model.from_ or self.model.path or "").rstrip("/").rpartition("/")[2]
+        assert self.function is not None
+        said = getattr(self.function, "name", "") or self.function.component_name
+        return said.rpartition(":")[2]
+
+
+def part_names(rewards: Sequence[Reward]) -> list[str]:
+    """The names of the parts, each told once: a second one of a name is numbered."""
+    names: list[str] = []
+    for reward in rewards:
+        name, number = reward.name, 2
+        while name in names:
+            name, number = f"{reward.name}_{number}", number + 1
+        names.append(name)
+    return names

@@ -1,0 +1,1 @@
+"""Reward functions, one in a file."""
