@@ -40,7 +40,8 @@ from postlude.manifest.schema import DatasetConfig
 BATCH_ROWS = 2048
 """Rows that the filters see at a time."""
 _SHOWN, _SNIPPET_CHARACTERS = 5, 80
-_BAD = "bad record"
+BAD_RECORD = "bad record"
+"""Why a record is left out that cannot be read, where such are skipped."""
 
 Rows = Sequence[int] | np.ndarray
 
@@ -144,7 +145,7 @@ class Dataset:
         with self._lock:
             if (group, row) not in self._known_bad:
                 self._known_bad.add((group, row))
-                self._drop(_BAD, lambda: (self._records.where(group, row), str(error)))
+                self._drop(BAD_RECORD, lambda: (self._records.where(group, row), str(error)))
 
     def _drop(self, reason: str, example: Callable[[], tuple[str, str]]) -> None:
         dropped = self.dropped.setdefault(reason, Dropped())

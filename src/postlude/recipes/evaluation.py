@@ -153,7 +153,8 @@ class Evaluation(Work):
         """The examples of a portion as documents."""
         dataset = self.datasets[part.kind, part.dataset]
         rows = self.bench.rows(dataset)[part.number * ROWS : (part.number + 1) * ROWS]
-        examples = [one for group, position in rows for one in dataset.examples(group, [position])[0]]
+        read = self.bench.records({part.dataset: dataset}, [(part.dataset, *row) for row in rows])
+        examples = [one for _, _, examples in read for one in examples]
         _, encoder = self._language_model(part.model, part.dataset)
         encoded = encoder.encode(examples, part.dataset)
         for (example_id, _), one in zip(examples, encoded, strict=True):
@@ -308,8 +309,8 @@ class Evaluation(Work):
         asking = self.asking(next(iter(self.config.named_models)))
         for source in self._prompts.values():
             for prompt in source:
-                document = None if isinstance(prompt, Left) else asking.document(prompt)
-                if document is not None:
+                document = asking.document(prompt)
+                if not isinstance(document, Left):
                     yield document
 
     def counts(self) -> Mapping[str, Any]:

@@ -9,11 +9,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from postlude import storage
+from postlude.data.dataset import BAD_RECORD
 from postlude.data.example import Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
 from postlude.data.records import record_json
 from postlude.data.sources.stage import RECORDS
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.recipes.filter import Filter
+from postlude.recipes.prompting import dropped_by_filters
 from postlude.recipes.work import Entry, Work
 from postlude.rollout.prompts import NoPrompt, Prompt, prompt_of
 from postlude.rollout.reward import REFERENCE
@@ -48,12 +50,13 @@ class Filtering(Work):
 
     def do(self, portion: int) -> list[Entry]:
         rows = self._index[portion * self.config.batch : (portion + 1) * self.config.batch]
-        read = [(name, *self.datasets[name].read(group, [position])[0]) for name, group, position in rows]
+        read = list(self.bench.records(self.datasets, rows))
+        bad: list[Entry] = [{"left": BAD_RECORD} for _, _, examples in read if not examples]
         if not self.config.reward:
-            return [{"record": _plain(record)} for _, record, examples in read if examples]
+            return [*bad, *({"record": _plain(record)} for _, record, examples in read if examples)]
         judged = [[_judged(example, one, name, record) for one, example in examples] for name, record, examples in read]
         scores = iter(self.scorer.score([pair for row in judged for pair in row]))
-        entries: list[Entry] = []
+        entries = bad
         for (_, record, _), row in zip(read, judged, strict=True):
             own = [next(scores) for _ in row]
             if not own:
@@ -66,11 +69,11 @@ class Filtering(Work):
     def measure(self, entries: Sequence[Entry]) -> Mapping[str, float]:
         rewards = [entry["reward"] for entry in entries if "reward" in entry]
         mean = {"reward": sum(rewards) / len(rewards)} if rewards else {}
-        return {"tokens": 0, "records": len(entries), **mean}
+        return {"tokens": 0, "records": sum("record" in entry for entry in entries), **mean}
 
     def finish(self, portions: Iterable[Sequence[Entry]], folder: str) -> Mapping[str, Any]:
         keep = self.config.keep
-        read = kept = 0
+        read = kept = bad = 0
         total = 0.0
         chosen: set[int] | None = None
         if keep is not None and keep.share is not None:
@@ -78,6 +81,9 @@ class Filtering(Work):
             chosen = self._chosen(portions, keep.share)
         with storage.open_file(storage.join(folder, RECORDS), "wb") as file:
             for entry in chain.from_iterable(portions):
+                if "left" in entry:
+                    bad += 1
+                    continue
                 place, read = read, read + 1
                 total += entry.get("reward", 0.0)
                 if chosen is not None:
@@ -87,11 +93,12 @@ class Filtering(Work):
                 if is_kept:
                     kept += 1
                     file.write(record_json(entry["record"]).encode() + b"\n")
-        filtered = {
-            name: {reason: dropped.count for reason, dropped in dataset.dropped.items()}
-            for name, dataset in self.datasets.items()
+        report = {
+            "read": read,
+            "records": kept,
+            "bad_records": bad,
+            "dropped_by_filters": dropped_by_filters(self.datasets),
         }
-        report = {"read": read, "records": kept, "dropped_by_filters": filtered}
         if not kept:
             mean = f" (their mean reward is {total / read:.4f})" if read and self.config.reward else ""
             raise DataError(
@@ -102,7 +109,7 @@ class Filtering(Work):
 
     def _chosen(self, portions: Iterable[Sequence[Entry]], share: float) -> set[int]:
         """The places of the records with the highest rewards; of equal ones the first."""
-        rewards = [entry["reward"] for entries in portions for entry in entries]
+        rewards = [entry["reward"] for entries in portions for entry in entries if "left" not in entry]
         best = sorted(range(len(rewards)), key=lambda place: (-rewards[place], place))
         return set(best[: max(1, round(share * len(rewards)))])
 

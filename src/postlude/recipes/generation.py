@@ -13,7 +13,16 @@ from postlude.data.records import record_json
 from postlude.data.sources.stage import RECORDS
 from postlude.manifest.errors import DataError
 from postlude.recipes.generate import Generate, KeepSome
-from postlude.recipes.prompting import ASKING, Asking, Left, PromptSource, count_left, nothing_asked, said
+from postlude.recipes.prompting import (
+    ASKING,
+    Asking,
+    Left,
+    PromptSource,
+    count_left,
+    dropped_by_filters,
+    nothing_asked,
+    said,
+)
 from postlude.recipes.work import Entry, Work
 from postlude.rollout.engine import Completion
 from postlude.rollout.prompts import Prompt
@@ -39,6 +48,7 @@ class Generation(Work):
         self.config, self.bench = config, bench
         datasets = {name: bench.dataset_of(name, ASKING) for name in config.data}
         self.reads = {name: dataset.fingerprint for name, dataset in datasets.items()}
+        self._filtered = dropped_by_filters(datasets)
         self.source = PromptSource(bench, datasets, config.batch // config.samples)
         self.portions = self.source.portions
         self.asking = Asking(
@@ -178,7 +188,7 @@ class Generation(Work):
         report["stopped"] = counts["stopped"] / counts["completions"]
         if len(self.asking.scorer):
             report["reward"] = rewards / counts["completions"]
-        return {**report, "nothing_of": left}
+        return {**report, "nothing_of": left, "dropped_by_filters": self._filtered}
 
     def parents(self) -> Mapping[str, Any]:
         judges = [reward.model for reward in self.config.reward if reward.model is not None]
@@ -204,8 +214,8 @@ class Generation(Work):
 
     def prompts(self) -> Iterator[Document]:
         for prompt in self.source:
-            document = None if isinstance(prompt, Left) else self.asking.document(prompt)
-            if document is not None:
+            document = self.asking.document(prompt)
+            if not isinstance(document, Left):
                 yield document
 
     def counts(self) -> Mapping[str, Any]:
@@ -217,11 +227,9 @@ def counted(source: PromptSource, asking: Asking) -> dict[str, Any]:
     left: dict[str, Any] = {}
     lengths: list[int] = []
     for prompt in source:
-        document = None if isinstance(prompt, Left) else asking.document(prompt)
-        if isinstance(prompt, Left):
-            count_left(left, prompt.reason, prompt.example_id)
-        elif document is None:
-            count_left(left, "the prompt is empty", prompt.example_id)
+        document = asking.document(prompt)
+        if isinstance(document, Left):
+            count_left(left, document.reason, document.example_id)
         else:
             lengths.append(len(document))
     if not lengths:

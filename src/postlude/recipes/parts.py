@@ -108,8 +108,12 @@ class Parts:
     # --- models ---------------------------------------------------------------------------------------------
 
     def place_of(self, start: ModelPlace) -> str | None:
-        """The directory or hub name behind ``path`` or ``from``; None for ``new``."""
+        """The directory or hub name behind ``path`` or ``from``; None for ``new``.
+
+        ManifestError if ``from`` names a stage that makes no model.
+        """
         if start.from_ is not None:
+            self._before(start.from_)
             return self.artifacts.stage(start.from_).artifact
         if start.path is None:
             return None
@@ -125,20 +129,24 @@ class Parts:
         ManifestError if a stage on the way makes no model.
         """
         while not self.is_there(start):
-            stage = self.manifest.stages[start.from_ or ""]
-            before = stage.base_model()
-            if before is None:
-                raise ManifestError(
-                    f"stages.{self.task.stage}: the stage '{start.from_}' makes no model to start from: its recipe is "
-                    f"'{stage.recipe}'. Name a stage that trains or merges models."
-                )
-            start = before
+            start = self._before(start.from_ or "")
         return start
+
+    def _before(self, name: str) -> ModelPlace:
+        """What the model of a stage is made from. ManifestError if the stage makes none."""
+        stage = self.manifest.stages[name]
+        before = stage.base_model()
+        if before is None:
+            raise ManifestError(
+                f"stages.{self.task.stage}: the stage '{name}' makes no model to start from: its recipe is "
+                f"'{stage.recipe}'. Name a stage that trains or merges models."
+            )
+        return before
 
     def tokenizer_of(self, start: ModelPlace) -> PreTrainedTokenizerBase:
         """The tokenizer of a model; of one that a stage still has to make, the one that it will have."""
         if not self.is_there(start):
-            self.root(start)  # tells what is wrong with a stage that makes no model
+            self.root(start)  # tells what is wrong on the way
             return self._beside(start.from_ or "").made_tokenizer
         path = self.place_of(start)
         if path is None:
@@ -151,10 +159,7 @@ class Parts:
     @property
     def made_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the stage's artifact will have."""
-        before = self.stage_config.base_model()
-        if before is None:
-            raise ManifestError(f"The stage '{self.task.stage}' makes no model, so it has no tokenizer.")
-        return self.tokenizer_of(before)
+        return self.tokenizer_of(self._before(self.task.stage))
 
     def _beside(self, stage: str) -> Parts:
         """The parts of another stage."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from postlude.data.dataset import Dataset
+from postlude.data.dataset import BAD_RECORD, Dataset
 from postlude.data.document import WEIGHT, Document
 from postlude.data.example import Conversation, Judged, Ranked, Text
 from postlude.manifest.errors import DataError
@@ -39,7 +39,7 @@ class PromptSource:
     """The prompts of data sets, whose rows are cut into portions of ``rows``."""
 
     def __init__(self, bench: Workbench, datasets: Mapping[str, Dataset], rows: int) -> None:
-        self.datasets, self._rows = datasets, max(rows, 1)
+        self._bench, self._datasets, self._rows = bench, datasets, max(rows, 1)
         self._index = [(name, *row) for name, dataset in datasets.items() for row in bench.rows(dataset)]
 
     @property
@@ -49,13 +49,13 @@ class PromptSource:
     def portion(self, number: int) -> list[Prompt | Left]:
         """The prompts of a portion, in order; for an example that has none, why."""
         rows = self._index[number * self._rows : (number + 1) * self._rows]
-        return [
-            found
-            for name, group, position in rows
-            for record, examples in self.datasets[name].read(group, [position])
-            for example_id, example in examples
-            for found in [_prompt(example, example_id, name, record)]
-        ]
+        found: list[Prompt | Left] = []
+        read = self._bench.records(self._datasets, rows)
+        for (name, group, position), (_, record, examples) in zip(rows, read, strict=True):
+            found += [_prompt(example, example_id, name, record) for example_id, example in examples]
+            if not examples:
+                found.append(Left(f"{name}, group {group}, row {position}", name, BAD_RECORD))
+        return found
 
     def __iter__(self) -> Iterator[Prompt | Left]:
         for portion in range(self.portions):
@@ -101,12 +101,28 @@ class Asking:
             self._encoders[dataset] = self._bench.prompt_encoder(self._model, dataset)
         return self._encoders[dataset]
 
-    def document(self, prompt: Prompt) -> Document | None:
-        """The prompt as a document in which nothing is trained; None if it has no tokens."""
-        tokens = np.array(self.encoder(prompt.source).tokens(prompt), dtype=np.int64)
-        if not len(tokens):
-            return None
+    def document(self, prompt: Prompt | Left) -> Document | Left:
+        """The prompt as a document in which nothing is trained, or why it cannot be put to the model."""
+        if isinstance(prompt, Left):
+            return prompt
+        ids = self._tokens(prompt)
+        if isinstance(ids, Left):
+            return ids
+        tokens = np.array(ids, dtype=np.int64)
         return Document(prompt.example_id, prompt.source, tokens, {WEIGHT.name: np.zeros(len(tokens), np.float32)})
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...] | Left:
+        """The prompt's token ids, or why there are none. DataError where its template refuses it."""
+        try:
+            tokens = self.encoder(prompt.source).tokens(prompt)
+        except DataError as error:
+            if self._bench.manifest.data[prompt.source].on_bad_record == "skip":
+                return Left(prompt.example_id, prompt.source, "cannot be rendered")
+            raise DataError(
+                f"The prompt '{prompt.example_id}' cannot be put to the model: {error} To leave such records out and "
+                f"count them, set data.{prompt.source}.on_bad_record to skip."
+            ) from error
+        return tokens or Left(prompt.example_id, prompt.source, "the prompt is empty")
 
     def answer(
         self, prompts: Iterable[Prompt | Left]
@@ -118,12 +134,14 @@ class Asking:
             if isinstance(prompt, Left):
                 left.append(prompt)
                 continue
-            tokens = self.encoder(prompt.source).tokens(prompt)
-            reason = self._why_not(tokens)
-            if reason is None:
-                usable.append((prompt, tokens))
+            tokens = self._tokens(prompt)
+            context = self._engine.context
+            if isinstance(tokens, Left):
+                left.append(tokens)
+            elif context is not None and len(tokens) >= context:
+                left.append(Left(prompt.example_id, prompt.source, f"longer than the model's {context} positions"))
             else:
-                left.append(Left(prompt.example_id, prompt.source, reason))
+                usable.append((prompt, tokens))
         completions = self._complete(usable)
         texts = [
             (prompt, self.encoder(prompt.source).text(completion.tokens))
@@ -136,12 +154,6 @@ class Asking:
             (prompt, [(completion, next(said)[1], next(scores)) for completion in row])
             for (prompt, _), row in zip(usable, completions, strict=True)
         ], left
-
-    def _why_not(self, tokens: Sequence[int]) -> str | None:
-        if not tokens:
-            return "the prompt is empty"
-        context = self._engine.context
-        return None if context is None or len(tokens) < context else f"longer than the model's {context} positions"
 
     def _complete(self, usable: Sequence[tuple[Prompt, tuple[int, ...]]]) -> list[list[Completion]]:
         by_source: dict[str, list[int]] = {}
@@ -183,6 +195,15 @@ def nothing_asked(stage: str, left: Mapping[str, Any]) -> DataError:
         f"The data of the stage '{stage}' hold no prompt: {reasons or 'there is no example'}. A prompt is a "
         "conversation up to the assistant's last turn, or the prompt of a completion."
     )
+
+
+def dropped_by_filters(datasets: Mapping[str, Dataset]) -> dict[str, dict[str, int]]:
+    """How many records the filters of each data set left out, by reason."""
+    return {
+        name: {reason: dropped.count for reason, dropped in dataset.dropped.items() if reason != BAD_RECORD}
+        for name, dataset in datasets.items()
+        if dataset.dropped
+    }
 
 
 def count_left(counts: dict[str, Any], reason: str, example_id: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from postlude import storage
 from postlude.data.dataset import Dataset
+from postlude.data.example import Example, Record
 from postlude.manifest.errors import ManifestError, UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model import vocabulary
+from postlude.model.language_model import SCALAR_FILE
 from postlude.model.load import configuration, count_parameters, load_causal, load_model
 from postlude.recipes.little import LARGEST_PARAMETERS, little_model
 from postlude.recipes.parts import Parts, StageTask
@@ -61,6 +65,15 @@ class Workbench(Parts):
         places = ((group, position) for group, count in enumerate(dataset.groups) for position in range(count))
         return list(islice(places, REHEARSED_RECORDS) if self.rehearses else places)
 
+    def records(
+        self, datasets: Mapping[str, Dataset], rows: Iterable[tuple[str, int, int]]
+    ) -> Iterator[tuple[str, Record, list[tuple[str, Example]]]]:
+        """The record and the examples of each row, which comes as data set, group and position; both are empty for a
+        bad record that is skipped."""
+        for (name, group), some in groupby(rows, key=lambda row: row[:2]):
+            for record, examples in datasets[name].read(group, [position for *_, position in some]):
+                yield name, record, examples
+
     @cached_property
     def seed(self) -> int:
         return self.manifest.seed
@@ -99,7 +112,9 @@ class Workbench(Parts):
         start = reward.model
         assert start is not None
         model, tokenizer = self.language_model(start)
-        if self.rehearses:
+        place = self.place_of(start) or ""
+        is_told = not self.is_there(start) or not storage.exists(place)  # a stage's, or a name on the hub
+        if self.rehearses and (is_told or storage.exists(storage.join(place, SCALAR_FILE))):
             model.add_scalar_head()
         return Judge(model, tokenizer, start.from_ or start.path or "", JUDGED_TOKENS)
 

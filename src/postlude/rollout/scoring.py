@@ -84,7 +84,8 @@ def _called(function: RewardFunction, name: str, prompt: Prompt, completion: str
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise DataError(
             f"The reward '{name}' failed at the record '{prompt.example_id}': {what} "
-            f"({frame.filename}:{frame.lineno}). Mend the function or the record, or leave such records out with a filter."
+            f"({frame.filename}:{frame.lineno}). Mend the function or the record, or leave such records "
+            "out with a filter."
         ) from error
     try:
         number = math.nan if isinstance(value, str | bytes) or value is None else float(value)

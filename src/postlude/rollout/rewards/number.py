@@ -27,8 +27,8 @@ class Number(ReferenceReward):
     commas; fractions (``3/4``, ``\\frac{3}{4}``) and exponents are numbers.
     """
 
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
-    """How far apart the two may be, relative to the answer; absolute where that is below 1."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """How far apart the two may be, relative to the answer, beside the millionth that decimals may always be."""
     must_mark: bool = False
     """Only a number after ``####`` or in ``\\boxed{}`` counts in the completion."""
 
@@ -42,7 +42,7 @@ class Number(ReferenceReward):
         return said is not None and any(self._same(said, number) for number in right if number is not None)
 
     def _same(self, said: float, right: float) -> bool:
-        return abs(said - right) <= self.tolerance * max(1.0, abs(right))
+        return abs(said - right) <= max(1e-6, self.tolerance * abs(right))
 
 
 def number_in(text: str, marked: bool = False) -> float | None:
