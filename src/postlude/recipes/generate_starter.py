@@ -63,7 +63,7 @@ stages:
     recipe: sft
     model: {{from: sft}}
     data: {{kept: 1.0}}
-    steps: 50
+    steps: 150
 
   report:
     recipe: evaluate
