@@ -34,7 +34,7 @@ def test_the_loss_is_that_of_transformers(evaluating):
     evaluating.stages["report"]["held_out"] = {"data": {"asked": 1.0}}
     assert evaluating.run() == 0
     models = evaluating.report("report")["models"]
-    records = [json.loads(line) for line in Path(evaluating.data["asked"]["source"]["path"]).open()]
+    records = [json.loads(line) for line in Path(evaluating.data["asked"]["source"]["path"]).read_text().splitlines()]
     for name in ("one", "two"):
         total, tokens = 0.0, 0
         tokenizer = AutoTokenizer.from_pretrained(evaluating.models[name])

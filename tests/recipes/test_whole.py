@@ -36,7 +36,7 @@ def test_rejection_sampling_makes_a_model_better(started):
     assert validate(str(path), []).error is None
     assert run(str(path), []) == 0
     artifact = directory.stage("answers").artifact
-    records = [json.loads(line) for line in Path(artifact, "data.jsonl").open()]
+    records = [json.loads(line) for line in Path(artifact, "data.jsonl").read_text().splitlines()]
     report = json.loads(Path(artifact, "report.json").read_text())
     assert 0.02 < report["reward"] < 0.98
     assert len(records) == round(report["reward"] * report["completions"])
@@ -63,7 +63,8 @@ def test_the_starter_of_a_filter_keeps_what_is_right(started):
     path, directory = started("filter")
     assert validate(str(path), []).error is None
     assert run(str(path), []) == 0
-    records = [json.loads(line) for line in Path(directory.stage("right").artifact, "data.jsonl").open()]
+    artifact = directory.stage("right").artifact
+    records = [json.loads(line) for line in Path(artifact, "data.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == [n for n in range(60) if n % 3]
 
 
