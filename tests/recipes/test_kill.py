@@ -131,3 +131,23 @@ def test_a_line_of_metrics_that_a_kill_cut_off_is_written_again(project, monkeyp
     assert project.run() == 0
     assert [line["step"] for line in metrics(project)] == [1, 2, 3, 4, 5]
     assert sum(json.loads(str(line["completions"])) for line in metrics(project)) == 20
+
+
+def test_what_is_committed_is_not_done_again(project, monkeypatch):
+    from postlude.recipes.generation import Generation
+
+    project.stages["answers"] = project.generate(concurrency=4)
+    do, asked = Generation.do, []
+
+    def counted(self, portion):
+        asked.append(portion)
+        if asked == [0, 1, 2, 3]:
+            raise RuntimeError("stopped here")
+        return do(self, portion)
+
+    monkeypatch.setattr(Generation, "do", counted)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        project.run()
+    assert project.run() == 0
+    assert asked == [0, 1, 2, 3, 3, 4]
+    assert len(project.records("answers")) == 20
