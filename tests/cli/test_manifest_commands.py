@@ -42,7 +42,8 @@ def test_every_recipe_has_a_starter_that_is_right(recipe):
     assert restore(resolved.tree) == resolved.manifest
     jsonschema.Draft202012Validator(schema()).validate(YAML(typ="safe", pure=True).load(begun.text))
     assert begun.text.count("#") >= 10
-    paths = {dataset["source"]["path"] for dataset in resolved.tree["data"].values()}
+    sources = [dataset["source"] for dataset in resolved.tree["data"].values()]
+    paths = {source["path"] for source in sources if "from" not in source}
     assert paths == set(begun.files)
     assert all(path.startswith("folder/my run") for path in paths)
 

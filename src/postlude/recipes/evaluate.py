@@ -64,15 +64,15 @@ class Evaluate(WorkRecipe):
     """The mean reward of what is generated, and pass@k."""
     choice: ByChoice | None = None
     """Multiple choice by likelihood."""
-    loss: ByLoss | None = None
+    held_out: ByLoss | None = None
     """The loss per token."""
     block: Positive = 8192
-    """The longest example of ``choice`` and ``loss``, in tokens, and how many go through a model at a time."""
+    """The longest example of ``choice`` and ``held_out``, in tokens, and how many go through a model at a time."""
 
     @model_validator(mode="after")
     def _something_is_evaluated(self) -> Self:
-        if self.generation is None and self.choice is None and self.loss is None:
-            raise ValueError("nothing is evaluated: give one or several of 'generation', 'choice' and 'loss'")
+        if self.generation is None and self.choice is None and self.held_out is None:
+            raise ValueError("nothing is evaluated: give one or several of 'generation', 'choice' and 'held_out'")
         return self
 
     @property

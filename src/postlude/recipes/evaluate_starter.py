@@ -69,7 +69,7 @@ stages:
       max_tokens: 8
       reward: [{{function: number}}]      # rewards as in the recipe generate
     choice: {{data: {{choices: 1.0}}}}    # multiple choice by likelihood
-    loss: {{data: {{unseen: 1.0}}}}       # held-out loss per token
+    held_out: {{data: {{unseen: 1.0}}}}   # the loss per token
 """
 
 

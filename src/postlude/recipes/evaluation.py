@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from postlude.recipes.workbench import Workbench
 
 ROWS = 64
-"""Records of a portion of ``choice`` and ``loss``."""
+"""Records of a portion of ``choice`` and ``held_out``."""
 DETAILS = "details.jsonl"
 """The file in the artifact with a line for each example and model."""
 
@@ -54,7 +54,7 @@ class Evaluation(Work):
         for kind, asked, accepts in (
             ("generation", config.generation, ASKING),
             ("choice", config.choice, (Ranked,)),
-            ("loss", config.loss, (Conversation, Text, Tokens)),
+            ("held_out", config.held_out, (Conversation, Text, Tokens)),
         ):
             for name in asked.data if asked is not None else ():
                 limit = asked.limit if asked is not None else None
@@ -75,7 +75,7 @@ class Evaluation(Work):
     def _portions(self, kind: str, name: str, dataset: Dataset) -> int:
         if kind == "generation":
             assert self.config.generation is not None
-            rows = self.config.generation.batch // self.config.generation.samples
+            rows = self.config.generation.concurrency // self.config.generation.samples
             self._prompts[name] = PromptSource(self.bench, {name: dataset}, rows)
             return self._prompts[name].portions
         return -(-len(self.bench.rows(dataset)) // ROWS)
@@ -106,7 +106,7 @@ class Evaluation(Work):
                 temperature=generation.temperature,
                 top_p=generation.top_p,
                 seed=self.bench.seed if generation.seed is None else generation.seed,
-                batch=generation.batch,
+                batch=generation.concurrency,
                 rewards=generation.reward,
             )
             self._asking = model, asking

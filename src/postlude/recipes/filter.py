@@ -12,6 +12,7 @@ from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward
 
 if TYPE_CHECKING:
+    from postlude.manifest.starter import Starter
     from postlude.recipes.workbench import Workbench
 
 
@@ -36,8 +37,8 @@ class Filter(WorkRecipe):
     """What says how good the last turn of a conversation, or a completion, is; written into the records."""
     keep: KeepRecords | None = None
     """``{above: THRESHOLD}`` or ``{share: SHARE}``; without it every record that the filters let through."""
-    batch: Positive = 256
-    """Records of a portion."""
+    portion: Positive = 256
+    """Records that are judged, and committed, at a time."""
 
     @model_validator(mode="after")
     def _keep_can_be_told(self) -> Self:
@@ -49,3 +50,9 @@ class Filter(WorkRecipe):
         from postlude.recipes.filtering import Filtering
 
         return Filtering(self, bench)
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter:
+        from postlude.recipes.filter_starter import starter
+
+        return starter(stem)

@@ -46,10 +46,10 @@ class Filtering(Work):
         self.reads = {name: dataset.fingerprint for name, dataset in self.datasets.items()}
         self.scorer = Scorer(config.reward, bench.judge)
         self._index = [(name, *row) for name, dataset in self.datasets.items() for row in bench.rows(dataset)]
-        self.portions = -(-len(self._index) // config.batch)
+        self.portions = -(-len(self._index) // config.portion)
 
     def do(self, portion: int) -> list[Entry]:
-        rows = self._index[portion * self.config.batch : (portion + 1) * self.config.batch]
+        rows = self._index[portion * self.config.portion : (portion + 1) * self.config.portion]
         read = list(self.bench.records(self.datasets, rows))
         bad: list[Entry] = [{"left": BAD_RECORD} for _, _, examples in read if not examples]
         if not self.config.reward:

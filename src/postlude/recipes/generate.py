@@ -35,7 +35,7 @@ class Sampled(Config):
     """Only the likeliest tokens that together have this probability are drawn from."""
     seed: int | None = None
     """What the randomness follows from; by default the manifest's. The same prompt is answered in the same way."""
-    batch: Positive = 64
+    concurrency: Positive = 64
     """Completions that a worker makes at a time."""
 
     def rehearsal(self) -> dict[str, Any]:

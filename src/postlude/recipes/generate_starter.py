@@ -9,8 +9,8 @@ from postlude.manifest.starter import Starter, run_name
 from postlude.recipes.sft_starter import conversations
 
 _MANIFEST = """\
-# Rejection sampling: a model answers, what is right is kept, and the model learns from it. It runs as it is, in half
-# a minute on a CPU:
+# Rejection sampling: a model answers, what is right is kept, and the model learns from it. It runs as it is, in a
+# minute on a CPU:
 #
 #     postlude validate {file}
 #     postlude run {file}
@@ -63,7 +63,7 @@ stages:
     recipe: sft
     model: {{from: sft}}
     data: {{kept: 1.0}}
-    steps: 50
+    steps: 100
 
   report:
     recipe: evaluate

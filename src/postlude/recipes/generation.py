@@ -49,7 +49,7 @@ class Generation(Work):
         datasets = {name: bench.dataset_of(name, ASKING) for name in config.data}
         self.reads = {name: dataset.fingerprint for name, dataset in datasets.items()}
         self._filtered = dropped_by_filters(datasets)
-        self.source = PromptSource(bench, datasets, config.batch // config.samples)
+        self.source = PromptSource(bench, datasets, config.concurrency // config.samples)
         self.portions = self.source.portions
         self.asking = Asking(
             bench,
@@ -59,7 +59,7 @@ class Generation(Work):
             temperature=config.temperature,
             top_p=config.top_p,
             seed=bench.seed if config.seed is None else config.seed,
-            batch=config.batch,
+            batch=config.concurrency,
             rewards=config.reward,
         )
 

@@ -11,6 +11,7 @@ from postlude.manifest.schema import ModelPlace, Name
 from postlude.recipes.work import Work, WorkRecipe
 
 if TYPE_CHECKING:
+    from postlude.manifest.starter import Starter
     from postlude.recipes.workbench import Workbench
 
 
@@ -60,3 +61,9 @@ class Merge(WorkRecipe):
         from postlude.recipes.merging import Merging
 
         return Merging(self, bench)
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter:
+        from postlude.recipes.merge_starter import starter
+
+        return starter(stem)

@@ -18,6 +18,7 @@ from postlude.data.example import Format, Record
 from postlude.data.formats.alpaca import Alpaca
 from postlude.data.formats.history import History, keys_of_template
 from postlude.data.formats.messages import Messages
+from postlude.data.formats.multiple_choice import MultipleChoice
 from postlude.data.formats.prompt_completion import PromptCompletion
 from postlude.data.formats.sharegpt import ShareGPT
 from postlude.data.formats.text import PlainText
@@ -89,6 +90,15 @@ def _(format: PromptCompletion, messages: Turns, tools: Tools) -> Record | None:
         return None
     record = {format.prompt: list(messages[:-1]), format.completion: [messages[-1]]}
     return record | ({format.tools_field: tools} if tools else {})
+
+
+@write.register
+def _(format: MultipleChoice, messages: Turns, tools: Tools) -> Record | None:
+    """The answer is the first of three choices."""
+    if tools or [message["role"] for message in messages] != ["user", "assistant"]:
+        return None
+    choices = [messages[1]["content"], "I would rather not say.", "It depends."]
+    return {format.question: messages[0]["content"], format.choices: choices, format.answer: 0}
 
 
 @write.register
