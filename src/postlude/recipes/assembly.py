@@ -21,7 +21,7 @@ from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
 from postlude.data.sources.stage import FromStage
-from postlude.data.tokenizer import load_tokenizer, train_tokenizer
+from postlude.data.tokenizer import check_same_ids, has_tokenizer, load_tokenizer, train_tokenizer
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.load import restore
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelFrom, ModelPlace
@@ -71,6 +71,8 @@ class Assembly:
         self.config = config
         self.run = Run(task.run)
         self.stage = self.run.stage(task.stage)
+        self.replaced: dict[str, ModelPlace] = {}
+        """Models that stand in for companions in a rehearsal, by name."""
 
     @property
     def gpus_per_worker(self) -> int:
@@ -233,6 +235,13 @@ class Assembly:
             return None
         return artifact_of(start.path) or start.path
 
+    def check_same_tokens(self, name: str, start: ModelPlace) -> None:
+        """ManifestError if a model that gets the stage's tokens takes its ids for other tokens."""
+        place = self.place_of(start)
+        if place is None or (storage.is_local(place) and not has_tokenizer(place) and storage.exists(place)):
+            return  # nothing says what its ids mean
+        check_same_ids(self.tokenizer, load_tokenizer(place), f"stages.{self.task.stage}.{name} ({place})")
+
     def model(self, start: ModelPlace) -> LanguageModel:
         """A model on this rank's device, recomputing and compiled as the stage says."""
         model = load_model(start, self.place_of(start), self.tokenizer, seed=self.manifest.seed)
@@ -243,10 +252,12 @@ class Assembly:
             model.compile_layers()
         return model
 
-    def with_model(self, start: ModelFrom) -> Assembly:
-        """The same stage with another model to start from. Records and tokenizer are shared, what is counted is not."""
+    def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> Assembly:
+        """The same stage with another model to start from, and others beside it, by name. Records and tokenizer are
+        shared, what is counted is not."""
         other = copy(self)
         other.config = self.config.model_copy(update={"model": start})
+        other.replaced = dict(companions)
         for built in ("program", "precision", "sources", "loader"):
             other.__dict__.pop(built, None)
         return other
@@ -257,12 +268,15 @@ class Assembly:
         objective = self.config.objective()
         roles = {"policy": Role(self.model(self.config.model), self.config.optimizer)}  # type: ignore[arg-type]
         for name, companion in self.config.companions().items():
-            roles[name] = Role(self.model(companion.start), companion.optimizer)
+            start = self.replaced.get(name, companion.start)
+            self.check_same_tokens(name, start)
+            roles[name] = Role(self.model(start), companion.optimizer)
         for name, heads in objective.heads.items():
             if "scalar" in heads:
                 roles[name].model.add_scalar_head()
         for role in roles.values():
-            role.model.requires_grad_(role.optimizer is not None).train()
+            trained = role.optimizer is not None
+            role.model.requires_grad_(trained).train(trained)
         return Program(objective, roles)
 
     @cached_property

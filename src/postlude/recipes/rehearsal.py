@@ -16,7 +16,7 @@ from rich.table import Table
 
 from postlude.data.loader import StepBlocks
 from postlude.manifest.errors import UserError
-from postlude.manifest.schema import ModelFrom, NewModel
+from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model.load import configuration, count_parameters
 from postlude.recipes.assembly import Assembly
 from postlude.training.meters import Meters
@@ -81,14 +81,15 @@ class Rehearsal:
 
 def rehearse(assembly: Assembly) -> Rehearsal:
     """Plan a stage's memory and make one small step of it. UserError if the step's loss or gradient is not finite."""
+    companions = assembly.config.companions()
     start = _root(assembly, assembly.config.model)
     config = configuration(start, assembly.place_of(start), assembly.tokenizer)
     plan = _plan(assembly, config, count_parameters(config))
-    small = {**config.to_diff_dict(), **_shortened(config)}
-    architecture = small.pop("model_type")
-    new = ModelFrom(new=NewModel(architecture=architecture, config=small))
-    little = assembly.with_model(new)
-    fits = count_parameters(configuration(new, None, assembly.tokenizer)) <= LARGEST_PARAMETERS
+    new = _little(config)
+    beside = {name: _companion(assembly, name, companion.start) for name, companion in companions.items()}
+    little = assembly.with_models(new, beside)
+    sizes = [count_parameters(configuration(one, None, assembly.tokenizer)) for one in (new, *beside.values())]
+    fits = sum(sizes) <= LARGEST_PARAMETERS
     precision = Precision.choose(assembly.config.precision, assembly.workers.device, None)
     chance = math.log(config.get_text_config().vocab_size)
     if not fits:
@@ -138,7 +139,21 @@ def _one_step(assembly: Assembly) -> dict[str, Any]:
     return listener.line
 
 
-def _root(assembly: Assembly, start: ModelFrom) -> ModelFrom:
+def _little(config: Any) -> ModelFrom:
+    """A new model of this configuration with few layers."""
+    small = {**config.to_diff_dict(), **_shortened(config)}
+    return ModelFrom(new=NewModel(architecture=small.pop("model_type"), config=small))
+
+
+def _companion(assembly: Assembly, name: str, start: ModelPlace) -> ModelFrom:
+    """What stands in for a model beside the one that is trained. ManifestError if its tokens are others."""
+    root = _root(assembly, start)
+    if assembly.place_of(root) is not None:
+        assembly.check_same_tokens(name, root)
+    return _little(configuration(root, assembly.place_of(root), assembly.tokenizer))
+
+
+def _root(assembly: Assembly, start: ModelPlace) -> ModelPlace:
     """Where the weights come from in the end, through stages that may not have run yet."""
     while start.from_ is not None and not assembly.run.stage(start.from_).has_artifact():
         start = assembly.manifest.stages[start.from_].model  # type: ignore[attr-defined]

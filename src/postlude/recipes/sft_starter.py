@@ -65,10 +65,10 @@ def starter(stem: str) -> Starter:
     data = f"{stem}.jsonl"
     file = shlex.quote(f"{stem}.yaml")
     text = _MANIFEST.format(file=file, name=run_name(stem), data=json.dumps(data, ensure_ascii=False))
-    return Starter(text, {data: "".join(json.dumps(record) + "\n" for record in _conversations())})
+    return Starter(text, {data: "".join(json.dumps(record) + "\n" for record in conversations())})
 
 
-def _conversations(count: int = 64) -> list[dict[str, object]]:
+def conversations(count: int = 64) -> list[dict[str, object]]:
     """So many of the hundred sums of two digits, asked and answered."""
     sums = [(a, b) for a in range(10) for b in range(10)]
     return [
