@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher
 from postlude.objectives.head import FusedHead
@@ -195,6 +197,31 @@ def test_the_meaning_of_beta_is_that_of_trl(beta):
     torch.testing.assert_close(
         torch.autograd.grad(loss, p.leaves), torch.autograd.grad(4 * theirs, p.leaves), rtol=1e-4, atol=1e-5
     )
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest storage that an operation makes while this is entered."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in before:
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // made.element_size())
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [None, 5])
+def test_nothing_larger_than_a_chunk_of_rows_is_made(kind, k):
+    p = Problem(rows=200, student=400, teacher=400)
+    limits = Limits(chunk_bytes=(1 if k else 2) * 20 * 400 * 8, chunk_rows=20, tile_bytes=20 * 50 * 8)
+    teacher, measure = p.stored(k, 2.0) if k else p.live(), Measure(kind, 0.5, 2.0, 0.3)
+    with Largest() as seen:
+        p.head(limits).divergence(p.hidden, p.targets, p.weights, teacher, measure)[0].backward()
+    assert seen.elements == 20 * 400
 
 
 def test_extreme_logits_stay_finite_in_single_precision():
