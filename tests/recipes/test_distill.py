@@ -206,3 +206,29 @@ def test_a_teacher_with_another_vocabulary_is_refused_before_work_begins(manifes
     assert "the first difference is the token 'a'" in str(report.error)
     with pytest.raises(ManifestError, match="first difference is the token 'a'"):
         run(str(path), [], inline=True)
+
+
+@pytest.mark.capability("Distil a published model into a smaller one on real data")
+def test_a_student_of_a_published_model_comes_nearer_on_held_out_questions(shared_data, tmp_path):
+    place = str(shared_data / "models" / "stories260K_hf")
+
+    def questions(split: str, limit: int) -> dict[str, Any]:
+        source = {"path": str(shared_data / "gsm8k" / f"{split}.jsonl")}
+        return {"source": source, "format": {"name": "text", "field": "question"}, "limit": limit}
+
+    student = {
+        "recipe": "distill",
+        "model": {"new": {"architecture": "llama", "config": {**SHAPE, "hidden_size": 32}}},
+        "tokenizer": {"path": place},
+        "teacher": {"path": place},
+        "data": {"train": 1.0},
+        "evaluate": {"data": {"held_out": 1.0}},
+        "steps": 12,
+        "batch": {"tokens": 1024, "block": 512, "window": 8},
+        "optimizer": {"lr": 1e-2},
+        "threads": 1,
+    }
+    manifest = {"name": "real", "run_dir": str(tmp_path / "runs"), "stages": {"student": student}}
+    done = start({**manifest, "data": {"train": questions("train", 200), "held_out": questions("test", 8)}}, tmp_path)
+    before, after = (event["loss"] for event in done.events.read() if event["kind"] == "evaluation")
+    assert after < before - 0.3
