@@ -21,7 +21,6 @@ ABSENT = {
     "Worker groups on Ray, several hosts": "compute.provider=ray",
     "Reward models": "stages.sft.recipe=reward",
     "Preference optimisation": "stages.sft.recipe=dpo",
-    "Distillation": "stages.sft.recipe=distill",
     "Online reinforcement learning": "stages.sft.recipe=grpo",
 }
 """What the design names and the project does not do yet, with an override that must be refused."""

@@ -156,7 +156,7 @@ class Encoder:
                 encoded.append(self._documents(own[0], example_id, source))  # type: ignore[arg-type]
         return encoded
 
-    def _rows(self, examples: Sequence[Answer | Tokens]) -> list[_Row | None | DataError | BadRecord]:
+    def _rows(self, examples: Sequence[Answer | Tokens]) -> list[_Row | DataError | BadRecord | None]:
         """Each example tokenised; None where nothing is trained, an exception where something is wrong."""
         rows: dict[int, _Row] = {}
         errors: dict[int, DataError | BadRecord] = {}

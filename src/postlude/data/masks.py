@@ -25,7 +25,8 @@ from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_part
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.turns import MaskError, Span, Turns
 from postlude.manifest.errors import DataError
-from postlude.manifest.schema import TrainOnSpans, Turns as TurnsTrained
+from postlude.manifest.schema import TrainOnSpans
+from postlude.manifest.schema import Turns as TurnsTrained
 
 TrainOn = TurnsTrained | TrainOnSpans
 """Which turns are trained, and which stretches of them."""

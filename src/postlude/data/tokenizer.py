@@ -79,6 +79,26 @@ def load_tokenizer(where: TokenizerFrom | str) -> PreTrainedTokenizerBase:
     raise ValueError("This tokenizer has to be trained, with train_tokenizer.")
 
 
+def has_tokenizer(folder: str) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any(storage.exists(storage.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, whose: str) -> None:
+    """ManifestError if the ids of one tokenizer mean other tokens to the ``other``; tokens that only one has may be."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    tokens = {number: token for token, number in theirs.items()}
+    for token, number in sorted(ours.items(), key=lambda entry: entry[1]):
+        there, instead = theirs.get(token), tokens.get(number)
+        if (there is not None and there != number) or (instead is not None and instead != token):
+            told = f"there {instead!r} has this id" if instead is not None else f"there it has the id {there}"
+            raise ManifestError(
+                f"{whose} has another vocabulary than the model that is trained: the first difference is the token "
+                f"{token!r}, whose id is {number}; {told}. Both get the same token ids, so choose two models of one "
+                "tokenizer."
+            )
+
+
 def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer trained on ``texts``: the same texts in the same order give the same tokenizer.
 

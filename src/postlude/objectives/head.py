@@ -13,14 +13,14 @@ Notable:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher, divergence
+from postlude.objectives.forward_gradients import ForwardGradients, add_at, rounded, scaled, zeros
 from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
 
 
@@ -66,7 +66,7 @@ class FusedHead:
         """
         if weights.requires_grad:
             raise ValueError("Weights that need a gradient cannot take this path: use log_probabilities.")
-        projection = self._projection(hidden, 1.0)
+        projection = self.projection(hidden, 1.0)
         with torch.autocast(hidden.device.type, enabled=False):
             return _WeightedLikelihood.apply(
                 hidden, self.weight, self.bias, targets, weights, self, projection, torch.is_grad_enabled()
@@ -80,16 +80,57 @@ class FusedHead:
         ``hidden`` is [rows, hidden], ``targets`` [rows] int64 below the vocabulary. The logits are divided by
         ``temperature``. Both results can be differentiated once, with any upstream gradient.
         """
-        projection = self._projection(hidden, temperature)
+        projection = self.projection(hidden, temperature)
         with torch.autocast(hidden.device.type, enabled=False):
             return _LogProbabilities.apply(hidden, self.weight, self.bias, targets, self, projection, entropy)
 
-    def chunks(self, projection: Projection, rows: int) -> LogitChunks:
-        """The logits of so many rows over the real vocabulary, chunk by chunk."""
-        bias = None if self.bias is None else self.bias[: self.vocabulary].detach()
-        return LogitChunks(projection, self.weight[: self.vocabulary].detach(), bias, rows)
+    def divergence(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        teacher: LiveTeacher | StoredTeacher,
+        measure: Measure,
+    ) -> tuple[Tensor, Divergences]:
+        """The weighted sum of the rows' losses of distillation, a scalar to differentiate, and what each row has.
 
-    def _projection(self, hidden: Tensor, temperature: float) -> Projection:
+        As :meth:`negative_log_likelihood`, with the same promise. A live teacher's vocabulary may be larger or smaller:
+        the distributions are those over the tokens that both have.
+        """
+        return divergence(self, hidden, targets, weights, teacher, measure)
+
+    @torch.no_grad()
+    def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The likeliest k tokens of each row, [rows, k] int64, and their log-probabilities with, last, that of all
+        other tokens together, [rows, k + 1] fp32; -inf where there are no others.
+
+        ValueError if k is not between 1 and the vocabulary.
+        """
+        if not 1 <= k <= self.vocabulary:
+            raise ValueError(f"Of a vocabulary of {self.vocabulary} tokens {k} cannot be taken.")
+        with torch.autocast(hidden.device.type, enabled=False):
+            chunks = self.chunks(self.projection(hidden, temperature), len(hidden))
+            ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+            logp = torch.empty(len(hidden), k + 1, dtype=chunks.sum, device=hidden.device)
+            for rows in chunks.chunks:
+                logits, peak = chunks.compute(hidden[rows].to(chunks.product))
+                top, ids[rows] = logits.topk(k, dim=1)
+                logits.scatter_(1, ids[rows], -torch.inf)
+                rest = torch.zeros_like(peak)
+                for tile in chunks.tiles:
+                    rest += logits[:, tile].sub_(peak).exp_().sum(1, keepdim=True)
+                total = rest + (top - peak).exp().sum(1, keepdim=True)
+                logp[rows] = torch.cat([top - peak, rest.log()], 1) - total.log()
+        return ids, logp
+
+    def chunks(self, projection: Projection, rows: int, columns: int | None = None) -> LogitChunks:
+        """The logits of so many rows over the real vocabulary, or its first ``columns``, chunk by chunk."""
+        columns = self.vocabulary if columns is None else columns
+        bias = None if self.bias is None else self.bias[:columns].detach()
+        return LogitChunks(projection, self.weight[:columns].detach(), bias, rows)
+
+    def projection(self, hidden: Tensor, temperature: float) -> Projection:
+        """How the logits of these hidden states are made, divided by a temperature."""
         return Projection(
             scale=self.scale / temperature,
             soft_cap=None if self.soft_cap is None else self.soft_cap / temperature,
@@ -119,16 +160,7 @@ class _WeightedLikelihood(torch.autograd.Function):
         chunks = head.chunks(projection, len(hidden))
         weights = weights.to(chunks.sum)
         likelihood = torch.empty_like(weights)
-        needed = [with_gradient and need for need in ctx.needs_input_grad[:3]]
-        direct = needed[1] and head.upstream is not None and weight.is_leaf and weight.dtype == chunks.sum
-        # Divided by a count of tokens, weights are smaller than fp16 can hold. A power of two rounds nothing.
-        power = _power_of_two_above(weights) if any(needed) and chunks.product == torch.float16 else 1.0
-        sums = [
-            _zeros(hidden, needed[0], chunks),
-            _own_gradient(weight) if direct else _zeros(weight, needed[1], chunks),
-            _zeros(bias, needed[2], chunks),
-        ]
-        gradients = Gradients(chunks, sums, power * (1.0 if head.upstream is None else head.upstream))
+        gradients = ForwardGradients(ctx, (hidden, weight, bias), weights, chunks, head.upstream, with_gradient)
         for rows in chunks.chunks:
             own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
             logits, peak = chunks.compute(own)
@@ -141,44 +173,19 @@ class _WeightedLikelihood(torch.autograd.Function):
                 if slope is not None:
                     part.mul_(slope)
             likelihood[rows] = (total.log() + peak - at_target).squeeze(1)
-            if any(needed):
-                _add_at(target, logits, -total, chunks.slope(at_target))
-                share = (weights[rows] / power).unsqueeze(1) / total
+            if gradients.wanted:
+                add_at(target, logits, -total, chunks.slope(at_target))
+                share = (weights[rows] / gradients.power).unsqueeze(1) / total
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile].mul_(share))
-        ctx.promised = head.upstream
-        ctx.dtypes = [None if of is None else of.dtype for of in (hidden, weight, bias)]
-        ctx.save_for_backward(sums[0], None if direct else sums[1], sums[2])
+        gradients.keep(ctx)
         ctx.mark_non_differentiable(likelihood)
         return (weights * likelihood).sum(), likelihood
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        if ctx.promised is not None:
-            torch._assert_async(
-                upstream == ctx.promised,
-                f"The head was promised that its sum enters the loss with the factor {ctx.promised}, and the gradient "
-                "of its weight is already made so. Put factors into the weights of the rows instead.",
-            )
-        elif upstream.is_cuda or upstream != 1:  # to ask a GPU costs more than to multiply
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(upstream)
-        return (*_rounded(gradients, ctx.dtypes), None, None, None, None, None)
-
-
-def _own_gradient(weight: Tensor) -> Tensor:
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
-
-
-def _power_of_two_above(weights: Tensor) -> float:
-    """A power of two above every magnitude and at most twice the largest; 1 if all are zero."""
-    largest = float(weights.abs().max()) if weights.numel() else 0.0
-    return math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
+        return (*scaled(ctx, upstream), None, None, None, None, None)
 
 
 # --- any upstream gradient: the logits are computed again ---------------------------------------------------
@@ -230,7 +237,7 @@ class _LogProbabilities(torch.autograd.Function):
         inputs = (hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = ctx.head.chunks(ctx.projection, len(hidden))
-            sums = [_zeros(of, need, chunks) for of, need in zip(inputs, ctx.needs_input_grad, strict=False)]
+            sums = [zeros(of, need, chunks) for of, need in zip(inputs, ctx.needs_input_grad, strict=False)]
             gradients = Gradients(chunks, sums)
             for rows in chunks.chunks:
                 own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
@@ -248,23 +255,7 @@ class _LogProbabilities(torch.autograd.Function):
                         part.exp_().mul_(spread.add_(upstream).neg_())
                     if slope is not None:
                         part.mul_(slope)
-                _add_at(target, logits, upstream, chunks.slope(at_target))
+                add_at(target, logits, upstream, chunks.slope(at_target))
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile])
-        return (*_rounded(sums, [None if of is None else of.dtype for of in inputs]), None, None, None, None)
-
-
-def _zeros(like: Tensor | None, needed: bool, chunks: LogitChunks) -> Tensor | None:
-    if like is None or not needed:
-        return None
-    return torch.zeros(like.shape, dtype=chunks.sum, device=like.device)
-
-
-def _add_at(target: Tensor, into: Tensor, values: Tensor, slope: Tensor | None) -> None:
-    """Add ``values``, times ``slope``, where each row's target is. Exactly one place a row: no atomics needed."""
-    into.scatter_(1, target, into.gather(1, target) + (values if slope is None else values * slope))
-
-
-def _rounded(gradients: Iterable[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> Iterable[Tensor | None]:
-    """Each gradient in the dtype of its input."""
-    return (None if g is None or dtype is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+        return (*rounded(sums, [None if of is None else of.dtype for of in inputs]), None, None, None, None)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 from postlude.objectives.objective import ObjectiveConfig, Outcome
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from postlude.data.batch import PackedBatch
     from postlude.objectives.objective import Step
 
@@ -47,18 +49,21 @@ class WeightedLikelihood:
             return {"trained_weight": float(batch.weight.double().sum())}
         return {"trained_documents": float((batch.per_document(batch.weight) > 0).sum())}
 
+    def weights(self, step: Step, rows: Tensor) -> Tensor:
+        """How much each of the trained ``rows`` counts in the loss of the whole step, [rows]."""
+        weights = step.batch.weight[rows]
+        if self.normalize == "token":
+            return weights / step.normalizers["trained_weight"]
+        of_document = step.batch.per_document(weights, rows)[step.batch.document[rows]]
+        return weights / of_document / step.normalizers["trained_documents"]
+
     def measure(self, step: Step) -> Mapping[str, float]:
         return {}
 
     def __call__(self, step: Step) -> Outcome:
         batch = step.batch
         rows = batch.trained_rows()
-        weights = batch.weight[rows]
-        if self.normalize == "token":
-            weights = weights / step.normalizers["trained_weight"]
-        else:
-            of_document = batch.per_document(weights, rows)[batch.document[rows]]
-            weights = weights / of_document / step.normalizers["trained_documents"]
+        weights = self.weights(step, rows)
         before = step.hidden().index_select(0, rows - 1)
         loss, likelihood = step.head("lm").negative_log_likelihood(before, batch.tokens[rows], weights)
         return Outcome(

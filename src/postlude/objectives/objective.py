@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from postlude.data.batch import PackedBatch
+    from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher
 
 
 class Head(Protocol):
@@ -41,6 +42,23 @@ class LanguageHead(Head, Protocol):
         self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [rows], and the entropy [rows] on request; differentiable in both."""
+        ...
+
+    def divergence(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        teacher: LiveTeacher | StoredTeacher,
+        measure: Measure,
+    ) -> tuple[Tensor, Divergences]:
+        """The weighted sum of the rows' divergences from a teacher, with a share of the negative log-likelihood mixed
+        in, and what each row has, detached. The weights must be known as for :meth:`negative_log_likelihood`.
+        """
+        ...
+
+    def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens [rows, k], and their log-probabilities with that of the rest last [rows, k + 1]."""
         ...
 
 
@@ -104,9 +122,9 @@ class Objective(Protocol):
         ...
 
     loss_is_likelihood: bool
-    """Whether the loss is exactly what ``negative_log_likelihood`` returned. The head then adds its gradient to the
-    weight's at once, and a step of many micro-batches never holds a second one of the size of the vocabulary.
-    An objective that does not say so is taken not to be."""
+    """Whether the loss is exactly what ``negative_log_likelihood`` or ``divergence`` returned. The head then adds its
+    gradient to the weight's at once, and a step of many micro-batches never holds a second one of the size of the
+    vocabulary. An objective that does not say so is taken not to be."""
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""

@@ -17,7 +17,7 @@ from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
-from postlude.data.tokenizer import load_tokenizer, train_tokenizer
+from postlude.data.tokenizer import check_same_ids, has_tokenizer, load_tokenizer, train_tokenizer
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model.flops import packed_flops
@@ -50,6 +50,8 @@ class Assembly(Parts):
         if not isinstance(self.stage_config, TrainingRecipe):
             raise ManifestError(f"stages.{task.stage}: the recipe '{self.stage_config.recipe}' does not train a model.")
         self.config = self.stage_config
+        self.replaced: dict[str, ModelPlace] = {}
+        """Models that stand in for companions in a rehearsal, by name."""
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -172,6 +174,13 @@ class Assembly(Parts):
 
     # --- models ---------------------------------------------------------------------------------------------
 
+    def check_same_tokens(self, name: str, start: ModelPlace) -> None:
+        """ManifestError if a model that gets the stage's tokens takes its ids for other tokens."""
+        place = self.place_of(start)
+        if place is None or (storage.is_local(place) and not has_tokenizer(place) and storage.exists(place)):
+            return  # nothing says what its ids mean
+        check_same_ids(self.tokenizer, load_tokenizer(place), f"stages.{self.task.stage}.{name} ({place})")
+
     def model(self, start: ModelPlace) -> LanguageModel:
         """A model on this rank's device, recomputing and compiled as the stage says."""
         model = load_model(start, self.place_of(start), self.tokenizer, seed=self.manifest.seed)
@@ -182,10 +191,12 @@ class Assembly(Parts):
             model.compile_layers()
         return model
 
-    def with_model(self, start: ModelFrom) -> Assembly:
-        """The same stage with another model to start from. Records and tokenizer are shared, what is counted is not."""
+    def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> Assembly:
+        """The same stage with another model to start from, and others beside it, by name. Records and tokenizer are
+        shared, what is counted is not."""
         other = copy(self)
         other.config = self.config.model_copy(update={"model": start})
+        other.replaced = dict(companions)
         for built in ("program", "precision", "sources", "loader"):
             other.__dict__.pop(built, None)
         return other
@@ -196,12 +207,15 @@ class Assembly(Parts):
         objective = self.config.objective()
         roles = {"policy": Role(self.model(self.config.model), self.config.optimizer)}  # type: ignore[arg-type]
         for name, companion in self.config.companions().items():
-            roles[name] = Role(self.model(companion.start), companion.optimizer)
+            start = self.replaced.get(name, companion.start)
+            self.check_same_tokens(name, start)
+            roles[name] = Role(self.model(start), companion.optimizer)
         for name, heads in objective.heads.items():
             if "scalar" in heads:
                 roles[name].model.add_scalar_head()
         for role in roles.values():
-            role.model.requires_grad_(role.optimizer is not None).train()
+            trained = role.optimizer is not None
+            role.model.requires_grad_(trained).train(trained)
         return Program(objective, roles)
 
     @cached_property

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from postlude.data.loader import StepBlocks
 from postlude.manifest.errors import UserError
+from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model.load import configuration, count_parameters
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.little import LARGEST_PARAMETERS, little_model
@@ -78,12 +79,15 @@ class Rehearsal:
 
 def rehearse(assembly: Assembly) -> Rehearsal:
     """Plan a stage's memory and make one small step of it. UserError if the step's loss or gradient is not finite."""
+    companions = assembly.config.companions()
     start = assembly.root(assembly.config.model)
     config = configuration(start, assembly.place_of(start), assembly.tokenizer)
     plan = _plan(assembly, config, count_parameters(config))
     new = little_model(config)
-    little = assembly.with_model(new)
-    fits = count_parameters(configuration(new, None, assembly.tokenizer)) <= LARGEST_PARAMETERS
+    beside = {name: _companion(assembly, name, companion.start) for name, companion in companions.items()}
+    little = assembly.with_models(new, beside)
+    sizes = [count_parameters(configuration(one, None, assembly.tokenizer)) for one in (new, *beside.values())]
+    fits = sum(sizes) <= LARGEST_PARAMETERS
     precision = Precision.choose(assembly.config.precision, assembly.workers.device, None)
     chance = math.log(config.get_text_config().vocab_size)
     if not fits:
@@ -131,6 +135,14 @@ def _one_step(assembly: Assembly) -> dict[str, Any]:
     trainer.train(StepBlocks(work.blocks[:1], work.epoch, work.progress, work.documents, work.tokens))
     trainer.checkpointer.close()
     return listener.line
+
+
+def _companion(assembly: Assembly, name: str, start: ModelPlace) -> ModelFrom:
+    """What stands in for a model beside the one that is trained. ManifestError if its tokens are others."""
+    root = assembly.root(start)
+    if assembly.place_of(root) is not None:
+        assembly.check_same_tokens(name, root)
+    return little_model(configuration(root, assembly.place_of(root), assembly.tokenizer))
 
 
 def _plan(assembly: Assembly, config: Any, parameters: int) -> MemoryPlan:

@@ -252,7 +252,7 @@ class Trainer:
                 self.summary.evaluations.setdefault(name, []).append(result.loss)
                 self.journal.event("evaluation", step=self.step, name=name, loss=result.loss)
             for role in self.program.roles.values():
-                role.model.train()
+                role.model.train(role.optimizer is not None)
         return line
 
     # --- checkpoints ----------------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""Distillation: a student learns, at each token that the masks select, the distribution of a teacher that is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from postlude.manifest.schema import ModelPlace
+from postlude.recipes.recipe import TrainingRecipe
+
+if TYPE_CHECKING:
+    from postlude.manifest.starter import Starter
+    from postlude.objectives.objective import Objective
+    from postlude.training.program import Companion
+
+BALANCED = 0.5
+"""``beta`` where it is not given."""
+
+
+class Distill(TrainingRecipe):
+    """Distillation on conversations, text or token ids."""
+
+    recipe: Literal["distill"]
+    teacher: ModelPlace
+    """The model that is learned from, of any size, with the student's tokenizer. It runs along, frozen."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """What is minimised: KL(teacher || student), which covers all that the teacher does; KL(student || teacher), which
+    keeps to what it mostly does; or the generalised Jensen-Shannon divergence between them."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """With ``jsd`` the teacher's share in the mixture that both are compared with, 0.5 by default."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both models' logits are divided by it, and the divergence is multiplied by its square."""
+    hard_loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of the negative log-likelihood of the data in the loss; the divergence has the rest."""
+    normalize: Literal["token", "document"] = "token"
+    """What counts the same: each trained token (times its weight), or each document."""
+
+    @field_validator("beta")
+    @classmethod
+    def _beta_is_used(cls, beta: float | None, info: ValidationInfo) -> float | None:
+        chosen = info.data.get("divergence")
+        if beta is not None and chosen in ("forward_kl", "reverse_kl"):
+            raise ValueError(f"beta is a key of the divergence jsd, and {chosen} does not use it. Leave it out")
+        return beta
+
+    def objective(self) -> Objective:
+        from postlude.objectives.distillation import Distillation
+        from postlude.objectives.divergence import Measure
+        from postlude.objectives.nll import WeightedLikelihood
+
+        measure = Measure(self.divergence, self.beta or BALANCED, self.temperature, self.hard_loss)
+        return Distillation(measure, WeightedLikelihood(self.normalize))
+
+    def companions(self) -> Mapping[str, Companion]:
+        from postlude.training.program import Companion
+
+        return {"teacher": Companion(self.teacher)}
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter:
+        from postlude.recipes.distill_starter import starter
+
+        return starter(stem)
