@@ -19,8 +19,6 @@ ABSENT = {
     "Tensor parallelism and sharded models": "stages.sft.parallel={tensor: 2}",
     "Recomputation by selection or memory budget": "stages.sft.recompute=selective",
     "Worker groups on Ray, several hosts": "compute.provider=ray",
-    "Reward models": "stages.sft.recipe=reward",
-    "Preference optimisation": "stages.sft.recipe=dpo",
     "Online reinforcement learning": "stages.sft.recipe=grpo",
 }
 """What the design names and the project does not do yet, with an override that must be refused."""

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postlude.data.document import Document
+from postlude.data.document import SCORE, Document
 from postlude.data.encode import NOTHING_TO_TRAIN, Encoder
-from postlude.data.example import BadRecord, Conversation, Example, Text, Tokens
+from postlude.data.example import BadRecord, Conversation, Example, Judged, Ranked, Text, Tokens
 from postlude.data.formats.sharegpt import ShareGPT
 from postlude.data.formats.tree import Tree
 from postlude.data.tokenizer import CHATML, load_tokenizer, train_tokenizer
@@ -306,3 +306,43 @@ def test_a_template_that_never_ends_a_turn_is_remarked_upon():
     assert "does not learn to stop" in remark
     ending = template.replace("+ '\n'", "+ eos_token + '\n'")
     assert Encoder(BYTES, template=ending, block=8).remarks == []
+
+
+# --- answers that belong together ---------------------------------------------------------------------------
+
+TEXTS = st.text("abc", max_size=12)
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=2, max_size=4), st.integers(8, 40), st.sampled_from(["left", "right", "drop"]))
+def test_ranked_answers_are_kept_or_dropped_whole(prompt: str, several: list[str], block: int, policy: str) -> None:
+    example = Ranked(
+        [Text([(prompt, 0.0), (answer, 1.0)]) for answer in several], [float(n) for n in range(len(several))]
+    )
+    encoded = encode(example, block=block, truncate=policy)
+    assert encoded.error is None
+    if encoded.dropped is not None:
+        assert encoded.documents == ()
+        return
+    assert len(encoded.documents) == len(several)
+    assert sum(map(len, encoded.documents)) <= block
+    for number, found in enumerate(encoded.documents):
+        assert found.trained_tokens
+        assert (found.streams[SCORE.name] == number).all()
+        assert found.example_id == "source:1"
+
+
+def test_one_answer_without_room_drops_all_of_them() -> None:
+    prompt = "p" * 30
+    example = Ranked([Text([(prompt, 0.0), ("a", 1.0)]), Text([(prompt, 0.0), ("b" * 30, 1.0)])])
+    assert len(encode(example, block=200).documents) == 2
+    assert encode(example, block=40).dropped == NOTHING_LEFT
+    assert encode(example, block=40, truncate="drop").dropped == TOO_LONG
+    with pytest.raises(ManifestError, match="cannot be split"):
+        encode(example, block=40, truncate="split")
+
+
+def test_a_judgement_is_the_score_of_every_token() -> None:
+    for desirable, score in ((True, 1.0), (False, -1.0)):
+        found = document(Judged(TALK, desirable))
+        assert (found.streams[SCORE.name] == score).all()
+        assert trained_text(BYTES, found) == ["That.<|im_end|>"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postlude.data.truncate import NOTHING_LEFT, TOO_LONG, truncate
+from postlude.data.truncate import NOTHING_LEFT, TOO_LONG, shared_limit, truncate
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 0.5]), min_size=1, max_size=40).map(np.array)
 
@@ -53,3 +53,14 @@ def test_one_side_is_kept_or_the_loss_is_told(weights, block):
 @pytest.mark.parametrize(("length", "dropped"), [(8, None), (9, TOO_LONG)])
 def test_drop_takes_what_is_longer_than_the_block(length, dropped):
     assert truncate(np.ones(length), 8, "drop").dropped == dropped
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(6, 100))
+def test_documents_that_stay_together_fill_the_room_and_no_more(lengths, block):
+    limit = shared_limit(lengths, block)
+    kept = [min(length, limit) for length in lengths]
+    assert sum(kept) <= block
+    if sum(lengths) <= block:
+        assert kept == lengths
+    else:  # one token more for each of those that are cut would not fit
+        assert sum(min(length, limit + 1) for length in lengths) > block

@@ -31,6 +31,8 @@ class PackedBatch:
     """[documents] int64: the index of each document's unit within this batch; -1 for padding."""
     place: Tensor
     """[documents] int64: the document's place in its unit (0 the chosen side of a pair, 1 the rejected)."""
+    block: Tensor
+    """[documents] int64: the index of each document's block within this batch; -1 for padding."""
     group: Tensor
     """[documents] int64, -1 for none."""
     trajectory: Tensor
@@ -70,7 +72,7 @@ class PackedBatch:
         """The same batch on a device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "lengths", "document", "unit", "place", "group", "trajectory")
+            for name in ("tokens", "positions", "lengths", "document", "unit", "place", "block", "group", "trajectory")
         }
         return replace(self, **moved, streams={k: v.to(device, non_blocking=True) for k, v in self.streams.items()})
 
@@ -110,6 +112,7 @@ def collate(blocks: Sequence[Block], streams: Iterable[str] = (), pad_to: int | 
         document=torch.from_numpy(np.repeat(np.arange(len(spans)), per_document)),
         unit=_of_documents([i for i, unit in enumerate(units) for _ in unit.documents], padding),
         place=_of_documents([i for unit in units for i in range(len(unit.documents))], padding),
+        block=_of_documents([i for i, block in enumerate(blocks) for unit in block for _ in unit.documents], padding),
         group=_of_documents([_attribute(d, "group") for d in documents], padding),
         trajectory=_of_documents([_attribute(d, "trajectory") for d in documents], padding),
         example_ids=tuple(document.example_id for document in documents),

@@ -47,6 +47,9 @@ SCORE = define_stream("score", "float32")
 """What the data say of a document, the same at each of its tokens: how good an answer is, or 1 for one that is wanted
 and -1 for one that is not."""
 
+REFERENCE_LOGP = define_stream("reference_logp", "float32")
+"""The log-probability of a trained token under a frozen reference model."""
+
 
 @dataclass(frozen=True)
 class Document:

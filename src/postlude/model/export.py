@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from postlude.model import vocabulary
-from postlude.model.language_model import SCALAR_FILE, LanguageModel
+from postlude.model.anatomy import decoder_of
+from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.load import quiet
 
 
@@ -31,26 +40,72 @@ def write_model(
     ``dtype`` is that of the files: by default the one of the checkpoint that training began with, fp32 for a model
     that began with none. Generation stops at ``stop_ids``, too. The vocabulary has its real size. The live model is
     not touched.
+
+    A model with a scalar head is written as transformers' sequence classification with one label, where the
+    architecture has that; what is missing there stands beside it, so that it is still a language model here.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.stored_dtype or torch.float32
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    # A second model on the meta device takes the weights as they shall be written, so that transformers' own code
-    # decides what is tied and how its layers are named in a file.
-    with torch.device("meta"):
-        written = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.plain_implementation)
-    state = vocabulary.unpadded(model.causal, model.vocabulary)
-    written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
-    written.tie_weights()
+    state = _cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype)
+    if model.scalar is not None:
+        scalar = _cast(model.scalar.state_dict(), dtype)
+        save_file(scalar, folder / SCALAR_FILE)
+        config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+        written = _classifier(model, config, dtype, state, scalar["weight"], folder)
+    else:
+        written = None
+    if written is None:
+        written = _on_meta(AutoModelForCausalLM, model, config, dtype)
+        written.load_state_dict(state, strict=True, assign=True)
+        written.tie_weights()
     written.generation_config = _generation_config(model.causal.generation_config, tokenizer, stop_ids)
     with quiet():
         written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if model.scalar is not None:
-        save_file(_cast(model.scalar.state_dict(), dtype), folder / SCALAR_FILE)
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+
+
+def _on_meta(kind: Any, model: LanguageModel, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A second model without weights. It takes them as they shall be written, so that transformers' own code decides
+    what is tied and how its layers are named in a file.
+    """
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, attn_implementation=model.plain_implementation)
+
+
+def _classifier(
+    model: LanguageModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    state: dict[str, Tensor],
+    scalar: Tensor,
+    folder: Path,
+) -> PreTrainedModel | None:
+    """The sequence classification of the architecture with the weights of decoder and scalar head; None if it has none.
+
+    The language head has no place in it: where it is not the embedding it goes into a file of its own.
+    """
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    config.num_labels = 1
+    written = _on_meta(AutoModelForSequenceClassification, model, config, dtype)
+    heads = [name for name, parameter in written.named_parameters() if tuple(parameter.shape) == tuple(scalar.shape)]
+    decoder = _prefix(model.causal, decoder_of(model.causal))
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(decoder)}
+    if len(heads) != 1 or set(written.state_dict()) != {*kept, *heads}:
+        return None
+    rest = {name: tensor for name, tensor in state.items() if name not in kept}
+    if rest and not model.config.get_text_config().tie_word_embeddings:
+        save_file(rest, folder / LM_HEAD_FILE)
+    written.load_state_dict({**kept, heads[0]: scalar}, strict=True, assign=True)
+    return written
+
+
+def _prefix(whole: torch.nn.Module, part: torch.nn.Module) -> str:
+    return next(name for name, module in whole.named_modules() if module is part) + "."
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ from postlude.model.attention import Documents
 SCALAR_FILE = "scalar_head.safetensors"
 """Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
 
+LM_HEAD_FILE = "lm_head.safetensors"
+"""Holds the head that predicts tokens where the directory is a sequence classification, which has no such head."""
+
 
 class HeadParameters(NamedTuple):
     """What the logits are made of: ``soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``."""

@@ -35,7 +35,7 @@ from postlude import storage
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
-from postlude.model.language_model import SCALAR_FILE, LanguageModel
+from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 
 
 def load_model(
@@ -213,7 +213,10 @@ def read_causal(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ManifestError(f"The model at '{place}' cannot be loaded: {_one_line(error)}") from error
     causal, report = loaded
-    missing = sorted(report["missing_keys"])
+    beside = Path(folder) / LM_HEAD_FILE
+    head = load_file(beside) if beside.exists() else {}
+    causal.load_state_dict(head, strict=False)
+    missing = sorted(set(report["missing_keys"]) - set(head))
     if missing:
         raise ManifestError(
             f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{config.model_type}' "

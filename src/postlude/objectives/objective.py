@@ -87,6 +87,10 @@ class Step(Protocol):
         """A head of a model: :class:`LanguageHead` under ``lm``, :class:`ScalarHead` under ``scalar``."""
         ...
 
+    def on(self, batch: PackedBatch) -> Step:
+        """The same step on a batch that the objective makes of this one."""
+        ...
+
 
 @dataclass
 class Outcome:
@@ -99,7 +103,7 @@ class Outcome:
     example_loss: Tensor | None = None
     """[documents] summed loss of each document, detached, for the per-example curves."""
     example_tokens: Tensor | None = None
-    """[documents] how many tokens that sum runs over."""
+    """[documents] how many tokens that sum runs over. A document with none has no row among the curves."""
 
 
 class Objective(Protocol):

@@ -7,7 +7,7 @@ units it makes of an encoded example, the objective, and the other models that t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from postlude.data.example import Conversation, Text, Tokens
 from postlude.manifest.schema import TrainingStage
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class TrainingRecipe(TrainingStage):
     """Base of the kind ``recipes`` for stages that train a model."""
 
-    accepts: ClassVar[tuple[type, ...]] = (Conversation, Text, Tokens)
-    """The shapes of examples, as a format's ``produces`` names them, that the recipe can train on."""
+    @property
+    def accepts(self) -> tuple[type, ...]:
+        """The shapes of examples, as a format's ``produces`` names them, that the recipe can train on."""
+        return (Conversation, Text, Tokens)
 
     def units(self, documents: Sequence[Document]) -> tuple[Unit, ...]:
         """Which of an example's documents belong together. By default each stands alone."""

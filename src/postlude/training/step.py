@@ -7,7 +7,7 @@ right by construction, whatever the split. Nothing here knows what the objective
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -45,6 +45,10 @@ class MicroBatch:
     def head(self, name: str, model: str = "policy") -> LanguageHead | ScalarHead:
         """A head of a model, one of those that the objective declares."""
         return self.heads[name, model]
+
+    def on(self, batch: PackedBatch) -> MicroBatch:
+        """The same step on a batch that the objective makes of this one."""
+        return replace(self, batch=batch, _hidden={})
 
 
 @dataclass
@@ -208,4 +212,5 @@ def _example_rows(batch: PackedBatch, outcome: Outcome) -> list[tuple[str, str, 
         return []
     losses = outcome.example_loss.double().tolist()
     tokens = outcome.example_tokens.long().tolist()
-    return list(zip(batch.example_ids, batch.sources, losses, tokens, strict=True))
+    rows = zip(batch.example_ids, batch.sources, losses, tokens, strict=True)
+    return [row for row in rows if row[3]]

@@ -17,9 +17,12 @@ from typing import Any
 from postlude.data.example import Format, Record
 from postlude.data.formats.alpaca import Alpaca
 from postlude.data.formats.history import History, keys_of_template
+from postlude.data.formats.judged import JudgedAnswer
 from postlude.data.formats.messages import Messages
 from postlude.data.formats.multiple_choice import MultipleChoice
+from postlude.data.formats.preference import Preference, ShareGPTPreference
 from postlude.data.formats.prompt_completion import PromptCompletion
+from postlude.data.formats.ranked import RankedAnswers
 from postlude.data.formats.sharegpt import ShareGPT
 from postlude.data.formats.text import PlainText
 from postlude.data.formats.tokens import IGNORED, TokenIds
@@ -140,3 +143,66 @@ def _(format: Tree, messages: Turns, tools: Tools) -> Record | None:
         role = names.get(message["role"], message["role"])
         replies = [{"role": role, "text": message["content"], "rank": 0, "replies": replies}]
     return {format.field: replies[0]}
+
+
+# --- preferences: the last turn is the answer, and others are made up beside it --------------------------------
+
+_OTHERS = ("I would rather not say.", "It depends.")
+"""Answers that are worse than the one in the messages."""
+
+
+def _has_answer(messages: Turns) -> bool:
+    """Whether the messages end with something that can be preferred to the others."""
+    last = messages[-1] if len(messages) > 1 else {}
+    spoken = last.get("content")
+    says = isinstance(spoken, str) and spoken.strip() not in ("", *_OTHERS)
+    return last.get("role") == "assistant" and (says or bool(last.get("tool_calls")))
+
+
+def _prompt_and_sides(messages: Turns, others: int, as_text: bool) -> tuple[Any, list[Any]]:
+    """The prompt, and the answer with so many others after it, as texts or as lists of messages."""
+    if as_text:
+        return messages[0]["content"], [messages[-1]["content"], *_OTHERS[:others]]
+    return list(messages[:-1]), [[messages[-1]], *([{"role": "assistant", "content": o}] for o in _OTHERS[:others])]
+
+
+@write.register
+def _(format: Preference, messages: Turns, tools: Tools) -> Record | None:
+    if not _has_answer(messages):
+        return None
+    prompt, (chosen, rejected) = _prompt_and_sides(messages, 1, len(messages) == 2 and not tools)
+    record = {format.chosen: chosen, format.rejected: rejected, format.prompt: prompt}
+    return record | ({format.tools_field: tools} if tools else {})
+
+
+@write.register
+def _(format: ShareGPTPreference, messages: Turns, tools: Tools) -> Record | None:
+    if not _has_answer(messages):
+        return None
+    turns = ShareGPT(field=format.field, role_field=format.role_field, content_field=format.content_field)
+    record = write(turns, messages, tools)
+    assert record is not None, "turns can say any messages"
+    said = list(record[format.field])
+    chosen = said.pop()
+    rejected = {format.role_field: "gpt", format.content_field: _OTHERS[0]}
+    return {**record, format.field: said, format.chosen: chosen, format.rejected: rejected}
+
+
+@write.register
+def _(format: RankedAnswers, messages: Turns, tools: Tools) -> Record | None:
+    if not _has_answer(messages):
+        return None
+    prompt, sides = _prompt_and_sides(messages, 2, len(messages) == 2 and not tools)
+    record: dict[str, Any] = {format.answers: sides, format.prompt: prompt}
+    if format.scores is not None:
+        record[format.scores] = [1.0, 0.5, 0.0]
+    if format.ranks is not None:
+        record[format.ranks] = [0, 1, 2]
+    return record | ({format.tools_field: tools} if tools else {})
+
+
+@write.register
+def _(format: JudgedAnswer, messages: Turns, tools: Tools) -> Record | None:
+    if not _has_answer(messages):
+        return None
+    return {format.field: list(messages), format.label: True} | ({format.tools_field: tools} if tools else {})

@@ -1,0 +1,144 @@
+"""What the formats of preferences have in common: a prompt with several answers, of which only the answers are trained.
+
+A prompt and its answers are all text or all lists of messages. Where no prompt is given it is what the answers have in
+common at their beginning: of conversations the messages before the first that differs, of texts the words before it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from postlude.data.example import Answer, BadRecord, Conversation, Text
+from postlude.data.formats.columns import kind_of
+from postlude.data.formats.conversation import Roles, conversation
+
+
+def answers(
+    prompt: Any, sides: Mapping[str, Any], *, separator: str = "", tools: Any = None, roles: Roles = "strict"
+) -> list[Answer]:
+    """Each of ``sides`` (what it is called, and its value) as an answer to ``prompt``; None for one in their beginning.
+
+    :class:`BadRecord` for a side that is empty, of another kind than the prompt, or an answer to something else.
+    """
+    kinds = {what: _kind(value, what) for what, value in sides.items()}
+    kind = kinds[next(iter(kinds))] if prompt is None else _kind(prompt, "its prompt")
+    for what, found in kinds.items():
+        if found is not kind:
+            beside = "its prompt" if prompt is not None else next(iter(kinds))
+            raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
+    if kind is str:
+        return _texts(prompt, sides, separator)
+    return _conversations(prompt, sides, tools, roles)
+
+
+def check_different(several: Sequence[Answer], names: Sequence[str]) -> None:
+    """:class:`BadRecord` if two of the answers are equal."""
+    for later, answer in enumerate(several):
+        for earlier in range(later):
+            if several[earlier] == answer:
+                raise BadRecord(f"{names[earlier]} and {names[later]} are equal, so neither is preferred")
+
+
+def answer_after(whole: Conversation, prompt: int, what: str) -> Conversation:
+    """A conversation whose first so many messages are the prompt, which is not trained.
+
+    :class:`BadRecord`, naming ``what``, if nothing is answered.
+    """
+    given = [{**message, "weight": 0.0} for message in whole.messages[:prompt]]
+    said = whole.messages[prompt:]
+    spoken = [message for message in said if message["role"] == "assistant"]
+    if not spoken:
+        raise BadRecord(f"{what} has no turn of the assistant to prefer or to avoid")
+    if not any(message["content"].strip() or message.get("tool_calls") for message in spoken):
+        raise BadRecord(f"{what} is empty: the assistant says nothing")
+    return Conversation([*given, *said], whole.tools)
+
+
+def number(value: Any, what: str) -> float:
+    """A finite number. :class:`BadRecord` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRecord(f"{what} is {kind_of(value)}, not a number")
+    if not math.isfinite(value):
+        raise BadRecord(f"{what} is {value}, not a finite number")
+    return float(value)
+
+
+def _kind(value: Any, what: str) -> type:
+    if isinstance(value, str):
+        return str
+    if isinstance(value, list | tuple):
+        return list
+    raise BadRecord(f"{what} is {kind_of(value)}, neither text nor a list of messages")
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def _texts(prompt: str | None, sides: Mapping[str, str], separator: str) -> list[Answer]:
+    if prompt is None:
+        prompt, sides = _split(sides)
+        separator = ""
+    for what, text in sides.items():
+        if not text.strip():
+            raise BadRecord(f"{what} is empty: there is nothing to prefer or to avoid")
+    return [Text([(prompt + separator, 0.0), (text, 1.0)]) for text in sides.values()]
+
+
+def _split(sides: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """What the texts have in common, cut back to the end of a word, and what is left of each."""
+    if len(set(sides.values())) == 1:
+        return "", dict(sides)  # equal sides are told as such
+    first, last = min(sides.values()), max(sides.values())  # what these two share, all that lie between them do
+    common = first[: next((i for i, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), len(first))]
+    words = re.match(r".*\s", common, re.DOTALL)
+    if words is None:
+        raise BadRecord(
+            f"it has no prompt, and {' and '.join(sides)} do not begin with the same words: they answer different "
+            "prompts"
+        )
+    prompt = words.group()
+    return prompt, {what: text[len(prompt) :] for what, text in sides.items()}
+
+
+# --- conversations ------------------------------------------------------------------------------------------
+
+
+def _conversations(prompt: Any, sides: Mapping[str, Any], tools: Any, roles: Roles) -> list[Answer]:
+    for what, messages in sides.items():
+        if not messages:
+            raise BadRecord(f"{what} has no message")
+    before = list(prompt or ())
+    whole = {what: conversation([*before, *messages], tools, roles) for what, messages in sides.items()}
+    shared = len(before)
+    if prompt is None:
+        several = list(whole.values())
+        if any(one != several[0] for one in several):
+            shared = _shared_messages(several)
+            _check_prompts(several, shared, list(whole))
+        else:
+            shared = len(several[0].messages) - 1
+    return [answer_after(one, shared, what) for what, one in whole.items()]
+
+
+def _shared_messages(several: Sequence[Conversation]) -> int:
+    """How many messages the conversations have in common at their beginning."""
+    shared = 0
+    for together in zip(*(one.messages for one in several), strict=False):
+        if any(message != together[0] for message in together):
+            break
+        shared += 1
+    return shared
+
+
+def _check_prompts(several: Sequence[Conversation], shared: int, names: Sequence[str]) -> None:
+    """:class:`BadRecord` if the conversations part before the assistant speaks."""
+    for one, what in zip(several, names, strict=True):
+        role = one.messages[shared]["role"] if len(one.messages) > shared else "assistant"
+        if role != "assistant":
+            raise BadRecord(
+                f"{' and '.join(names)} answer different prompts: they part at message {shared + 1} of {what}, which "
+                f"is of the role '{role}'"
+            )

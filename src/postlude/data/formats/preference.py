@@ -1,0 +1,100 @@
+"""The formats ``preference`` and ``sharegpt_preference``: two answers to one prompt, of which one is preferred."""
+
+from __future__ import annotations
+
+from postlude.data.example import BadRecord, Conversation, Example, Format, Ranked, Record
+from postlude.data.formats.answers import answer_after, answers, check_different, number
+from postlude.data.formats.columns import column, list_column
+from postlude.data.formats.conversation import Roles
+from postlude.data.formats.sharegpt import ShareGPT
+
+
+class Preference(Format):
+    """``{"prompt": ..., "chosen": ..., "rejected": ...}``, all text or all lists of messages.
+
+    A record without a prompt holds two whole conversations, or texts, that share their beginning. Only the answers are
+    trained. A record may have a ``margin``, by how much the chosen answer is better.
+    """
+
+    produces = Ranked
+
+    prompt: str = "prompt"
+    """The column of what is answered; a record without it has the prompt in both sides."""
+    chosen: str = "chosen"
+    """The column of the preferred answer."""
+    rejected: str = "rejected"
+    """The column of the other answer."""
+    margin: str = "margin"
+    """A column of a number, by how much the preferred answer is better; a record without it has none."""
+    separator: str = ""
+    """Between prompt and answer where they are text; belongs to the prompt."""
+    tools_field: str = "tools"
+    """The column of the tools where they are messages; a record without it has none."""
+    roles: Roles = "strict"
+    """Where they are messages: ``any`` allows roles of other names and in any order."""
+
+    def parse(self, record: Record) -> list[Example]:
+        names = [f"its '{name}'" for name in (self.chosen, self.rejected)]
+        sides = dict(zip(names, (column(record, self.chosen), column(record, self.rejected)), strict=True))
+        pair = answers(
+            record.get(self.prompt),
+            sides,
+            separator=self.separator,
+            tools=record.get(self.tools_field),
+            roles=self.roles,
+        )
+        check_different(pair, names)
+        return [Ranked(pair, _scores(record, self.margin))]
+
+
+class ShareGPTPreference(Format):
+    """``{"conversations": [{"from": "human", "value": "..."}], "chosen": {"from": "gpt", ...}, "rejected": {...}}``."""
+
+    produces = Ranked
+
+    field: str = "conversations"
+    """The column of the turns before the answer."""
+    chosen: str = "chosen"
+    """The column of the preferred turn."""
+    rejected: str = "rejected"
+    """The column of the other turn."""
+    margin: str = "margin"
+    """A column of a number, by how much the preferred answer is better; a record without it has none."""
+    role_field: str = "from"
+    """The key of a turn that says who speaks."""
+    content_field: str = "value"
+    """The key of a turn that holds what is said."""
+    system_field: str = "system"
+    """A column with a system prompt; a record without it has none."""
+    tools_field: str = "tools"
+    """A column with the tools, a list or JSON in a text; a record without it has none."""
+    roles: Roles = "strict"
+    """``any`` allows roles of other names and in any order."""
+
+    def parse(self, record: Record) -> list[Example]:
+        if not list_column(record, self.field):
+            raise BadRecord(f"its '{self.field}' has no turn")
+        names = [f"its '{name}'" for name in (self.chosen, self.rejected)]
+        pair = [self._side(record, name) for name in (self.chosen, self.rejected)]
+        check_different(pair, names)
+        return [Ranked(pair, _scores(record, self.margin))]
+
+    def _side(self, record: Record, name: str) -> Conversation:
+        column(record, name)
+        reader = ShareGPT(
+            field=self.field,
+            role_field=self.role_field,
+            content_field=self.content_field,
+            system_field=self.system_field,
+            tools_field=self.tools_field,
+            reply_field=name,
+            roles=self.roles,
+        )
+        [whole] = reader.parse(record)
+        assert isinstance(whole, Conversation)
+        return answer_after(whole, len(whole.messages) - 1, f"its '{name}'")
+
+
+def _scores(record: Record, name: str) -> tuple[float, float] | None:
+    margin = record.get(name)
+    return None if margin is None else (number(margin, f"its '{name}'"), 0.0)

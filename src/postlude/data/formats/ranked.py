@@ -1,0 +1,77 @@
+"""The format ``ranked``: several answers to one prompt, in the order of how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import model_validator
+
+from postlude.data.example import BadRecord, Example, Format, Ranked, Record
+from postlude.data.formats.answers import answers, check_different, number
+from postlude.data.formats.columns import list_column
+from postlude.data.formats.conversation import Roles
+
+
+class RankedAnswers(Format):
+    """``{"prompt": ..., "answers": [...]}``, the best answer first, or in the order of ``scores`` or ``ranks``.
+
+    Prompt and answers are all text or all lists of messages; a record without a prompt holds whole conversations, or
+    texts, that share their beginning. Only the answers are trained.
+    """
+
+    produces = Ranked
+
+    prompt: str = "prompt"
+    """The column of what is answered; a record without it has the prompt in every answer."""
+    answers: str = "answers"
+    """The column of the list of answers."""
+    scores: str | None = None
+    """A column with a number for each answer, the highest the best. Equal ones say nothing of their answers' order."""
+    ranks: str | None = None
+    """A column with a number for each answer, the lowest the best."""
+    separator: str = ""
+    """Between prompt and answer where they are text; belongs to the prompt."""
+    tools_field: str = "tools"
+    """The column of the tools where they are messages; a record without it has none."""
+    roles: Roles = "strict"
+    """Where they are messages: ``any`` allows roles of other names and in any order."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> RankedAnswers:
+        if self.scores is not None and self.ranks is not None:
+            raise ValueError("give 'scores' or 'ranks', not both: each says which answer is better")
+        return self
+
+    def parse(self, record: Record) -> list[Example]:
+        given = list_column(record, self.answers)
+        if len(given) < 2:
+            raise BadRecord(f"its '{self.answers}' has {len(given)} entries: to rank takes two answers at least")
+        names = [f"answer {place}" for place in range(1, len(given) + 1)]
+        several = answers(
+            record.get(self.prompt),
+            dict(zip(names, given, strict=True)),
+            separator=self.separator,
+            tools=record.get(self.tools_field),
+            roles=self.roles,
+        )
+        check_different(several, names)
+        if self.scores is not None:
+            scores = _numbers(record, self.scores, names)
+            if len(set(scores)) == 1:
+                raise BadRecord(f"its '{self.scores}' are all {scores[0]:g}, so no answer is better than another")
+            order = sorted(range(len(scores)), key=lambda place: -scores[place])
+            return [Ranked([several[place] for place in order], [scores[place] for place in order])]
+        if self.ranks is not None:
+            ranks = _numbers(record, self.ranks, names)
+            if len(set(ranks)) < len(ranks):
+                raise BadRecord(f"two of its answers have the same rank in '{self.ranks}'; equals are told by scores")
+            several = [several[place] for place in sorted(range(len(ranks)), key=ranks.__getitem__)]
+        return [Ranked(several)]
+
+
+def _numbers(record: Record, name: str, names: Sequence[str]) -> list[float]:
+    values: Sequence[Any] = list_column(record, name)
+    if len(values) != len(names):
+        raise BadRecord(f"its '{name}' has {len(values)} entries for {len(names)} answers")
+    return [number(value, f"what '{name}' has for {what}") for value, what in zip(values, names, strict=True)]
