@@ -121,7 +121,7 @@ def test_models_that_are_not_alike_are_named(project, tmp_path, models):
         wide: r"'one' .* and 'other' .*/wide\) cannot be merged: the tensor 'model.layers.0.mlp.down_proj.weight' is",
         deep: r"only 'other' has the tensor 'model.layers.1",
         large: r"vocabularies have 260 and 300 tokens",
-        models["judge"]: r"other have a head that scores and one have none",
+        models["judge"]: r"'other' has a head that scores and 'one' has none",
     }
     for number, (other, said) in enumerate(cases.items()):
         project.manifest["name"] = f"unlike-{number}"

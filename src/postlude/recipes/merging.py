@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelPlace
-from postlude.model.language_model import SCALAR_FILE
+from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE
 from postlude.model.load import local_files, read_config
 from postlude.recipes.merge import Merge
 from postlude.recipes.work import Entry, Work
@@ -55,7 +55,7 @@ class Merging(Work):
             check_alike(models)
             combine = self._combination()
             tensors, size = _write_shards(models, combine, Path(folder))
-            self._write_scalar_head(models, combine, Path(folder))
+            self._write_heads(models, combine, Path(folder))
             _write_config(models[0], Path(folder))
         parameters = sum(tensors.values())
         return {"method": self.config.method, "tensors": len(tensors), "parameters": parameters, "bytes": size}
@@ -70,24 +70,17 @@ class Merging(Work):
             return lambda tensors: slerp(tensors[0], tensors[1], shares[1])
         return lambda tensors: average(tensors, shares)
 
-    def _write_scalar_head(
+    def _write_heads(
         self, models: Sequence[_Files], combine: Callable[[Sequence[Tensor]], Tensor], folder: Path
     ) -> None:
-        having = [model.name for model in models if model.scalar is not None]
-        if not having:
-            return
-        if len(having) < len(models):
-            others = ", ".join(model.name for model in models if model.scalar is None)
-            raise ManifestError(
-                f"stages.{self.bench.task.stage}: {', '.join(having)} have a head that scores and {others} have none, "
-                "so they cannot be merged. Merge models of one kind."
-            )
-        heads = [model.scalar for model in models if model.scalar is not None]
-        merged = {
-            name: combine([head[name].float() for head in heads]).to(tensor.dtype).contiguous()
-            for name, tensor in heads[0].items()
-        }
-        save_file(merged, folder / SCALAR_FILE)
+        """Those that stand in files of their own."""
+        for file in models[0].beside:
+            heads = [model.beside[file] for model in models]
+            merged = {
+                name: combine([head[name].float() for head in heads]).to(tensor.dtype).contiguous()
+                for name, tensor in heads[0].items()
+            }
+            save_file(merged, folder / file)
 
     def parents(self) -> Mapping[str, Any]:
         weights = self.config.weights_in_full
@@ -162,10 +155,10 @@ class _Files:
         except (OSError, SafetensorError) as error:
             raise ManifestError(f"The model '{name}' at '{place}' cannot be read: {error}.") from error
         self._handles = {tensor: handle for handle in handles for tensor in handle.keys()}  # noqa: SIM118
-        self.scalar: dict[str, Tensor] | None = None
-        if (folder / SCALAR_FILE).exists():
-            with safe_open(folder / SCALAR_FILE, framework="pt") as file:
-                self.scalar = {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
+        self.beside = {
+            name: load_file(folder / name) for name in (SCALAR_FILE, LM_HEAD_FILE) if (folder / name).exists()
+        }
+        """The heads that stand in files of their own, by file."""
 
     def _paths(self) -> list[Path]:
         index = self.folder / INDEX
@@ -218,6 +211,9 @@ def check_alike(models: Sequence[_Files]) -> None:
         if first.config.model_type != other.config.model_type:
             raise ManifestError(f"{both}one is a '{first.config.model_type}', the other a '{other.config.model_type}'.")
         _check_vocabulary(first, other, both)
+        if first.beside.keys() != other.beside.keys():
+            scoring, plain = (first, other) if first.beside else (other, first)
+            raise ManifestError(f"{both}'{scoring.name}' has a head that scores and '{plain.name}' has none.")
         only = sorted(set(first.names) ^ set(other.names))
         if only:
             whose = first.name if only[0] in first.names else other.name

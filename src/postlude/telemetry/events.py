@@ -86,12 +86,13 @@ class StepSkipped(BaseEvent):
 
 
 class Evaluation(BaseEvent):
-    """The loss on one held-out data set."""
+    """The loss on one held-out data set, and what else the objective measures there."""
 
     kind: Literal["evaluation"] = "evaluation"
     step: int
     name: str
     loss: float
+    metrics: Mapping[str, float] = {}
 
 
 class Measured(BaseEvent):

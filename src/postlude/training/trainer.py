@@ -250,7 +250,7 @@ class Trainer:
                 line[f"eval_{name}_loss"] = result.loss
                 line |= {f"eval_{name}_{metric}": value for metric, value in result.metrics.items()}
                 self.summary.evaluations.setdefault(name, []).append(result.loss)
-                self.journal.event("evaluation", step=self.step, name=name, loss=result.loss)
+                self.journal.event("evaluation", step=self.step, name=name, loss=result.loss, metrics=result.metrics)
             for role in self.program.roles.values():
                 role.model.train(role.optimizer is not None)
         return line
