@@ -114,3 +114,10 @@ def test_a_batch_counts_documents_trained_rows_and_no_padding(tiny, pack):
     assert count(batch) == flops.per_token * 37 + attention + flops.per_row * rows
     assert count(pack([30, 7], pad_to=64)) == count(batch)
     assert packed_flops([model, model])(batch) == 2 * count(batch)
+
+
+def test_a_language_head_that_is_not_used_is_not_counted(tiny, pack):
+    model = tiny("llama")
+    batch = pack([30, 7])
+    with_head, without = packed_flops([model])(batch), packed_flops([model], headless=[model])(batch)
+    assert with_head - without == ModelFlops(model).per_row * int(batch.weight.count_nonzero()) > 0

@@ -9,7 +9,7 @@ depends on a trainable weight. Padding and recomputation are not useful work and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -18,17 +18,20 @@ from postlude.model.anatomy import decoder_of
 from postlude.model.language_model import LanguageModel
 
 
-def packed_flops(models: Iterable[LanguageModel]) -> Callable[[PackedBatch], float]:
+def packed_flops(
+    models: Iterable[LanguageModel], headless: Collection[LanguageModel] = ()
+) -> Callable[[PackedBatch], float]:
     """A function from a batch to the operations that these models need for it, forward and backward.
 
-    What is frozen is read from ``requires_grad`` now. A model that is frozen altogether is only run forward.
+    What is frozen is read from ``requires_grad`` now. A model that is frozen altogether is only run forward. Of those
+    that are ``headless`` the language head is not used.
     """
-    counted = [ModelFlops(model) for model in models]
+    counted = [(ModelFlops(model), model not in headless) for model in models]
 
     def count(batch: PackedBatch) -> float:
         lengths = batch.lengths[: batch.documents].tolist()
         rows = int(batch.weight.count_nonzero())
-        return float(sum(model.count(lengths, rows) for model in counted))
+        return float(sum(model.count(lengths, rows if has_head else 0) for model, has_head in counted))
 
     return count
 

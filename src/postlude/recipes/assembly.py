@@ -229,6 +229,8 @@ class Assembly(Parts):
     def trainer(self, recorder: Recorder, stop: Callable[[], bool]) -> Trainer:
         """The trainer, at step 0."""
         models = [role.model for role in self.program.roles.values()]
+        heads = self.program.objective.heads
+        headless = [role.model for name, role in self.program.roles.items() if "lm" not in heads.get(name, ())]
         return Trainer(
             self.config,
             self.program,
@@ -237,7 +239,7 @@ class Assembly(Parts):
             seed=self.manifest.seed,
             precision=self.precision,
             journal=recorder,
-            meters=Meters(packed_flops(models), self.workers, self.precision, self.task.threads),
+            meters=Meters(packed_flops(models, headless), self.workers, self.precision, self.task.threads),
             evaluations=self.evaluations,
             checkpoint_uri=self.stage.checkpoint_uri,
             on_commit=lambda uri, step: self._committed(recorder, uri, step),
