@@ -75,7 +75,8 @@ class Assembly:
     @property
     def gpus_per_worker(self) -> int:
         """Devices of each worker of the stage's pool; 0 computes on the CPU."""
-        return next((p.gpus_per_worker for n in self.config.pools if (p := self.manifest.compute.pools.get(n))), 0)
+        pools = self.manifest.compute.pools
+        return next((pools[name].gpus_per_worker for name in self.config.all_pools if name in pools), 0)
 
     # --- data -----------------------------------------------------------------------------------------------
 
