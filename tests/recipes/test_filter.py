@@ -104,5 +104,5 @@ def test_data_that_changed_since_a_stage_began_are_not_mixed(filtering, monkeypa
         filtering.run()
     monkeypatch.setattr(Filtering, "do", do)
     filtering.written("asked", records(25))
-    with pytest.raises(DataError, match=r"data of the stage 'kept' changed since it began: asked"):
+    with pytest.raises(ManifestError, match=r"files of data\.asked changed: other content in asked\.jsonl"):
         filtering.run()

@@ -126,7 +126,7 @@ def test_several_workers_make_the_same_records(project):
     project.stages["answers"] = project.generate(samples=2, concurrency=8, reward=[DIGITS])
     assert project.run() == 0
     alone = (project.artifact("answers") / "data.jsonl").read_bytes()
-    project.manifest |= {"name": "two", "compute": {"pools": {"rollout": {"workers": 2}}}}
+    project.manifest |= {"name": "two", "compute": {"pools": {"train": {"workers": 2}}}}
     assert project.run() == 0
     assert (project.artifact("answers") / "data.jsonl").read_bytes() == alone
 

@@ -22,7 +22,9 @@ def start(manifest: str) -> subprocess.Popen:
 
 
 def prepare(project, name: str, workers: int) -> str:
-    project.manifest |= {"name": name, "compute": {"pools": {"rollout": {"workers": workers}}}}
+    # A folder each: else one run takes over what another made.
+    place = str(project.folder / f"runs-{name}")
+    project.manifest |= {"name": name, "run_dir": place, "compute": {"pools": {"train": {"workers": workers}}}}
     judge = {"model": {"path": project.models["judge"]}}
     match = {"function": {"name": "regex", "pattern": "[a-m]"}}
     project.stages["answers"] = project.generate(

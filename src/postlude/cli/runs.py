@@ -6,23 +6,47 @@ from typing import Annotated
 
 import typer
 
-from postlude.cli.arguments import AsJson, ManifestPath, Overrides, RunPath, StageName
+from postlude.cli.arguments import AsJson, ManifestPath, Overrides, RunPath
 from postlude.cli.output import show
 
 
 def run(
     manifest: ManifestPath,
     overrides: Overrides = None,
-    stage: StageName = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="This stage and what it needs.", show_default=False)
+    ] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option("--from", help="Run this stage again, and what hangs on it.", show_default=False),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="This stage and what it needs; with --from a stretch.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would run and why.")] = False,
     inline: Annotated[bool, typer.Option("--inline", help="Run everything in this process, for a debugger.")] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for a process that holds the run.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
     """Run the stages of a manifest, or go on with a run where it stopped.
 
-    Finished stages are kept; an unfinished one continues from its last checkpoint.
+    Finished stages are kept, unless something that they follow from has changed; an unfinished one continues from its
+    last checkpoint. Stages that do not need each other run side by side where their pools differ.
     """
     from postlude.workflow import run as workflow
 
-    raise typer.Exit(workflow.run(manifest, overrides or [], stage=stage, inline=inline))
+    if dry_run:
+        show(workflow.dry_run(manifest, overrides or [], stage=stage, begin=begin, until=until), as_json)
+        return
+    if as_json:
+        raise typer.BadParameter("it tells what would run, so it needs --dry-run", param_hint="--json")
+    code = workflow.run(
+        manifest, overrides or [], stage=stage, inline=inline, begin=begin, until=until, wait_seconds=wait
+    )
+    raise typer.Exit(code)
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:

@@ -3,6 +3,8 @@
 One rank runs in this very process, where a debugger can follow it. Several are spawned, meet through a file
 (no port to collide on), and live and die together: with their parent, with each other, and by the signals that
 the parent hands on. A user's mistake in a rank reaches the caller as the same :class:`UserError`.
+
+Groups of ranks can be at work side by side, each for a task of its own: :class:`RankGroup` and :func:`attend`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -38,59 +41,95 @@ def run_ranks(function: str, task: Any, ranks: int, threads: int) -> list[Any]:
     """
     if ranks == 1:
         return [_call(function, task, threads)]
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="postlude-") as meeting:
-        rendezvous = f"file://{meeting}/rendezvous"
-        processes, ends = [], []
+    with RankGroup(function, task, ranks, threads) as group, signals_handed_on([group]):
+        while not group.is_over:
+            attend([group])
+        return group.results()
+
+
+class RankGroup:
+    """The ranks of one task, spawned, even where it is only one. A context manager: on leaving none is alive.
+
+    ``environment`` is what each rank gets besides the variables by which the ranks find each other.
+    """
+
+    def __init__(
+        self, function: str, task: Any, ranks: int, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._meeting = tempfile.TemporaryDirectory(prefix="postlude-")
+        self.processes: list[Any] = []
+        self.ends: dict[int, Connection] = {}
+        """Where each rank that is still at work will say how it ended."""
+        self._results: dict[int, Any] = {}
+        self._failures: dict[int, BaseException] = {}
+        self._deadline: float | None = None
         for rank in range(ranks):
-            environment = {
+            told = {
+                **(environment or {}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
-                "POSTLUDE_RENDEZVOUS": rendezvous,
+                "POSTLUDE_RENDEZVOUS": f"file://{self._meeting.name}/rendezvous",
                 "GLOO_SOCKET_IFNAME": "lo",
                 "OMP_NUM_THREADS": str(threads),
             }
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank,
-                args=(function, task, threads, os.getpid(), environment, theirs),
-                name=f"rank-{rank}",
+                target=_rank, args=(function, task, threads, os.getpid(), told, theirs), name=f"rank-{rank}"
             )
             process.start()
             theirs.close()
-            processes.append(process)
-            ends.append(ours)
-        with _signals_handed_on(processes):
-            try:
-                return _collect(processes, ends)
-            finally:
-                for process in processes:
-                    process.kill()
-                for process in processes:
-                    process.join()
+            self.processes.append(process)
+            self.ends[rank] = ours
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every rank has ended, or one has failed and the others have had their grace."""
+        return not self.ends or self.seconds_left == 0.0
 
-def _collect(processes: list[Any], ends: list[Connection]) -> list[Any]:
-    """Each rank's result; the first failure is raised after the others had their grace."""
-    results: dict[int, Any] = {}
-    failures: dict[int, BaseException] = {}
-    open_ends = dict(enumerate(ends))
-    while open_ends:
-        ready = wait(list(open_ends.values()), timeout=GRACE_SECONDS if failures else None)
-        if not ready:
-            break
-        for rank in [rank for rank, end in open_ends.items() if end in ready]:
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the others may take, once a rank has failed; None before."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def hear(self, ready: Sequence[Any]) -> None:
+        """Take what the ranks behind the ends that are ``ready`` have to say."""
+        for rank in [rank for rank, end in self.ends.items() if end in ready]:
             try:
-                outcome, value = open_ends.pop(rank).recv()
+                outcome, value = self.ends.pop(rank).recv()
             except EOFError:
-                processes[rank].join()
-                failures[rank] = RankFailed(f"rank {rank} ended with exit code {processes[rank].exitcode}")
-                continue
-            (results if outcome == "result" else failures)[rank] = value
-    if failures:
-        raise min(failures.values(), key=lambda failure: not isinstance(failure, UserError))
-    return [results[rank] for rank in range(len(processes))]
+                self.processes[rank].join()
+                outcome = "failure"
+                value = RankFailed(f"rank {rank} ended with exit code {self.processes[rank].exitcode}")
+            (self._results if outcome == "result" else self._failures)[rank] = value
+            if outcome == "failure" and self._deadline is None:
+                self._deadline = time.monotonic() + GRACE_SECONDS
+
+    def results(self) -> list[Any]:
+        """What each rank returned. What a rank raised is raised here, a user's mistake first."""
+        if self._failures:
+            raise min(self._failures.values(), key=lambda failure: not isinstance(failure, UserError))
+        return [self._results[rank] for rank in range(len(self.processes))]
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self._meeting.cleanup()
+
+
+def attend(groups: Sequence[RankGroup]) -> None:
+    """Wait until a rank of any group has something to say, or the grace of a group is over."""
+    ends = [end for group in groups for end in group.ends.values()]
+    left = [group.seconds_left for group in groups if group.seconds_left is not None]
+    ready = wait(ends, timeout=min(left, default=None))
+    for group in groups:
+        group.hear(ready)
 
 
 def _rank(function: str, task: Any, threads: int, parent: int, environment: dict[str, str], end: Connection) -> None:
@@ -123,17 +162,22 @@ def _die_with(parent: int) -> None:
 
 
 @contextmanager
-def _signals_handed_on(processes: list[Any]) -> Iterator[None]:
-    """Pass SIGTERM and SIGINT to every rank: each decides with the others at the next step."""
+def signals_handed_on(groups: Sequence[RankGroup]) -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGINT to every rank of the groups: each decides with its own at the next step.
+
+    ``groups`` may change meanwhile. The list that comes back gathers the signals that came.
+    """
+    came: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
-        for process in processes:
+        came.append(number)
+        for process in [process for group in groups for process in group.processes]:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -44,7 +44,7 @@ def _misreferences(value: Value) -> Iterator[Problem]:
         recipe = STAGE.config(stage.plain()) if stage.is_mapping else None
         if recipe is not None and issubclass(recipe, StageConfig):
             used[name] = list(references(stage.plain(), STAGE))
-            pools |= set(recipe.pools)
+            pools |= {*recipe.pools, *filter(None, [_pool(stage, recipe)])}
     for name, named in used.items():
         for reference in named:
             path = ("stages", name, *reference.path)
@@ -74,6 +74,11 @@ def _misreferences(value: Value) -> Iterator[Problem]:
         if name not in pools:
             what = f"no stage runs on this pool.{suggestion_or_list(name, pools)}"
             yield at(("compute", "pools", name), what)
+
+
+def _pool(stage: Value, recipe: type[StageConfig]) -> str | None:
+    """The pool that a stage runs on: what it says, or what its recipe has."""
+    return stage.text("pool") or recipe.model_fields["pool"].default
 
 
 def _maker(dataset: Value) -> object:

@@ -71,6 +71,17 @@ def needs(manifest: Manifest, stage: str) -> list[str]:
     return list(dict.fromkeys([*stages_used(config).values(), *filter(None, makers)]))
 
 
+def ancestors(manifest: Manifest, stage: str) -> set[str]:
+    """All the stages that a stage hangs on, directly or through others."""
+    direct = needs(manifest, stage)
+    return set(direct).union(*(ancestors(manifest, name) for name in direct))
+
+
+def descendants(manifest: Manifest, stage: str) -> set[str]:
+    """All the stages that hang on a stage, directly or through others."""
+    return {name for name in manifest.stages if stage in ancestors(manifest, name)}
+
+
 def _of(stage: StageConfig) -> Iterator[Reference]:
     return references(stage.model_dump(mode="json", by_alias=True), Shape(type(stage)))
 

@@ -22,7 +22,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from postlude.manifest.errors import ManifestError
-from postlude.manifest.graph import datasets_used
+from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.text import parse
 
@@ -35,13 +35,17 @@ class LockedStage:
     """What the lock says of a stage besides its config."""
 
     hash: str
-    """SHA-256 of everything that bears on its result, :func:`basis` without the keys that are free."""
+    """SHA-256 of what the manifest says that bears on its result: :func:`bearing`."""
     data: list[str]
     """The data sets that it reads."""
     pools: list[str]
     """The pools whose workers it runs on."""
     threads: int | None = None
     """CPU threads of each worker, as they were set."""
+    needs: list[str] = field(default_factory=list)
+    """The stages that it hangs on."""
+    fingerprint: str | None = None
+    """SHA-256 of all that its result follows from, those stages and the content of the data included."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,28 @@ class Lock:
     """The resolved manifest, as :attr:`~postlude.manifest.load.Resolved.tree`."""
 
 
-def lock(resolved: Resolved, threads: Mapping[str, int] | None = None) -> Lock:
+def lock(
+    resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
+) -> Lock:
     """The lock of a resolved manifest on this machine. ``threads`` are those of each stage's workers."""
     stages = {}
     for name, config in resolved.manifest.stages.items():
-        data = sorted(set(datasets_used(config).values()))
-        flat = _flat(basis(resolved.tree, name, data, config.pools))
-        bearing = {key: value for key, value in flat.items() if not _is_free(key, name, config.free)}
-        stages[name] = LockedStage(_hash(bearing), data, list(config.pools), (threads or {}).get(name))
+        stages[name] = LockedStage(
+            hash=hash_of(bearing(resolved, name)),
+            data=sorted(set(datasets_used(config).values())),
+            pools=list(config.all_pools),
+            threads=(threads or {}).get(name),
+            needs=needs(resolved.manifest, name),
+            fingerprint=(fingerprints or {}).get(name),
+        )
     return Lock(manifest_hash(resolved.tree), versions(), stages, resolved.tree)
 
 
-def lock_text(resolved: Resolved, threads: Mapping[str, int] | None = None) -> str:
+def lock_text(
+    resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
+) -> str:
     """:func:`lock` as the text of the file."""
-    return written(lock(resolved, threads))
+    return written(lock(resolved, threads, fingerprints))
 
 
 def written(locked: Lock) -> str:
@@ -116,30 +128,49 @@ def differences(locked: Lock, resolved: Resolved, stage: str, free: Collection[s
 
     ``free`` are keys of the stage that do not bear on it.
     """
-    then, config = locked.stages[stage], resolved.manifest.stages[stage]
-    before = _flat(basis(locked.manifest, stage, then.data, then.pools))
-    after = _flat(basis(resolved.tree, stage, sorted(set(datasets_used(config).values())), config.pools))
+    then = locked.stages[stage]
+    return changed_keys(_bearing(locked.manifest, stage, then.data, then.pools, free), bearing(resolved, stage, free))
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What two accounts of :func:`bearing` do not share, one line for each key: ``seed: 1 -> 2``."""
     return [
         f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
         for key in dict.fromkeys([*before, *after])
-        if (key not in before or key not in after or before[key] != after[key]) and not _is_free(key, stage, free)
+        if key not in before or key not in after or before[key] != after[key]
     ]
+
+
+def bearing(resolved: Resolved, stage: str, free: Collection[str] | None = None) -> dict[str, Any]:
+    """What the manifest says that bears on a stage's result, by dotted key: its :func:`basis` without the keys that
+    are free, by default those of its recipe."""
+    config = resolved.manifest.stages[stage]
+    data = sorted(set(datasets_used(config).values()))
+    return _bearing(resolved.tree, stage, data, config.all_pools, config.free if free is None else free)
+
+
+def _bearing(
+    tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str], free: Collection[str]
+) -> dict[str, Any]:
+    placement = ("pool", *free)  # which pool it is cannot change the result, only how many workers that has
+    flat = _flat(basis(tree, stage, data, pools))
+    return {key: value for key, value in flat.items() if not _is_free(key, stage, placement)}
 
 
 def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str]) -> dict[str, Any]:
     """The part of a resolved tree that bears on a stage's result, given the data sets and the pools that it uses."""
-    workers = {name: {"workers": tree["compute"]["pools"].get(name, {}).get("workers", 1)} for name in pools}
+    workers = [tree["compute"]["pools"].get(name, {}).get("workers", 1) for name in pools] or [1]
     return {
         "seed": tree["seed"],
         "data": {name: tree["data"][name] for name in data},
-        "compute": {"pools": workers},
+        "compute": {"workers": workers[0] if len(workers) == 1 else workers},
         "stages": {stage: tree["stages"][stage]},
     }
 
 
 def manifest_hash(tree: Mapping[str, Any]) -> str:
     """SHA-256 of a resolved manifest, in hexadecimal; the order of keys does not matter."""
-    return _hash(tree)
+    return hash_of(tree)
 
 
 def versions() -> dict[str, str]:
@@ -191,7 +222,8 @@ def _is_free(key: str, stage: str, free: Collection[str]) -> bool:
     return any(key == f"stages.{stage}.{name}" or key.startswith(f"stages.{stage}.{name}.") for name in free)
 
 
-def _hash(document: Any) -> str:
+def hash_of(document: Any) -> str:
+    """SHA-256 of what JSON can hold, in hexadecimal; the order of keys does not matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 

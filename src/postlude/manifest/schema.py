@@ -188,8 +188,10 @@ class Evaluate(Config):
 class StageConfig(Component):
     """What every stage has. A recipe's config derives from this or from :class:`TrainingStage`."""
 
+    version: ClassVar[int] = 1
+    """Raised when the recipe's result changes although its keys do not: what it made before is then made anew."""
     pools: ClassVar[tuple[str, ...]] = ()
-    """The pools of ``compute.pools`` whose workers it runs on."""
+    """The pools of ``compute.pools`` whose workers it uses besides those of its own ``pool``."""
     amendable: ClassVar[tuple[str, ...]] = ()
     """Keys that ``postlude amend`` may change while the stage runs."""
     free: ClassVar[tuple[str, ...]] = ()
@@ -197,6 +199,15 @@ class StageConfig(Component):
 
     recipe: str
     """What the stage does, by the name of its recipe."""
+    pool: Name | None = None
+    """The pool of ``compute.pools`` whose workers it runs on. Stages that do not need each other run at the same time
+    where their pools differ."""
+
+    @property
+    def all_pools(self) -> tuple[str, ...]:
+        """Every pool whose workers it uses, its own first."""
+        own = (self.pool,) if self.pool is not None else ()
+        return tuple(dict.fromkeys((*own, *self.pools)))
 
     def base_model(self) -> ModelPlace | None:
         """The model whose architecture and tokenizer the model has that the stage makes; None if it makes none."""
@@ -212,7 +223,6 @@ class TrainingStage(StageConfig):
     """A stage that trains a model: the keys that belong to the trainer, whatever the recipe."""
 
     exactly_one = (("steps", "epochs"),)
-    pools = ("train",)
     amendable = (
         "optimizer.lr",
         "optimizer.weight_decay",
@@ -222,6 +232,9 @@ class TrainingStage(StageConfig):
     )
     free = ("checkpoint",)
 
+    pool: Name = "train"
+    """The pool of ``compute.pools`` whose workers train it. Stages that do not need each other run at the same time
+    where their pools differ."""
     model: ModelFrom
     """The weights that training starts from."""
     tokenizer: TokenizerFrom | None = None
@@ -301,7 +314,7 @@ class Manifest(Config):
     sinks: list[Annotated[Component, Named("sinks")]] = []
     """Where metrics and events go besides the run directory."""
     stages: Annotated[dict[Name, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
-    """What is to be done, by name. Which stage waits for which follows from ``model: {from: STAGE}``."""
+    """What is to be done, by name. Which stage waits for which follows from ``{from: STAGE}`` wherever it stands."""
 
 
 ModelFrom.model_rebuild()

@@ -6,7 +6,7 @@ vocabulary. Parallelism, adapters and precision are applied from outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -140,6 +140,15 @@ class LanguageModel(nn.Module):
         if name != "scalar" or self.scalar is None:
             raise KeyError(name)
         return ScalarHead(self.scalar)
+
+    def freeze_heads_except(self, used: Collection[str]) -> None:
+        """Take the heads that no objective uses out of the training: without a gradient, an optimiser would hold no
+        state for them that a checkpoint could bring back. One that is the embedding too stays."""
+        if self.scalar is not None and "scalar" not in used:
+            self.scalar.requires_grad_(False)
+        head: nn.Module = self.causal.get_output_embeddings()
+        if "lm" not in used and head.weight is not self.causal.get_input_embeddings().weight:
+            head.requires_grad_(False)
 
     # --- layers ---------------------------------------------------------------------------------------------
 

@@ -213,9 +213,10 @@ class Assembly(Parts):
         for name, heads in objective.heads.items():
             if "scalar" in heads:
                 roles[name].model.add_scalar_head()
-        for role in roles.values():
+        for name, role in roles.items():
             trained = role.optimizer is not None
             role.model.requires_grad_(trained).train(trained)
+            role.model.freeze_heads_except(objective.heads.get(name, ()))
         return Program(objective, roles)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 class Merge(WorkRecipe):
     """A weighted average of models, task arithmetic, or the spherical interpolation of two."""
-
-    pools: ClassVar[tuple[str, ...]] = ()
 
     recipe: Literal["merge"]
     models: Annotated[dict[Name, ModelPlace], Field(min_length=1)]

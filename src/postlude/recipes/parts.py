@@ -61,7 +61,7 @@ class Parts:
     def gpus_per_worker(self) -> int:
         """Devices of each worker of the stage's pool; 0 computes on the CPU."""
         pools = self.manifest.compute.pools
-        return next((p.gpus_per_worker for n in self.stage_config.pools if (p := pools.get(n))), 0)
+        return next((p.gpus_per_worker for n in self.stage_config.all_pools if (p := pools.get(n))), 0)
 
     @cached_property
     def begun(self) -> datetime | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from postlude.manifest.schema import NamesDatasets, Positive, StageConfig
+from postlude.manifest.schema import Name, NamesDatasets, Positive, StageConfig
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,9 +31,10 @@ Entry = Mapping[str, Any]
 class WorkRecipe(StageConfig):
     """Base of the kind ``recipes`` for stages that do something else than train."""
 
-    pools: ClassVar[tuple[str, ...]] = ("rollout", "train")
     free: ClassVar[tuple[str, ...]] = ()
 
+    pool: Name = "train"
+    """The pool of ``compute.pools`` whose workers do it."""
     threads: Positive | None = None
     """CPU threads of each worker; by default the machine's cores, shared out."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

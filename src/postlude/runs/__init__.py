@@ -2,19 +2,29 @@
 
 from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
+from postlude.runs.identity import Identity
+from postlude.runs.revisions import revision_of, revisions, set_aside
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
+from postlude.runs.takeover import finished_elsewhere, run_of, take_over
 
 __all__ = [
     "Checkpoint",
     "ExamplesWriter",
+    "Identity",
     "Run",
     "Stage",
     "State",
     "Status",
     "artifact_of",
     "find",
+    "finished_elsewhere",
     "list_runs",
     "open_run",
     "read_examples",
+    "revision_of",
+    "revisions",
+    "run_of",
+    "set_aside",
+    "take_over",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from postlude import storage
 from postlude.runs import examples
+from postlude.runs.identity import Identity
 from postlude.storage import exact_json
 
 if TYPE_CHECKING:
@@ -90,21 +91,53 @@ class Stage:
         return storage.join(self.uri, "state.json")
 
     def has_begun(self) -> bool:
-        """Whether it has made a step: before that there is nothing to lose."""
+        """Whether it has made a step: before that there is nothing to lose.
+
+        What lies in a stage that is pending is on its way out or in: a kill has left it behind.
+        """
+        if self.status().state == "pending":
+            return False
         return bool(self.metrics.size_bytes() or self._all_checkpoints() or self.has_artifact())
+
+    def is_done(self) -> bool:
+        """Whether it is finished, with its artifact."""
+        return self.status().state == "done" and self.has_artifact()
 
     def clear(self) -> None:
         """Remove all that the stage wrote, so that a new revision begins from nothing.
 
-        The state goes last: killed on the way, the stage is still known to need this.
+        It is pending from the first moment, and its state goes last: killed on the way, it is still known to need this.
         """
+        if storage.exists(self._state) and self.status().state != "pending":
+            self.enter("pending")
         storage.discard(self.artifact)
-        for checkpoint in self._all_checkpoints():
-            storage.discard(checkpoint.uri)
+        self.drop_checkpoints()
         for name in storage.list_directory(self.uri):
             if name != storage.name(self._state):
                 storage.remove(storage.join(self.uri, name))
         storage.remove(self.uri)
+
+    # --- what it was begun with -----------------------------------------------------------------------------
+
+    @property
+    def identity_uri(self) -> str:
+        """Where it stands what the stage was begun with."""
+        return storage.join(self.uri, "identity.json")
+
+    def identity(self) -> Identity | None:
+        """What the stage was begun with; None if that is not known."""
+        return Identity.read(self.identity_uri)
+
+    def applied_amendments(self) -> list[list[Any]]:
+        """The changes made to the running stage, each with the step from which it holds."""
+        entries = self.amendments.read()
+        asked = {entry["id"]: entry["assignment"] for entry in entries if "assignment" in entry}
+        return [[entry["from_step"], asked[entry["applied"]]] for entry in entries if "applied" in entry]
+
+    def result_fingerprint(self) -> str | None:
+        """What the result of the stage follows from; None if that is not known."""
+        identity = self.identity()
+        return identity.result_fingerprint(self.applied_amendments()) if identity else None
 
     # --- losses by example ----------------------------------------------------------------------------------
 
@@ -129,6 +162,11 @@ class Stage:
     def checkpoints(self) -> list[Checkpoint]:
         """The committed checkpoints, newest first."""
         return [checkpoint for checkpoint in self._all_checkpoints() if storage.is_committed(checkpoint.uri)]
+
+    def drop_checkpoints(self) -> None:
+        """Remove every checkpoint."""
+        for checkpoint in self._all_checkpoints():
+            storage.discard(checkpoint.uri)
 
     def prune(self, keep: int) -> None:
         """Remove all committed checkpoints but the ``keep`` newest, and what never was committed before those.

@@ -11,6 +11,7 @@ from postlude.storage.commits import (
     is_committed,
     open_hashed,
     read_marker,
+    sha256_of,
     verify,
 )
 from postlude.storage.errors import (
@@ -42,7 +43,7 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import copy_folder, fetch, new_folder
+from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, link_folder, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
 
@@ -63,6 +64,7 @@ __all__ = [
     "StorageFull",
     "begin",
     "commit",
+    "copy_file",
     "copy_folder",
     "create",
     "discard",
@@ -74,6 +76,8 @@ __all__ = [
     "is_directory",
     "is_local",
     "join",
+    "link_file",
+    "link_folder",
     "list_directory",
     "local_path",
     "lock",
@@ -87,6 +91,7 @@ __all__ = [
     "read_marker",
     "read_text",
     "remove",
+    "sha256_of",
     "size_bytes",
     "verify",
     "write_bytes",

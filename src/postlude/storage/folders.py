@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,46 @@ def copy_folder(uri: str, target: str) -> None:
             with files.open_file(files.join(work, below), "wb") as file:
                 _copy(files.join(uri, below), file)
         commits.check(work, marker)
+
+
+def link_folder(uri: str, target: str) -> None:
+    """Make ``target`` the same committed folder as ``uri``, sharing its files where both are local.
+
+    The files of a committed folder are never written again, so that neither can change under the other. Errors as for
+    :func:`copy_folder`.
+    """
+    if not (files.is_local(uri) and files.is_local(target)):
+        copy_folder(uri, target)
+        return
+    marker = commits.read_marker(uri)
+    with new_folder(target, marker.extra) as work:
+        for below in marker.files:
+            link_file(files.join(uri, below), files.join(work, below))
+        commits.check(work, marker)
+
+
+def link_file(uri: str, target: str) -> None:
+    """Give a file that is never written again a second name, which replaces what had that name; a copy where there can
+    be no link: behind remote URIs, and between file systems."""
+    if files.is_local(uri) and files.is_local(target):
+        source, path = files.local_path(uri), files.local_path(target)
+        with writing(target):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            files.remove(target)
+            try:
+                os.link(source, path)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                    raise
+            else:
+                return
+    copy_file(uri, target)
+
+
+def copy_file(uri: str, target: str) -> None:
+    """Copy a file; what was at ``target`` is replaced."""
+    with files.open_file(target, "wb") as file:
+        _copy(uri, file)
 
 
 def files_below(folder: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -57,6 +57,24 @@ class StageFinished(BaseEvent):
 
     kind: Literal["stage_finished"] = "stage_finished"
     steps: int
+
+
+class StageTakenOver(BaseEvent):
+    """What another run finished with the same fingerprint stands in the stage now."""
+
+    kind: Literal["stage_taken_over"] = "stage_taken_over"
+    run: str
+    """The run that made it."""
+    revision: int = 1
+
+
+class StageSetAside(BaseEvent):
+    """What stood in a stage was moved to its revisions, because something that it follows from has changed."""
+
+    kind: Literal["stage_set_aside"] = "stage_set_aside"
+    revision: int
+    """Of what was moved."""
+    reasons: Sequence[str] = ()
 
 
 class CheckpointSaved(BaseEvent):
@@ -137,6 +155,8 @@ Event = (
     | RunInterrupted
     | StageStarted
     | StageFinished
+    | StageTakenOver
+    | StageSetAside
     | CheckpointSaved
     | CheckpointSkipped
     | StepSkipped

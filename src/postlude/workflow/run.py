@@ -4,44 +4,133 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from postlude import storage
-from postlude.cluster.local import run_ranks
-from postlude.manifest.errors import ManifestError, UserError
-from postlude.manifest.graph import needs, order
 from postlude.manifest.load import Resolved, load
-from postlude.manifest.lock import differences, lock_text, read_lock
-from postlude.recipes.assembly import StageTask
+from postlude.manifest.lock import lock_text, read_lock
 from postlude.runs import Run
 from postlude.telemetry import events
-from postlude.telemetry.progress import stage_table
-from postlude.workflow.compute import check_compute, ranks_of, threads_of
+from postlude.telemetry.progress import console, stage_table, waiting
+from postlude.workflow.begin import verify_inputs
+from postlude.workflow.compute import check_compute, ranks_beside, ranks_of, threads_of
+from postlude.workflow.plan import Decision, Plan, make_plan
+from postlude.workflow.selection import Selection, stages_in_order
+from postlude.workflow.side_by_side import StagesAtWork
+
+__all__ = ["INTERRUPTED", "dry_run", "run", "stages_in_order"]
 
 INTERRUPTED = 130
 
+_POLL_SECONDS = 1.0
 
-def run(manifest_path: str, overrides: Sequence[str], stage: str | None = None, inline: bool = False) -> int:
-    """Run a manifest, or one stage of it and what that hangs on, and return the exit code of the command.
 
-    A finished stage is kept, an unfinished one continues from its last committed checkpoint. ``inline`` runs every
-    stage in this process, for a debugger. :class:`UserError` on what the user can mend; the run can be continued.
+def run(
+    manifest_path: str,
+    overrides: Sequence[str],
+    stage: str | None = None,
+    inline: bool = False,
+    begin: str | None = None,
+    until: str | None = None,
+    wait_seconds: float = 0.0,
+) -> int:
+    """Run a manifest, or the stages of it that are selected, and return the exit code of the command.
+
+    What is done and why is the plan of :mod:`postlude.workflow.plan`. ``inline`` runs every stage in this process, one
+    after another, for a debugger. ``wait_seconds``: how long to wait for another process that holds the run.
+    :class:`UserError` on what the user can mend; the run can be continued.
     """
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
     check_compute(resolved.manifest)
-    run = Run(storage.join(resolved.manifest.run_dir, resolved.manifest.name))
-    with run.hold():
-        lock(run, resolved)
+    run = run_of(resolved)
+    with hold(run, wait_seconds):
+        plan = make_plan(resolved, run, Selection(stage, begin, until))
+        console().print(plan.render(), width=None if console().is_terminal else 120)
+        for decision in plan.work:
+            verify_inputs(run, _only_kept(decision, plan))
+        write_lock(run, resolved, plan)
         tell(run, "run_started", host=socket.gethostname(), pid=os.getpid())
-        names = stages_in_order(resolved, stage)
-        for name in names:
-            if run.stage(name).status().state != "done" and run_stage(run, resolved, name, inline) == INTERRUPTED:
-                tell(run, "run_interrupted", reason=f"asked to stop in stage {name}")
-                return INTERRUPTED
+        interrupted = execute(run, resolved, plan, inline)
+        if interrupted is not None:
+            tell(run, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
+            return INTERRUPTED
         tell(run, "run_finished")
-        stage_table(run, names)
+        stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
+
+
+def dry_run(
+    manifest_path: str,
+    overrides: Sequence[str],
+    stage: str | None = None,
+    begin: str | None = None,
+    until: str | None = None,
+) -> Plan:
+    """What :func:`run` would do and why. Writes nothing, and can be asked while another process works on the run."""
+    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
+
+
+def execute(run: Run, resolved: Resolved, plan: Plan, inline: bool) -> str | None:
+    """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
+
+    A stage begins when all that it needs is done and its pool is free. Where it is the only one that can, it runs in
+    this process; several are processes of their own, side by side. What a stage raises is raised when the others at
+    work have ended.
+    """
+    left = {decision.stage: decision for decision in plan.work}
+    with closing(StagesAtWork(run, resolved, inline)) as at_work:
+        while (left and not at_work.stopping) or at_work.decisions:
+            ready = [] if at_work.stopping else can_begin(left, at_work.decisions)
+            for decision in ready[:1] if inline else ready:
+                del left[decision.stage]
+                if inline or (len(ready) == 1 and not at_work.decisions):
+                    at_work.run_here(decision)
+                else:
+                    at_work.start(decision)
+            if at_work.decisions:
+                at_work.wait()
+        if at_work.failure is not None:
+            raise at_work.failure
+        return at_work.interrupted
+
+
+def can_begin(left: Mapping[str, Decision], at_work: Mapping[str, Decision]) -> list[Decision]:
+    """The stages that wait for nothing: all they need is done, and their pools are free. One for each pool."""
+    unfinished = {*left, *at_work}
+    taken = {decision.pool for decision in at_work.values()}
+    ready = []
+    for decision in left.values():
+        if decision.pool not in taken and not unfinished & set(decision.needs):
+            taken.add(decision.pool)
+            ready.append(decision)
+    return ready
+
+
+def run_of(resolved: Resolved) -> Run:
+    """The run that a manifest describes."""
+    return Run(storage.join(resolved.manifest.run_dir, resolved.manifest.name))
+
+
+def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
+    """Take the run for this process. LockedError if another process has it, and still has it after the wait."""
+    deadline = time.monotonic() + wait_seconds
+    try:
+        return run.hold()
+    except storage.LockedError:
+        if not wait_seconds:
+            raise
+    with waiting(f"the run {run.name}, in use by {run.holder() or 'another process'}"):
+        while True:
+            try:
+                return run.hold()
+            except storage.LockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
 
 
 def tell(run: Run, kind: str, **fields: Any) -> None:
@@ -49,67 +138,23 @@ def tell(run: Run, kind: str, **fields: Any) -> None:
     events.record(run.events, events.make(kind, **fields))
 
 
-def stages_in_order(resolved: Resolved, wanted: str | None = None) -> list[str]:
-    """The stages, each after those it starts from; only ``wanted`` and what it hangs on where it is given."""
-    stages = resolved.manifest.stages
-    if wanted is not None and wanted not in stages:
-        raise ManifestError(f"There is no stage '{wanted}'. The manifest has: {', '.join(stages)}.")
-    ordered = order(resolved.manifest)
-    if wanted is None:
-        return ordered
-    needed = {wanted}
-    for name in reversed(ordered):
-        if name in needed:
-            needed |= set(needs(resolved.manifest, name))
-    return [name for name in ordered if name in needed]
-
-
-def lock(run: Run, resolved: Resolved) -> None:
-    """Write the manifest lock, or hold the manifest against the one that is there.
-
-    :class:`ManifestError` with the differences if a stage that has begun was changed.
-    """
-    before = run.read_manifest_lock()
-    if before is not None:
-        locked = read_lock(before)
-        changes: dict[str, None] = {}
-        for stage in run.stages():
-            if stage.name in resolved.manifest.stages and stage.name in locked.stages:
-                changed = differences(locked, resolved, stage.name, resolved.manifest.stages[stage.name].free)
-                if stage.has_begun():
-                    changes |= dict.fromkeys(changed)
-                elif changed:
-                    stage.clear()
-        if changes:
-            raise ManifestError(
-                f"The run '{run.uri}' has begun with another manifest, and a stage that has begun does not change:\n  "
-                + "\n  ".join(changes)
-                + "\nUndo the change, give the run another name, or change what may change while a stage runs with "
-                "`postlude amend`."
-            )
+def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
+    """Write what the run is about to do as its manifest lock; stages outside the plan keep their fingerprints."""
+    manifest = resolved.manifest
     threads = {
-        name: threads_of(stage, ranks_of(resolved.manifest, stage)) for name, stage in resolved.manifest.stages.items()
+        name: threads_of(stage, ranks_of(manifest, stage), ranks_beside(manifest, name))
+        for name, stage in manifest.stages.items()
     }
-    run.write_manifest_lock(lock_text(resolved, threads))
+    before = run.read_manifest_lock()
+    known = read_lock(before, run.manifest_lock).stages if before is not None else {}
+    fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
+    fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
+    run.write_manifest_lock(lock_text(resolved, threads, fingerprints))
 
 
-def run_stage(run: Run, resolved: Resolved, name: str, inline: bool) -> int:
-    """Run one stage to its end, or until it is interrupted; returns 0 or 130."""
-    config = resolved.manifest.stages[name]
-    ranks = 1 if inline else ranks_of(resolved.manifest, config)
-    threads = threads_of(config, ranks)
-    task = StageTask(tree=resolved.tree, stage=name, run=run.uri, threads=threads)
-    stage = run.stage(name)
-    stage.enter("running", process=os.getpid())
-    try:
-        summary = run_ranks("postlude.recipes.execution:run_stage", task, ranks, threads)[0]
-    except KeyboardInterrupt:
-        stage.enter("interrupted")
-        raise
-    except Exception as error:
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        stage.enter("failed", error=said)
-        events.record(run.events, events.make("failure", name, error=said))
-        raise
-    stage.enter("interrupted" if summary.interrupted else "done", steps=summary.steps)
-    return INTERRUPTED if summary.interrupted else 0
+def _only_kept(decision: Decision, plan: Plan) -> Decision:
+    """The decision as if it needed only what is there already."""
+    at_work: Collection[str] = {other.stage for other in plan.work}
+    return Decision(
+        decision.stage, decision.action, decision.identity, [need for need in decision.needs if need not in at_work]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from typing import TYPE_CHECKING
 
 from postlude.data.sources.source import Source
@@ -21,6 +22,14 @@ class Hub(Source):
     """The configuration, where the data set has several."""
     revision: str | None = None
     """A branch, tag or commit; a commit makes sure that the data are the same tomorrow."""
+
+    def files(self) -> list[str]:
+        from postlude import storage
+
+        if not storage.is_directory(self.hub):
+            return []
+        found = storage.expand(storage.join(glob.escape(self.hub), "**"))
+        return [uri for uri in found if not storage.is_directory(uri)]
 
     def open(self, cache: str) -> Records:
         from postlude.data.sources.hub_rows import load

@@ -21,7 +21,17 @@ class Path(Source):
     """Read groups of rows in turn and hold one at a time, or any row at any moment; by default single rows where the
     files are local and together under 2 GiB (a compressed byte counts four times)."""
 
+    @property
+    def paths(self) -> list[str]:
+        """What is given, as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    def files(self) -> list[str]:
+        from postlude.data.sources.files import find_files
+
+        return [uri for path in self.paths for uri in find_files(path)]
+
     def open(self, cache: str) -> Records:
         from postlude.data.sources.files import open_files
 
-        return open_files([self.path] if isinstance(self.path, str) else self.path, self.stream, cache)
+        return open_files(self.paths, self.stream, cache)

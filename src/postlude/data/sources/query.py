@@ -49,8 +49,16 @@ class Query(Source):
     tables: dict[str, str | Table] = {}
     """Names for files, to be used in the query: a path, or a mapping with its form. Remote files belong here."""
 
+    def files(self) -> list[str]:
+        from postlude.data.sources.sql import files_read
+
+        return files_read(self.query, self._tables)
+
     def open(self, cache: str) -> Records:
         from postlude.data.sources.sql import query_rows
 
-        tables = {name: Table(path=table) if isinstance(table, str) else table for name, table in self.tables.items()}
-        return query_rows(self.query, tables, cache)
+        return query_rows(self.query, self._tables, cache)
+
+    @property
+    def _tables(self) -> dict[str, Table]:
+        return {name: Table(path=table) if isinstance(table, str) else table for name, table in self.tables.items()}

@@ -42,6 +42,11 @@ def query_rows(query: str, tables: Mapping[str, Table], cache: str) -> ArrowRows
     return rows
 
 
+def files_read(query: str, tables: Mapping[str, Table]) -> list[str]:
+    """The files that the query reads: those that it names itself, then those of the tables. DataError as above."""
+    return [*_files_named_in(query), *(uri for _, table in sorted(tables.items()) for uri in _files_of(table))]
+
+
 def _connect() -> duckdb.DuckDBPyConnection:
     return duckdb.connect(config={"autoinstall_known_extensions": False})
 

@@ -1,0 +1,156 @@
+"""What the result of a stage follows from, gathered before it runs and without importing what is heavy.
+
+- The manifest: its keys without those that are free, the seed, the number of workers.
+- The stages that it needs: the fingerprints of their results.
+- The files that it reads: data, chat templates, models and tokenizers. A file counts by its content, so that a copy is
+  the same and a touched file has not changed; one above :data:`WHOLE_BYTES`, or behind a remote URI, by its size and
+  time stamp or entity tag, which never calls a changed file the same. Content is read once: its digest is kept with
+  the stage, and holds for as long as size and time of the file stay.
+- The code: the version of the recipe, and the source of every component that does not come with this package.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from postlude import storage
+from postlude.data.sources.source import Source
+from postlude.manifest.component import Component
+from postlude.manifest.errors import UserError
+from postlude.manifest.graph import datasets_used
+from postlude.manifest.load import Resolved
+from postlude.manifest.lock import bearing
+from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom
+from postlude.runs import Identity, Run, artifact_of
+
+WHOLE_BYTES = 2**30
+"""Up to this size the content of a local file is read."""
+
+LINEAGE = "lineage.json"
+
+
+@dataclass
+class Identifier:
+    """Finds out what the result of each stage of a manifest follows from. Writes nothing."""
+
+    resolved: Resolved
+    run: Run
+    _known: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The content of files by URI, each with the stamp that it was read at."""
+
+    def __post_init__(self) -> None:
+        for stage in self.run.stages():
+            identity = stage.identity()
+            if identity is not None:
+                contents = {uri: content for found in identity.files.values() for uri, content in found.items()}
+                stamps = identity.stamps
+                self._known |= {uri: (stamps[uri], contents[uri]) for uri in contents if uri in stamps}
+
+    def __call__(self, stage: str, inputs: Mapping[str, str], revisions: Mapping[str, int]) -> Identity:
+        """What the result of a stage follows from, given the results of the stages that it needs and which revisions
+        of theirs those are. UserError if a file that it reads is not there."""
+        config = self.resolved.manifest.stages[stage]
+        files = {what: {uri: self._content(uri) for uri in uris} for what, uris in self._files(stage, config)}
+        read = {uri for found in files.values() for uri in found}
+        return Identity(
+            config=bearing(self.resolved, stage),
+            inputs=dict(inputs),
+            files=files,
+            code=dict(self._code(stage, config)),
+            input_revisions=dict(revisions),
+            stamps={uri: self._known[uri][0] for uri in sorted(read) if uri in self._known},
+        )
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def _files(self, stage: str, config: StageConfig) -> Iterator[tuple[str, list[str]]]:
+        """What the stage reads, each with its files."""
+        for name in sorted(set(datasets_used(config).values())):
+            dataset = self.resolved.manifest.data[name]
+            if isinstance(dataset.source, Source) and (files := dataset.source.files()):
+                yield f"data.{name}", files
+            if dataset.template is not None and dataset.template.endswith(".jinja"):
+                yield f"data.{name}.template", _existing(dataset.template)
+        for key, path in _places(config, f"stages.{stage}"):
+            if found := _model_files(path):
+                yield key, found
+
+    def _content(self, uri: str) -> str:
+        """A text that stands for what is in a file."""
+        stamp = storage.modified_fingerprint(uri)
+        if not storage.is_local(uri) or storage.size_bytes(uri) > WHOLE_BYTES:
+            return stamp
+        known = self._known.get(uri)
+        if known is None or known[0] != stamp:
+            known = self._known[uri] = (stamp, storage.sha256_of(uri))
+        return known[1]
+
+    # --- code -----------------------------------------------------------------------------------------------
+
+    def _code(self, stage: str, config: StageConfig) -> Iterator[tuple[str, str]]:
+        yield f"the recipe {config.recipe}", str(config.version)
+        data = [self.resolved.manifest.data[name] for name in datasets_used(config).values()]
+        for component in (found for part in (config, *data) for found in _components(part)):
+            source = _foreign_source(type(component))
+            if source is not None:
+                name = component.component_name or type(component).__name__
+                yield f"the code of {name}", hashlib.sha256(source.encode()).hexdigest()
+
+
+def _existing(path: str) -> list[str]:
+    return [path] if storage.exists(path) else []
+
+
+def _places(part: Any, key: str) -> Iterator[tuple[str, str]]:
+    """The keys below a part of the manifest that say where a model or a tokenizer is, with the path each says."""
+    if isinstance(part, ModelPlace | TokenizerFrom) and part.path is not None:
+        yield f"{key}.path", part.path
+    for name, below in _below(part):
+        yield from _places(below, f"{key}.{name}")
+
+
+def _components(part: Any) -> Iterator[Component]:
+    if isinstance(part, Component):
+        yield part
+    for _, below in _below(part):
+        yield from _components(below)
+
+
+def _below(part: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(part, BaseModel):
+        yield from ((field.alias or name, getattr(part, name)) for name, field in type(part).model_fields.items())
+    elif isinstance(part, Mapping):
+        yield from ((str(name), below) for name, below in part.items())
+    elif isinstance(part, list | tuple):
+        yield from ((str(number), below) for number, below in enumerate(part))
+
+
+def _model_files(path: str) -> list[str]:
+    """The files behind a model's path: of a directory or an artifact, without its lineage; none for a hub name."""
+    try:
+        place = artifact_of(path) or path
+    except UserError:
+        return []  # the stage itself will say what is missing
+    if not storage.is_directory(place):
+        return _existing(place) if storage.is_local(place) else []
+    left = {LINEAGE, storage.MARKER}
+    found = storage.expand(storage.join(glob.escape(place), "**"))
+    return [uri for uri in found if not storage.is_directory(uri) and storage.name(uri) not in left]
+
+
+def _foreign_source(component: type) -> str | None:
+    """The source of the module that a component comes from; None for one of this package."""
+    if component.__module__.partition(".")[0] == "postlude":
+        return None
+    module = inspect.getmodule(component)
+    try:
+        return inspect.getsource(module or component)
+    except (OSError, TypeError):  # typed into an interpreter: there is no file
+        return component.__qualname__

@@ -1,0 +1,231 @@
+"""What will run and why: from a manifest and a run directory to one decision for each stage. Writes nothing.
+
+A stage is kept where it is finished and would come out the same; it is resumed where it has begun so. A finished stage
+of which anything changed runs again as a new revision, and so does all that hangs on it. What another run in the same
+folder has finished with an equal fingerprint is taken over. A stage that has begun and is not finished refuses a change
+of its own, unless one of its inputs is a new revision: then there is nothing left to go on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from postlude.manifest.errors import ManifestError
+from postlude.manifest.graph import ancestors, needs, order
+from postlude.manifest.load import Resolved
+from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of, run_of
+from postlude.workflow.compute import pool_of
+from postlude.workflow.fingerprint import Identifier
+from postlude.workflow.selection import Selection
+
+Action = Literal["keep", "resume", "run", "run again", "take over"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands in a stage."""
+
+    identity: Identity | None = None
+    """What it was begun with, where it has begun and that is known."""
+    begun: bool = False
+    done: bool = False
+    step: int = 0
+    """Of the newest checkpoint."""
+    revision: int = 1
+    """Of what stands; of what it is going to make, where it has not begun."""
+    amendments: Sequence[Sequence[Any]] = ()
+
+    @staticmethod
+    def at(run: Run, name: str) -> Found:
+        """What stands in a stage of a run."""
+        stage = run.stage(name)
+        number = revision_of(run, name)
+        if not stage.has_begun():
+            return Found(revision=number)
+        newest = next((checkpoint.step for checkpoint in stage.checkpoints()), 0)
+        return Found(stage.identity(), True, stage.is_done(), newest, number, stage.applied_amendments())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one stage."""
+
+    stage: str
+    action: Action
+    identity: Identity
+    """What it will be begun with, or was."""
+    needs: Sequence[str] = ()
+    pool: str = ""
+    step: int = 0
+    """Where a resume goes on."""
+    reasons: Sequence[str] = ()
+    source: Stage | None = field(default=None, compare=False)
+    """What is taken over."""
+    replaces: bool = False
+    """Whether what stands is moved to the revisions first."""
+
+    @property
+    def told(self) -> str:
+        """The decision in words."""
+        match self.action:
+            case "resume":
+                return f"resume from step {self.step}"
+            case "run again":
+                return f"run again as revision {self.identity.revision}"
+            case "take over" if self.source is not None:
+                return f"take over from {run_of(self.source)}"
+        return self.action
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "action": self.action,
+            "revision": self.identity.revision,
+            "step": self.step,
+            "reasons": list(self.reasons),
+            "from_run": run_of(self.source) if self.source else None,
+            "needs": list(self.needs),
+            "pool": self.pool,
+            "fingerprint": self.identity.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions, in graph order."""
+
+    run: Run
+    decisions: list[Decision]
+
+    @property
+    def work(self) -> list[Decision]:
+        """Those by which something is done."""
+        return [decision for decision in self.decisions if decision.action != "keep"]
+
+    def __getitem__(self, stage: str) -> Decision:
+        return next(decision for decision in self.decisions if decision.stage == stage)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": self.run.uri, "stages": [decision.to_json() for decision in self.decisions]}
+
+    def render(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        from postlude.workflow.drawing import drawn
+
+        table = Table(title=f"{self.run.name}: what will run", title_justify="left")
+        for column in ("stage", "what", "why"):
+            table.add_column(column)
+        for name, branch in drawn({decision.stage: decision.needs for decision in self.decisions}):
+            decision = self[name]
+            style = "dim" if decision.action == "keep" else None
+            table.add_row(Text(branch), decision.told, Text("\n".join(decision.reasons)), style=style)
+        return table
+
+
+class Refused(ManifestError):
+    """A stage that has begun was changed."""
+
+
+def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) -> Plan:
+    """What a run of the selected stages will do.
+
+    :class:`Refused` with the differences if a stage that has begun and is not finished was changed; ManifestError for
+    a selection that cannot be.
+    """
+    selection = selection or Selection()
+    chosen = selection.stages(resolved.manifest)
+    forced = selection.forced(resolved.manifest)
+    needed = set(chosen).union(*(ancestors(resolved.manifest, name) for name in chosen))
+    elsewhere: list[Mapping[str, Stage]] = []
+
+    def find_elsewhere(fingerprint: str) -> Stage | None:
+        if not elsewhere:
+            elsewhere.append(finished_elsewhere(run))
+        return elsewhere[0].get(fingerprint)
+
+    decisions = decide(
+        {name: needs(resolved.manifest, name) for name in order(resolved.manifest) if name in needed},
+        Identifier(resolved, run),
+        {name: Found.at(run, name) for name in needed},
+        find_elsewhere,
+        forced,
+    )
+    missing = [one for one in decisions if one.stage not in chosen and one.action != "keep"]
+    if missing:
+        raise ManifestError(
+            f"--from {selection.begin}: what it needs is not finished as the manifest has it now: "
+            + "; ".join(f"'{one.stage}' would {one.told}" for one in missing)
+            + f". Run it first with --until {missing[-1].stage}, or begin with --from {missing[0].stage}."
+        )
+    refused = [reason for one in decisions if isinstance(one, _Refusal) for reason in one.reasons]
+    if refused:
+        raise Refused(
+            f"The run '{run.uri}' has begun with another manifest, and a stage that has begun does not change:\n  "
+            + "\n  ".join(dict.fromkeys(refused))
+            + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what may "
+            "change while a stage runs with `postlude amend`."
+        )
+    pools = {name: pool_of(resolved.manifest.stages[name]) for name in needed}
+    return Plan(run, [replace(one, pool=pools[one.stage]) for one in decisions if one.stage in chosen])
+
+
+class _Refusal(Decision):
+    """A stage that cannot go on as the manifest has it."""
+
+
+def decide(
+    graph: Mapping[str, Sequence[str]],
+    identify: Callable[[str, Mapping[str, str], Mapping[str, int]], Identity],
+    found: Mapping[str, Found],
+    elsewhere: Callable[[str], Stage | None] = lambda fingerprint: None,
+    forced: set[str] = frozenset(),  # type: ignore[assignment]
+) -> list[Decision]:
+    """The decision for each stage of a graph (the stages that each needs, in order), given what stands."""
+    decisions: list[Decision] = []
+    results: dict[str, str] = {}
+    revisions: dict[str, int] = {}
+    for name, needed in graph.items():
+        wanted = identify(name, {need: results[need] for need in needed}, {need: revisions[need] for need in needed})
+        decision = _decide(name, needed, wanted, found[name], elsewhere, name in forced)
+        goes_on = decision.action in ("keep", "resume")
+        results[name] = decision.identity.result_fingerprint(found[name].amendments if goes_on else ())
+        revisions[name] = decision.identity.revision
+        decisions.append(decision)
+    return decisions
+
+
+def _decide(
+    name: str,
+    needed: Sequence[str],
+    wanted: Identity,
+    found: Found,
+    elsewhere: Callable[[str], Stage | None],
+    is_forced: bool,
+) -> Decision:
+    reasons, inputs = [], []
+    if found.begun and found.identity is None:
+        reasons = ["what it was begun with is not known"]
+    elif found.begun and found.identity is not None:
+        inputs = found.identity.changed_inputs(wanted)
+        reasons = found.identity.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
+    if found.begun and not reasons and not is_forced:
+        action: Action = "keep" if found.done else "resume"
+        return Decision(name, action, wanted.as_revision(found.revision), needed, step=found.step)
+    if found.begun and not found.done and not inputs and not is_forced:
+        return _Refusal(name, "resume", wanted.as_revision(found.revision), needed, reasons=reasons)
+    identity = wanted.as_revision(found.revision + found.begun)
+    source = None if is_forced else elsewhere(wanted.fingerprint)
+    if source is not None:
+        why = [*reasons, f"finished there with the same fingerprint {wanted.fingerprint[:12]}"]
+        return Decision(name, "take over", identity, needed, reasons=why, source=source, replaces=found.begun)
+    if not found.begun and found.revision == 1:
+        return Decision(name, "run", identity, needed, reasons=["it has not run yet"])
+    if not found.begun:
+        reasons = ["the revision before it was moved aside"]
+    elif is_forced:
+        reasons = [*reasons, "asked for with --from"]
+    return Decision(name, "run again", identity, needed, reasons=reasons, replaces=found.begun)
