@@ -16,6 +16,8 @@ from postlude.manifest.errors import ComputeError, DataError, ManifestError, Use
 from postlude.manifest.problem import Problem
 from postlude.manifest.value import Origin
 
+PLAIN_RUN = {"stage": None, "inline": False, "begin": None, "until": None, "wait_seconds": 0.0}
+
 
 class Outcome:
     """Stands in for whatever report a command shows."""
@@ -41,7 +43,7 @@ class Terminal:
         self.result: Any = Outcome()
         self._monkeypatch, self._capsys = monkeypatch, capsys
         for module, functions in {
-            "run": ["run"],
+            "run": ["run", "dry_run"],
             "validate": ["validate"],
             "preview": ["preview"],
             "status": ["status", "runs"],
@@ -96,6 +98,7 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "amend",
             "recipes",
             "explain",
+            "flow",
             "schema",
         ]
     )
@@ -104,13 +107,23 @@ def test_the_commands_are_those_of_the_contract(terminal):
 @pytest.mark.parametrize(
     ("arguments", "result", "call"),
     [
-        ("run m.yaml", 0, ("run", ("m.yaml", []), {"stage": None, "inline": False})),
+        ("run m.yaml", 0, ("run", ("m.yaml", []), {**PLAIN_RUN})),
         (
             "run m.yaml sft.steps=3 seed=1 --stage sft --inline",
             0,
-            ("run", ("m.yaml", ["sft.steps=3", "seed=1"]), {"stage": "sft", "inline": True}),
+            ("run", ("m.yaml", ["sft.steps=3", "seed=1"]), {**PLAIN_RUN, "stage": "sft", "inline": True}),
         ),
-        ("run --stage sft m.yaml a=-1", 0, ("run", ("m.yaml", ["a=-1"]), {"stage": "sft", "inline": False})),
+        ("run --stage sft m.yaml a=-1", 0, ("run", ("m.yaml", ["a=-1"]), {**PLAIN_RUN, "stage": "sft"})),
+        (
+            "run m.yaml --from a --until b --wait 3",
+            0,
+            ("run", ("m.yaml", []), {**PLAIN_RUN, "begin": "a", "until": "b", "wait_seconds": 3.0}),
+        ),
+        (
+            "run m.yaml --dry-run --from a",
+            None,
+            ("dry_run", ("m.yaml", []), {"stage": None, "begin": "a", "until": None}),
+        ),
         ("validate m.yaml", None, ("validate", ("m.yaml", []), {"sample": None, "synthetic": None})),
         (
             "validate m.yaml seed=1 --sample 5 --synthetic 7 --json",
@@ -136,7 +149,7 @@ def test_arguments_reach_what_does_the_work(terminal, arguments, result, call):
         assert out == "done\n"
 
 
-@pytest.mark.parametrize("command", ["validate m", "preview m", "status r", "runs d", "verify m"])
+@pytest.mark.parametrize("command", ["validate m", "preview m", "status r", "runs d", "verify m", "run m --dry-run"])
 def test_json_is_one_document_and_nothing_else(terminal, command):
     code, out, err = terminal(*command.split(), "--json")
     assert (code, err) == (0, "")
@@ -192,7 +205,9 @@ def test_a_fault_of_ours_keeps_its_traceback(terminal, monkeypatch):
         main()
 
 
-@pytest.mark.parametrize("arguments", ["run", "nothing", "run m.yaml --no-such", "validate m --sample 0", "export x"])
+@pytest.mark.parametrize(
+    "arguments", ["run", "nothing", "run m.yaml --no-such", "validate m --sample 0", "export x", "run m --json"]
+)
 def test_wrong_usage_exits_2_and_says_how(terminal, arguments):
     code, out, err = terminal(*arguments.split())
     assert (code, out) == (2, "")

@@ -46,7 +46,7 @@ def write_manifest(folder: Path, name: str, workers: int) -> Path:
     manifest = {
         "name": name,
         "seed": 5,
-        "run_dir": str(folder / "runs"),
+        "run_dir": str(folder / f"{name}-runs"),  # of its own, so that nothing is taken over
         "data": {
             "chats": {"source": {"path": str(data)}, "format": "messages"},
             "held_out": {"source": {"path": str(data)}, "format": "messages", "limit": 20},
@@ -78,12 +78,12 @@ def start(manifest: Path) -> subprocess.Popen:
 
 
 def metrics(folder: Path, name: str) -> list[dict]:
-    lines = (folder / "runs" / name / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / f"{name}-runs" / name / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()
     return [{key: json.loads(line).get(key) for key in DETERMINISTIC} for line in lines]
 
 
 def examples(folder: Path, name: str) -> Counter:
-    parts = sorted((folder / "runs" / name / "stages" / "sft" / "examples").glob("part-*.parquet"))
+    parts = sorted((folder / f"{name}-runs" / name / "stages" / "sft" / "examples").glob("part-*.parquet"))
     rows = [row for part in parts for row in parquet.read_table(part).to_pylist()]
     return Counter((row["step"], row["epoch"], row["example_id"], row["loss"], row["tokens"]) for row in rows)
 
@@ -91,7 +91,7 @@ def examples(folder: Path, name: str) -> Counter:
 def run_with_kills(manifest: Path, folder: Path, name: str, kills: int, rng: random.Random) -> int:
     """Run until it is done, killing the whole process group ``kills`` times at random moments; how many hit."""
     hits = 0
-    journal = folder / "runs" / name / "stages" / "sft" / "metrics.jsonl"
+    journal = folder / f"{name}-runs" / name / "stages" / "sft" / "metrics.jsonl"
     while True:
         process = start(manifest)
         if hits < kills:
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     calm = start(write_manifest(tmp_path, "calm", 1))
     calm.communicate()
     manifest = write_manifest(tmp_path, "stopped", 1)
-    journal = tmp_path / "runs" / "stopped" / "stages" / "sft" / "metrics.jsonl"
+    journal = tmp_path / "stopped-runs" / "stopped" / "stages" / "sft" / "metrics.jsonl"
     process = start(manifest)
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 4):
         time.sleep(0.01)
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     output, _ = process.communicate()
     assert process.returncode == 130, output.decode()
     stopped_at = len(metrics(tmp_path, "stopped"))
-    checkpoints = os.listdir(tmp_path / "runs" / "stopped" / "stages" / "sft" / "checkpoints")
+    checkpoints = os.listdir(tmp_path / "stopped-runs" / "stopped" / "stages" / "sft" / "checkpoints")
     assert f"step-{stopped_at:08d}" in checkpoints
     process = start(manifest)
     output, _ = process.communicate()

@@ -228,7 +228,7 @@ class TrainingStage(StageConfig):
     )
     free = ("checkpoint",)
 
-    pool: Name = "train"  # type: ignore[assignment]
+    pool: Name = "train"
     """The pool of ``compute.pools`` whose workers train it. Stages that do not need each other run at the same time
     where their pools differ."""
     model: ModelFrom

@@ -8,6 +8,7 @@ from postlude import __version__, storage
 from postlude.manifest.lock import manifest_hash, versions
 from postlude.model.export import write_model
 from postlude.recipes.assembly import Assembly, StageTask
+from postlude.runs import provenance
 from postlude.telemetry.progress import StageProgress
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
@@ -83,18 +84,14 @@ def _write_artifact(assembly: Assembly, summary: Summary) -> None:
 
 def lineage(assembly: Assembly, summary: Summary) -> dict[str, Any]:
     """What the artifact came from: manifest, data, the model before it, and everything that computed."""
-    start = assembly.config.model
-    parent = assembly.place_of(start)
     return {
         "run": assembly.run.name,
         "stage": assembly.task.stage,
         "recipe": assembly.config.recipe,
         "steps": summary.steps,
         "manifest_sha256": manifest_hash(assembly.task.tree),
-        "parent": {
-            **start.model_dump(mode="json", by_alias=True, exclude_none=True),
-            **({"fingerprint": storage.modified_fingerprint(parent)} if parent and storage.exists(parent) else {}),
-        },
+        **provenance(assembly.run, assembly.task.stage),
+        "model": assembly.config.model.model_dump(mode="json", by_alias=True, exclude_none=True),
         "data": {name: dataset.fingerprint for name, dataset in assembly.datasets.items()},
         "amendments": [entry["assignment"] for entry in assembly.stage.amendments.read() if "assignment" in entry],
         "precision": {"name": assembly.precision.name, "reason": assembly.precision.reason},

@@ -27,9 +27,11 @@ def ranks_of(manifest: Manifest, stage: StageConfig) -> int:
 
 
 def ranks_beside(manifest: Manifest, name: str) -> int:
-    """How many workers of other stages may be at work while a stage runs: on each other pool those of the largest stage
-    that neither hangs on this one nor is needed by it. It follows from the manifest alone, so that a stage computes with
-    the same threads whenever it runs, and comes out the same."""
+    """How many workers of other stages may be at work while a stage runs.
+
+    On each other pool those of the largest stage that neither hangs on this one nor is needed by it. It follows from
+    the manifest alone, so that a stage computes with the same threads whenever it runs, and comes out the same.
+    """
     own = pool_of(manifest.stages[name])
     kin = {name} | ancestors(manifest, name) | descendants(manifest, name)
     largest: dict[str, int] = {}
@@ -41,8 +43,10 @@ def ranks_beside(manifest: Manifest, name: str) -> int:
 
 
 def threads_of(stage: StageConfig, ranks: int, beside: int = 0) -> int:
-    """CPU threads of each worker: what the stage says, or its share of the cores. ``beside`` counts the workers of other
-    stages that may run at the same time."""
+    """CPU threads of each worker: what the stage says, or its share of the cores.
+
+    ``beside`` counts the workers of other stages that may run at the same time.
+    """
     asked = stage.threads if isinstance(stage, TrainingStage) else None
     return asked or max(1, cores() // (ranks + beside))
 

@@ -50,7 +50,9 @@ class Identifier:
             identity = stage.identity()
             if identity is not None:
                 contents = {uri: content for found in identity.files.values() for uri, content in found.items()}
-                self._known |= {uri: (identity.stamps[uri], contents[uri]) for uri in contents if uri in identity.stamps}
+                self._known |= {
+                    uri: (identity.stamps[uri], contents[uri]) for uri in contents if uri in identity.stamps
+                }
 
     def __call__(self, stage: str, inputs: Mapping[str, str], revisions: Mapping[str, int]) -> Identity:
         """What the result of a stage follows from, given the results of the stages that it needs and which revisions

@@ -166,8 +166,8 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
         raise Refused(
             f"The run '{run.uri}' has begun with another manifest, and a stage that has begun does not change:\n  "
             + "\n  ".join(dict.fromkeys(refused))
-            + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what may change "
-            "while a stage runs with `postlude amend`."
+            + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what "
+            "may change while a stage runs with `postlude amend`."
         )
     pools = {name: pool_of(resolved.manifest.stages[name]) for name in needed}
     return Plan(run, [replace(one, pool=pools[one.stage]) for one in decisions if one.stage in chosen])

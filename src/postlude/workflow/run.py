@@ -139,7 +139,7 @@ def tell(run: Run, kind: str, **fields: Any) -> None:
 
 
 def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
-    """Write what the run is about to do as its manifest lock. Stages outside the plan keep the fingerprints they had."""
+    """Write what the run is about to do as its manifest lock. Stages outside the plan keep their fingerprints."""
     manifest = resolved.manifest
     threads = {
         name: threads_of(stage, ranks_of(manifest, stage), ranks_beside(manifest, name))

@@ -48,13 +48,16 @@ class Selection:
                 hint = suggestion_or_list(name, manifest.stages)
                 raise ManifestError(f"{option}: there is no stage '{name}'.{hint}")
         if self.stage is not None and (self.begin is not None or self.until is not None):
-            raise ManifestError("--stage stands alone: it is one stage with what it needs. Leave it or --from/--until out.")
-        if self.begin is not None and self.until is not None and self.until != self.begin:
-            if self.begin not in ancestors(manifest, self.until):
-                raise ManifestError(
-                    f"--from {self.begin} --until {self.until}: the stage '{self.until}' does not hang on '{self.begin}', "
-                    "so there is nothing between them. Give another stage, or one of the two options."
-                )
+            raise ManifestError(
+                "--stage stands alone: it is one stage with what it needs. Leave it or --from/--until out."
+            )
+        if self.begin is None or self.until is None or self.begin == self.until:
+            return
+        if self.begin not in ancestors(manifest, self.until):
+            raise ManifestError(
+                f"--from {self.begin} --until {self.until}: the stage '{self.until}' does not hang on "
+                f"'{self.begin}', so there is nothing between them. Give another stage, or one of the two options."
+            )
 
 
 def stages_in_order(resolved: Resolved, wanted: str | None = None) -> list[str]:
