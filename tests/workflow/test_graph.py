@@ -1,10 +1,9 @@
-"""A graph of stages: what is kept, resumed, run again and taken over, over real runs of tiny models."""
+"""A graph of stages: what runs and why, revisions, take-over, selection, stages side by side."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,207 +14,257 @@ from typing import Any
 import pytest
 
 from postlude import storage
-from postlude.manifest.errors import ManifestError, UserError
-from postlude.runs import Run
-from postlude.workflow.run import dry_run, run
+from postlude.runs import Run, artifact_digest, revisions, walk
 
-STAGES = ("first", "second", "third", "fourth", "fifth")
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TIMED = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+FIELDS = ("step", "loss", "lr", "grad_norm", "tokens", "trained_tokens")
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> dict[str, Any]:
-    """Fine-tuning, a judge, preference optimisation, distillation into a new student, and fine-tuning of that."""
-    with (tmp_path / "pairs.jsonl").open("w") as pairs, (tmp_path / "chats.jsonl").open("w") as chats:
-        for n in range(24):
-            asked = {"role": "user", "content": f"Say {n}."}
-            said = [{"role": "assistant", "content": f"{kind} {n}"} for kind in ("Gladly", "No")]
-            pairs.write(json.dumps({"prompt": [asked], "chosen": said[:1], "rejected": said[1:]}) + "\n")
-            chats.write(json.dumps({"messages": [asked, said[0]]}) + "\n")
-    new = {"new": {"architecture": "llama", "config": SHAPE}}
+def chain(project) -> Any:
+    """Five stages of one step each: b and c start from a, d from c, e from d."""
+    project.stage |= {"steps": 1}
+    first = {**project.stage}
+    later = {key: value for key, value in first.items() if key not in ("model", "tokenizer")}
+    project.manifest["stages"] = {"a": first} | {
+        name: {**later, "model": {"from": need}} for name, need in (("b", "a"), ("c", "a"), ("d", "c"), ("e", "d"))
+    }
+    return project
+
+
+def actions(project, *arguments: str) -> dict[str, str]:
+    done = project("run", "MANIFEST", "--dry-run", "--json", *arguments)
+    assert done.exit_code == 0, done.err
+    return {stage["stage"]: stage["action"] for stage in done.json["stages"]}
+
+
+def reasons(project, stage: str) -> list[str]:
+    told = project("run", "MANIFEST", "--dry-run", "--json").json["stages"]
+    return next(one["reasons"] for one in told if one["stage"] == stage)
+
+
+def results(run: Run) -> dict[str, Any]:
     return {
-        "name": "whole",
-        "seed": 3,
-        "run_dir": str(tmp_path / "runs"),
-        "defaults": {
-            "batch": {"tokens": 512, "block": 256},
-            "optimizer": {"name": "adamw", "lr": 1e-3},
-            "checkpoint": {"every": 2},
-            "threads": 1,
-            "steps": 4,
-        },
-        "data": {
-            "chats": {"source": {"path": str(tmp_path / "chats.jsonl")}, "format": "messages"},
-            "pairs": {"source": {"path": str(tmp_path / "pairs.jsonl")}, "format": "preference"},
-        },
-        "stages": {
-            "first": {"recipe": "sft", "model": new, "tokenizer": {"bytes": True}, "data": {"chats": 1.0}},
-            "second": {"recipe": "reward", "model": {"from": "first"}, "data": {"pairs": 1.0}},
-            "third": {"recipe": "dpo", "model": {"from": "second"}, "data": {"pairs": 1.0}, "steps": 40},
-            "fourth": {
-                "recipe": "distill",
-                "model": new,
-                "tokenizer": {"bytes": True},
-                "teacher": {"from": "third"},
-                "data": {"chats": 1.0},
-            },
-            "fifth": {"recipe": "sft", "model": {"from": "fourth"}, "data": {"chats": 1.0}},
-        },
+        name: (
+            artifact_digest(run.stage(name).artifact),
+            [{field: line[field] for field in FIELDS} for line in run.stage(name).metrics.read()],
+        )
+        for name in "abcde"
     }
 
 
-def written(folder: Path, manifest: dict[str, Any]) -> str:
-    path = folder / f"{manifest['name']}.yaml"
-    path.write_text(json.dumps(manifest, indent=1))
-    return str(path)
+def times(run: Run) -> dict[str, int]:
+    """When the weights of each stage were written."""
+    return {name: Path(run.stage(name).artifact, "model.safetensors").stat().st_mtime_ns for name in "abcde"}
 
 
-def opened(manifest: dict[str, Any]) -> Run:
-    return Run(f"{manifest['run_dir']}/{manifest['name']}")
+@pytest.mark.capability("A finished stage that was changed runs again as a new revision, with what hangs on it")
+def test_a_changed_stage_and_what_hangs_on_it_run_again_and_nothing_else(chain) -> None:
+    assert set(actions(chain).values()) == {"run"}
+    assert not chain.run.exists(), "a dry run writes nothing"
+    assert not Path(chain.manifest["run_dir"]).exists()
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert set(actions(chain).values()) == {"keep"}
+    before = times(chain.run)
+    chain.manifest["stages"]["d"]["optimizer"] = {"lr": 5e-3}
+    assert actions(chain) == {"a": "keep", "b": "keep", "c": "keep", "d": "run again", "e": "run again"}
+    assert reasons(chain, "d") == ["stages.d.optimizer.lr: 0.01 -> 0.005"]
+    assert reasons(chain, "e") == ["the input d is a new revision"]
+    old = artifact_digest(chain.run.stage("d").artifact)
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert {name for name, time in times(chain.run).items() if time != before[name]} == {"d", "e"}
+    (earlier,) = revisions(chain.run, "d")
+    assert artifact_digest(earlier.artifact) == old
+    assert earlier.metrics.read()
+    assert len(earlier.read_examples())
+    storage.verify(earlier.artifact)
+    assert not earlier.checkpoints()
+    status = {stage["stage"]: stage for stage in chain("status", "RUN", "--json").json["stages"]}
+    assert [status[name]["revision"] for name in "abcde"] == [1, 1, 1, 2, 2]
+    assert status["e"]["needs"] == ["d"]
+    assert set(actions(chain).values()) == {"keep"}
 
 
-def result(run: Run) -> dict[str, Any]:
-    """What must come out the same: the numbers of every step, and the digests of every weight."""
-    found: dict[str, Any] = {}
-    for name in STAGES:
-        stage = run.stage(name)
-        lines = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in stage.metrics.read()]
-        marker = storage.read_marker(stage.artifact)
-        weights = {file: digest for file, digest in marker.files.items() if file.endswith(".safetensors")}
-        found[name] = (lines, weights)
-    return found
+def test_status_draws_the_graph_and_lineage_leads_back_to_the_data(chain) -> None:
+    assert chain("run", "MANIFEST").exit_code == 0
+    shown = chain("status", "RUN").out
+    for line in ("a ", "├─ b", "└─ c", "   └─ d", "      └─ e"):
+        assert f"│ {line}" in shown
+    ancestor = walk(chain.run, "e")
+    names = []
+    while ancestor is not None and ancestor.place is not None:
+        names.append(ancestor.stage)
+        assert artifact_digest(ancestor.place) == ancestor.artifact_sha256
+        assert ("data.chats", str(chain.chats)) in {(what, uri) for what, uri, _ in ancestor.roots()}
+        ancestor = ancestor.parents[0] if ancestor.parents else None
+    assert names == ["e", "d", "c", "a"]
 
 
-def actions(manifest: str, *overrides: str, **selection: Any) -> dict[str, str]:
-    return {decision.stage: decision.told for decision in dry_run(manifest, overrides, **selection).decisions}
+@pytest.mark.capability("A stage with an equal fingerprint is taken over from another run")
+def test_what_another_run_finished_is_taken_over(chain) -> None:
+    assert chain("run", "MANIFEST").exit_code == 0
+    first = chain.run
+    chain.manifest["name"] = "second"
+    chain.manifest["stages"]["e"]["steps"] = 2
+    assert actions(chain) == {"a": "take over", "b": "take over", "c": "take over", "d": "take over", "e": "run"}
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert [event["run"] for event in chain.told("stage_taken_over")] == ["small"] * 4
+    assert times(chain.run)["d"] == times(first)["d"]
+    weights = [Path(run.stage("a").artifact, "model.safetensors") for run in (first, chain.run)]
+    assert weights[0].samefile(weights[1]), "linked, not copied"
+    lineage = json.loads(Path(chain.run.stage("a").artifact, "lineage.json").read_text())
+    assert lineage["run"] == "small", "the lineage is that of the run that trained it"
+    assert chain.run.stage("a").metrics.read() == first.stage("a").metrics.read()
+    status = {stage["stage"]: stage for stage in chain("status", "RUN", "--json").json["stages"]}
+    assert [status[name]["taken_over_from"] for name in "abcde"] == ["small"] * 4 + [None]
+    assert set(actions(chain).values()) == {"keep"}
 
 
-@pytest.mark.long
-@pytest.mark.capability("A killed pipeline keeps what is finished, resumes what is not, and ends bitwise undisturbed")
-def test_a_pipeline_killed_in_its_third_stage_ends_as_if_undisturbed(pipeline, tmp_path):
-    calm = {**pipeline, "run_dir": str(tmp_path / "calm")}
-    assert run(written(tmp_path, calm), []) == 0
-    manifest, there = written(tmp_path, pipeline), opened(pipeline)
-    command = [sys.executable, "-m", "postlude", "run", manifest]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    aim = random.Random(5).randrange(6, 20)
-    while process.poll() is None and len(list(there.stage("third").metrics.read())) < aim:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    kept = {name: Path(there.stage(name).artifact, "lineage.json").stat().st_mtime_ns for name in STAGES[:2]}
-    told = actions(manifest)
-    assert [told[name] for name in STAGES[:2]] == ["keep", "keep"]
-    assert told["third"].startswith("resume from step ")
-    assert [told[name] for name in STAGES[3:]] == ["run", "run"]
-    assert run(manifest, []) == 0
-    assert kept == {name: Path(there.stage(name).artifact, "lineage.json").stat().st_mtime_ns for name in STAGES[:2]}
-    assert result(there) == result(opened(calm))
+def test_a_stage_that_was_amended_is_not_taken_over(chain) -> None:
+    chain.manifest["stages"] = {"a": {**chain.manifest["stages"]["a"], "steps": 3}}
+    assert chain("run", "MANIFEST").exit_code == 0
+    chain.run.stage("a").amendments.append({"id": 0, "assignment": "optimizer.lr=0.5"})
+    chain.manifest["name"] = "second"
+    assert actions(chain) == {"a": "take over"}, "asked for but never applied"
+    Run(f"{chain.manifest['run_dir']}/small").stage("a").amendments.append({"applied": 0, "from_step": 2})
+    assert actions(chain) == {"a": "run"}
 
 
-@pytest.mark.capability(
-    "A changed stage, and what hangs on it, runs again as a new revision; --dry-run says so and why"
-)
-def test_a_changed_stage_and_what_hangs_on_it_run_again(pipeline, tmp_path):
-    pipeline["stages"]["third"]["steps"] = 4
-    manifest, there = written(tmp_path, pipeline), opened(pipeline)
-    assert run(manifest, []) == 0
-    assert set(actions(manifest).values()) == {"keep"}
-    before, lock = result(there), storage.read_text(there.manifest_lock)
-    change = "fourth.optimizer.lr=2e-3"
-    plan = dry_run(manifest, [change])
-    assert [(d.stage, d.told) for d in plan.work] == [
-        ("fourth", "run again as revision 2"),
-        ("fifth", "run again as revision 2"),
-    ]
-    assert "stages.fourth.optimizer.lr: 0.001 -> 0.002" in plan["fourth"].reasons
-    assert plan["fifth"].reasons == ["the input fourth is a new revision"]
-    assert json.loads(json.dumps(plan.to_json()))["stages"][3]["action"] == "run again"
-    assert storage.read_text(there.manifest_lock) == lock, "a dry run writes nothing"
-    assert run(manifest, [change]) == 0
-    after = result(there)
-    assert [before[name] == after[name] for name in STAGES] == [True, True, True, False, False]
-    aside = Path(there.uri, "revisions", "fourth", "0001")
-    assert (aside / "model" / "lineage.json").exists()
-    assert (aside / "metrics.jsonl").exists()
-    assert set(actions(manifest, change).values()) == {"keep"}
+def test_a_touched_file_is_the_same_and_a_changed_one_is_told(chain) -> None:
+    assert chain("run", "MANIFEST").exit_code == 0
+    chain.chats.touch()
+    assert set(actions(chain).values()) == {"keep"}
+    chain.chats.write_text(chain.chats.read_text().replace("Say 7.", "Say it."))
+    assert set(actions(chain).values()) == {"run again"}
+    assert reasons(chain, "a") == ["the files of data.chats changed: other content in chats.jsonl"]
 
 
-@pytest.mark.capability("What another run finished with the same fingerprint is taken over")
-def test_what_another_run_has_finished_is_taken_over(pipeline, tmp_path):
-    pipeline["stages"] = {name: pipeline["stages"][name] for name in STAGES[:2]}
-    assert run(written(tmp_path, pipeline), []) == 0
-    other = {**pipeline, "name": "other"}
-    manifest = written(tmp_path, other)
-    assert actions(manifest, "second.steps=5") == {"first": "take over from whole", "second": "run"}
-    assert run(manifest, ["second.steps=5"]) == 0
-    one, two = (Path(opened(m).stage("first").artifact) for m in (pipeline, other))
-    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-    taken = [event for event in opened(other).events.read() if event["kind"] == "stage_taken_over"]
-    assert [(event["stage"], event["run"]) for event in taken] == [("first", "whole")]
+def test_an_unfinished_stage_refuses_its_own_change_but_not_a_new_revision_of_its_input(chain) -> None:
+    assert chain("run", "MANIFEST", "--until", "c").exit_code == 0
+    stage = chain.run.stage("c")
+    storage.discard(stage.artifact)
+    stage.enter("interrupted")
+    assert actions(chain)["c"] == "resume"
+    chain.manifest["stages"]["c"]["optimizer"] = {"lr": 0.5}
+    refused = chain("run", "MANIFEST")
+    assert refused.exit_code == 2
+    assert "stages.c.optimizer.lr: 0.01 -> 0.5" in refused.err
+    chain.manifest["stages"]["c"].pop("optimizer")
+    chain.manifest["stages"]["c"]["optimizer"] = {"lr": 0.01}
+    chain.manifest["stages"]["a"]["optimizer"] = {"lr": 0.5}
+    assert actions(chain) == {"a": "run again", "b": "run", "c": "run again", "d": "run", "e": "run"}
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert set(actions(chain).values()) == {"keep"}
 
 
-def test_a_changed_data_file_makes_what_read_it_run_again(pipeline, tmp_path):
-    pipeline["stages"] = {name: pipeline["stages"][name] for name in STAGES[:2]}
-    manifest = written(tmp_path, pipeline)
-    assert run(manifest, []) == 0
-    os.utime(tmp_path / "pairs.jsonl")
-    assert set(actions(manifest).values()) == {"keep"}, "a touched file has not changed"
-    text = (tmp_path / "pairs.jsonl").read_text()
-    (tmp_path / "pairs.jsonl").write_text(text.replace("Gladly", "Surely"))
-    assert actions(manifest) == {"first": "keep", "second": "run again as revision 2"}
+def test_selection(chain) -> None:
+    assert list(actions(chain, "--until", "d")) == ["a", "c", "d"]
+    assert list(actions(chain, "--stage", "d")) == ["a", "c", "d"]
+    unfinished = chain("run", "MANIFEST", "--dry-run", "--from", "d")
+    assert unfinished.exit_code == 2
+    assert "not finished" in unfinished.err
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert actions(chain, "--from", "c") == {"c": "run again", "d": "run again", "e": "run again"}
+    assert actions(chain, "--from", "c", "--until", "d") == {"c": "run again", "d": "run again"}
+    for options, said in (
+        (("--from", "b", "--until", "e"), "does not hang on"),
+        (("--from", "cc"), "no stage 'cc'"),
+        (("--stage", "a", "--until", "b"), "stands alone"),
+    ):
+        wrong = chain("run", "MANIFEST", *options)
+        assert wrong.exit_code == 2
+        assert said in wrong.err
+    expected = results(chain.run)
+    assert chain("run", "MANIFEST", "--from", "c", "--until", "c").exit_code == 0
+    assert actions(chain) == {"a": "keep", "b": "keep", "c": "keep", "d": "run again", "e": "run again"}
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert results(chain.run) == expected, "the same again, bit for bit"
 
 
-def test_a_part_of_the_graph_can_be_chosen(pipeline, tmp_path):
-    pipeline["stages"]["third"]["steps"] = 4
-    manifest = written(tmp_path, pipeline)
-    assert run(manifest, [], until="second") == 0
-    assert list(actions(manifest, until="third")) == ["first", "second", "third"]
-    assert actions(manifest, until="third")["third"] == "run"
-    assert actions(manifest, begin="second", until="third") == {
-        "second": "run again as revision 2",
-        "third": "run",
-    }
-    with pytest.raises(ManifestError, match="--from fifth: what it needs is not finished"):
-        dry_run(manifest, [], begin="fifth")
-    with pytest.raises(ManifestError, match=r"there is no stage 'fith'.*'fifth'"):
-        dry_run(manifest, [], until="fith")
-
-
-@pytest.mark.capability("An artifact that is not what was committed is refused before any work")
-def test_a_damaged_artifact_is_named_before_work_begins(pipeline, tmp_path):
-    pipeline["stages"] = {name: pipeline["stages"][name] for name in STAGES[:2]}
-    manifest, there = written(tmp_path, pipeline), opened(pipeline)
-    assert run(manifest, [], until="first") == 0
-    weights = Path(there.stage("first").artifact, "model.safetensors")
+@pytest.mark.capability("The artifacts that a stage needs are verified before it begins")
+def test_a_damaged_input_is_told_before_any_work(chain) -> None:
+    assert chain("run", "MANIFEST", "--until", "c").exit_code == 0
+    weights = Path(chain.run.stage("c").artifact, "model.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"'second' needs what the stage 'first' made.*--from first") as refused:
-        run(manifest, [])
-    assert "model.safetensors" in str(refused.value)
-    assert not there.stage("second").has_begun()
+    done = chain("run", "MANIFEST")
+    assert done.exit_code == 1
+    for said in ("'d'", "'c'", "model.safetensors", "--from c"):
+        assert said in done.err
+    assert not chain.run.stage("b").has_begun(), "before any work"
 
 
-@pytest.mark.capability("Stages that do not need each other run side by side where their pools differ")
-def test_independent_stages_run_side_by_side_and_come_out_the_same(pipeline, tmp_path):
-    base = pipeline["stages"]["first"]
-    pipeline["stages"] = {
-        name: {**base, "steps": 12, "optimizer": {"lr": lr}} for name, lr in (("a", 1e-3), ("b", 2e-3))
+@pytest.mark.capability("Independent stages on different pools run side by side")
+def test_stages_on_two_pools_overlap_and_come_out_the_same(chain, monkeypatch) -> None:
+    # Each waits in its first step until the other has started: one after the other, the wait would not end well.
+    alone = chain.manifest
+    chain.manifest["stages"] = {name: chain.manifest["stages"][name] for name in "abc"}
+    assert chain("run", "MANIFEST").exit_code == 0
+    expected = {name: artifact_digest(chain.run.stage(name).artifact) for name in "abc"}
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    chain.manifest = {
+        **alone,
+        "run_dir": f"{alone['run_dir']}-beside",
+        "plugins": ["meeting"],
+        "sinks": [{"name": "meeting", "stages": ["b", "c"]}],
+        "compute": {"pools": {"train": {}, "other": {}}},
     }
-    del pipeline["data"]["pairs"]
-    for name, pool in (("one", "train"), ("two", "other")):
-        pipeline["name"], pipeline["run_dir"] = name, str(tmp_path / name)
-        pipeline["stages"]["b"]["pool"] = pool
-        assert run(written(tmp_path, pipeline), []) == 0
+    chain.manifest["stages"]["c"]["pool"] = "other"
+    done = chain("run", "MANIFEST")
+    assert done.exit_code == 0, done.err
+    kinds = [(event["kind"], event["stage"]) for event in chain.events if event.get("stage") in ("b", "c")]
+    started = [kinds.index(("stage_started", name)) for name in "bc"]
+    finished = [kinds.index(("stage_finished", name)) for name in "bc"]
+    assert max(started) < min(finished)
+    assert not chain.told("alarm"), "each met the other"
+    assert {name: artifact_digest(chain.run.stage(name).artifact) for name in "abc"} == expected
 
-    def order(name: str) -> list[tuple[str, str]]:
-        events = Run(str(tmp_path / name / name)).events.read()
-        return [(e["kind"], e["stage"]) for e in events if e["kind"] in ("stage_started", "stage_finished")]
 
-    assert [kind for kind, _ in order("one")] == ["stage_started", "stage_finished"] * 2
-    assert [kind for kind, _ in order("two")] == ["stage_started", "stage_started", "stage_finished", "stage_finished"]
-    for stage in ("a", "b"):
-        one, two = (Path(Run(str(tmp_path / n / n)).stage(stage).artifact, "model.safetensors") for n in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes()
+def test_a_stage_that_fails_lets_the_other_come_to_its_end(chain) -> None:
+    chain.manifest["stages"] = {name: chain.manifest["stages"][name] for name in "abc"}
+    chain.manifest["compute"] = {"pools": {"train": {}, "other": {}}}
+    chain.manifest["stages"]["c"] |= {"pool": "other", "optimizer": {"name": "sgd", "lr": 1e38}}
+    chain.manifest["stages"]["c"] |= {"max_grad_norm": None, "max_skipped_steps": 1, "steps": 9}
+    done = chain("run", "MANIFEST")
+    assert done.exit_code == 1
+    assert chain.run.stage("b").is_done()
+    assert chain.run.stage("c").status().state == "failed"
+
+
+# --- killed in the middle -----------------------------------------------------------------------------------
+
+
+def tree_of(folder: str) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in Path(folder).rglob("*") if file.is_file()
+    }
+
+
+@pytest.mark.long
+@pytest.mark.capability("A pipeline killed in its middle ends bitwise as the undisturbed one")
+def test_a_pipeline_killed_in_its_third_stage_ends_as_the_undisturbed_one(chain) -> None:
+    chain.manifest["stages"]["b"]["model"] = {"from": "a"}
+    chain.manifest["stages"]["c"]["model"] = {"from": "b"}
+    for stage in chain.manifest["stages"].values():
+        stage |= {"steps": 30, "checkpoint": {"every": 4}}
+    runs = chain.manifest["run_dir"]
+    assert chain("run", "MANIFEST").exit_code == 0
+    expected = results(chain.run)
+    chain.manifest["run_dir"] = f"{runs}-shaken"  # of its own, so that nothing is taken over
+    chain.write()
+    command = [sys.executable, "-m", "postlude", "run", str(chain.path)]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    third = Path(chain.run.stage("c").uri, "metrics.jsonl")
+    while process.poll() is None and not (third.exists() and third.read_text().count("\n") >= 14):
+        time.sleep(0.005)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not chain.run.stage("c").has_artifact()
+    kept = {name: tree_of(chain.run.stage(name).uri) for name in "ab"}
+    assert actions(chain) == {"a": "keep", "b": "keep", "c": "resume", "d": "run", "e": "run"}
+    assert chain("run", "MANIFEST").exit_code == 0
+    assert {name: tree_of(chain.run.stage(name).uri) for name in "ab"} == kept
+    assert chain.told("stage_started")[-3]["from_step"] > 0
+    assert results(chain.run) == expected

@@ -32,6 +32,7 @@ for command in (
     runs.amend,
     manifests.recipes,
     manifests.explain,
+    manifests.flow,
     manifests.schema,
 ):
     app.command()(command)

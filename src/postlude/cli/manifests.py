@@ -78,6 +78,29 @@ def preview(
         show(shown, as_json)
 
 
+def flow(
+    manifest: ManifestPath,
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The file to write; without it, print.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the graph of stages as a Metaflow flow, whose steps run one stage each."""
+    from postlude.workflow.flow import flow as written
+
+    text = written(manifest, overrides or [], output or "flow.py")
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    from postlude import storage
+
+    storage.write_text(output, text)
+    typer.echo(f"Wrote {output}")
+
+
 def explain(
     manifest: ManifestPath,
     key: Annotated[str, typer.Argument(metavar="KEY", help="Such as sft.optimizer.lr, data.chats.format or seed.")],

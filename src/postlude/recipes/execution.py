@@ -14,6 +14,7 @@ from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.portions import Portions
 from postlude.recipes.work import Entry, Work, WorkRecipe
 from postlude.recipes.workbench import Workbench
+from postlude.runs import provenance
 from postlude.telemetry.progress import StageProgress, console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
@@ -87,6 +88,7 @@ def work_lineage(bench: Workbench, work: Work) -> dict[str, Any]:
         "recipe": bench.config.recipe,
         "steps": work.portions,
         "manifest_sha256": manifest_hash(bench.task.tree),
+        **provenance(bench.run, bench.task.stage),
         "models": dict(work.parents()),
         "data": dict(work.reads),
         "versions": {**versions(), "postlude": __version__},
@@ -139,18 +141,14 @@ def _write_artifact(assembly: Assembly, summary: Summary) -> None:
 
 def lineage(assembly: Assembly, summary: Summary) -> dict[str, Any]:
     """What the artifact came from: manifest, data, the model before it, and everything that computed."""
-    start = assembly.config.model
-    parent = assembly.place_of(start)
     return {
         "run": assembly.run.name,
         "stage": assembly.task.stage,
         "recipe": assembly.config.recipe,
         "steps": summary.steps,
         "manifest_sha256": manifest_hash(assembly.task.tree),
-        "parent": {
-            **start.model_dump(mode="json", by_alias=True, exclude_none=True),
-            **({"fingerprint": storage.modified_fingerprint(parent)} if parent and storage.exists(parent) else {}),
-        },
+        **provenance(assembly.run, assembly.task.stage),
+        "model": assembly.config.model.model_dump(mode="json", by_alias=True, exclude_none=True),
         "data": {name: dataset.fingerprint for name, dataset in assembly.datasets.items()},
         "amendments": [entry["assignment"] for entry in assembly.stage.amendments.read() if "assignment" in entry],
         "precision": {"name": assembly.precision.name, "reason": assembly.precision.reason},

@@ -3,12 +3,14 @@
 from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
 from postlude.runs.identity import Identity
+from postlude.runs.lineage import Ancestor, artifact_digest, provenance, walk
 from postlude.runs.revisions import revision_of, revisions, set_aside
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
 from postlude.runs.takeover import finished_elsewhere, run_of, take_over
 
 __all__ = [
+    "Ancestor",
     "Checkpoint",
     "ExamplesWriter",
     "Identity",
@@ -16,15 +18,18 @@ __all__ = [
     "Stage",
     "State",
     "Status",
+    "artifact_digest",
     "artifact_of",
     "find",
     "finished_elsewhere",
     "list_runs",
     "open_run",
+    "provenance",
     "read_examples",
     "revision_of",
     "revisions",
     "run_of",
     "set_aside",
     "take_over",
+    "walk",
 ]

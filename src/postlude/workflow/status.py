@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from postlude.manifest.lock import read_lock
-from postlude.runs import Run, list_runs, open_run
+from postlude.runs import Ancestor, Run, list_runs, open_run, revision_of, walk
 from postlude.telemetry import events
 from postlude.telemetry.summary import StageSummary, summarize
+from postlude.workflow.drawing import drawn
 
 ALARMS_SHOWN = 5
 
@@ -24,6 +25,14 @@ class StageStatus:
     summary: StageSummary
     checkpoint: int | None
     error: str | None
+    needs: list[str] = field(default_factory=list)
+    """The stages that it hangs on."""
+    revision: int = 1
+    fingerprint: str | None = None
+    taken_over_from: str | None = None
+    """The run that made what stands here, where it was not this one."""
+    lineage: Ancestor | None = None
+    """Its artifact, with all that it comes from."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -36,6 +45,11 @@ class StageStatus:
             "seconds": self.summary.seconds,
             "last_checkpoint": self.checkpoint,
             "error": self.error,
+            "needs": self.needs,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "taken_over_from": self.taken_over_from,
+            "lineage": self.lineage.to_json() if self.lineage else None,
         }
 
 
@@ -64,16 +78,19 @@ class RunStatus:
 
     def render(self) -> RenderableType:
         table = Table(title=f"{self.run.name}: {self.state}", title_justify="left")
-        for column in ("stage", "state", "step", "loss", "last checkpoint"):
-            table.add_column(column, justify="left" if column in ("stage", "state") else "right")
-        for stage in self.stages:
-            summary = stage.summary
+        for column in ("stage", "state", "step", "loss", "last checkpoint", "revision", "taken over from"):
+            table.add_column(column, justify="right" if column in ("step", "loss", "revision") else "left")
+        by_name = {stage.summary.stage: stage for stage in self.stages}
+        for name, branch in drawn({name: stage.needs for name, stage in by_name.items()}):
+            stage, summary = by_name[name], by_name[name].summary
             table.add_row(
-                summary.stage,
+                Text(branch),
                 summary.state,
-                str(summary.steps),
+                str(summary.steps) if summary.steps else "",
                 "" if summary.last_loss is None else f"{summary.last_loss:.4f}",
                 "" if stage.checkpoint is None else f"step {stage.checkpoint}",
+                str(stage.revision),
+                stage.taken_over_from or "",
             )
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
@@ -113,20 +130,29 @@ def runs(folder: str) -> Runs:
 
 
 def _status(run: Run) -> RunStatus:
-    names = list(read_lock(run.read_manifest_lock() or "", run.manifest_lock).stages)
+    locked = read_lock(run.read_manifest_lock() or "", run.manifest_lock).stages
     holder = run.holder()
     return RunStatus(
         run,
-        [_stage(run, summary) for summary in summarize(run, names)],
+        [_stage(run, summary, locked[summary.stage].needs) for summary in summarize(run, list(locked))],
         str(holder) if holder else None,
         [event for event in events.read(run.events) if event.kind in ("alarm", "failure", "checkpoint_skipped")],
     )
 
 
-def _stage(run: Run, summary: StageSummary) -> StageStatus:
+def _stage(run: Run, summary: StageSummary, needs: list[str]) -> StageStatus:
     stage = run.stage(summary.stage)
-    checkpoints = stage.checkpoints()
-    return StageStatus(summary, checkpoints[0].step if checkpoints else None, stage.status().details.get("error"))
+    checkpoints, identity = stage.checkpoints(), stage.identity()
+    return StageStatus(
+        summary,
+        checkpoints[0].step if checkpoints else None,
+        stage.status().details.get("error"),
+        needs,
+        revision_of(run, summary.stage),
+        identity.fingerprint if identity else None,
+        identity.taken_over_from if identity else None,
+        walk(run, summary.stage),
+    )
 
 
 def _told(event: events.Event) -> str:
