@@ -19,10 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt tests/plugin/pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable tests/plugin
 	touch $@
 
-demo: export OMP_NUM_THREADS =
 demo: install
-	$(BIN)/postlude run examples/demo.yaml
-	$(BIN)/postlude generate build/runs/demo/sft --prompt "What is 17 + 25?" --max-tokens 48
+	env -u OMP_NUM_THREADS $(BIN)/postlude run examples/demo.yaml
+	$(BIN)/postlude generate build/runs/demo/sft --prompt "Turn 4713 round." --max-tokens 48
 
 test: install
 	$(BIN)/pytest -m "not long and not gpu"
