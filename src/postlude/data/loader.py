@@ -45,7 +45,8 @@ class Loader:
     """An iterator over steps. Exactly one of ``epochs`` and ``steps`` says how long it goes on.
 
     ``block`` is in tokens, ``window`` in blocks, ``ahead`` in windows. ``waiting`` is entered, with a sentence that
-    says what is waited for, whenever a step is not ready when it is asked for.
+    says what is waited for, whenever a step is not ready when it is asked for. ``complete`` is called on this rank's
+    blocks when they are handed out: what it adds to them is never held for the windows made ahead.
 
     Iterating raises DataError if an epoch yields nothing to train on, and whatever a source raises, with the
     traceback of the thread in which it happened; asked again, it reads the same step again.
@@ -66,12 +67,14 @@ class Loader:
         world: int = 1,
         ahead: int = 2,
         waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        complete: Callable[[Block], Block] = lambda block: block,
     ) -> None:
         if (epochs is None) == (steps is None):
             raise ValueError("A loader goes on for a number of epochs or a number of steps: give one of them.")
         self._reader = WindowReader(sources, weights, seed=seed, block=block, window=window)
         self._blocks_per_step, self._epochs, self._steps = blocks_per_step, epochs, steps
         self._rank, self._world, self._ahead, self._waiting = rank, world, ahead, waiting
+        self._complete = complete
         self._total_draws = self._reader.mixture.epoch_end(epochs - 1) if epochs else 0
         self._step = 0
         self._cursor = self._reader.start
@@ -96,12 +99,12 @@ class Loader:
         before = self._cursor, self._position
         try:
             epoch, blocks = self._cursor.epoch, self._take()
+            share = [self._complete(block) for block in blocks[self._rank :: self._world]]
         except BaseException:  # also an interrupt: the windows taken so far are not in the state
             self._cursor, self._position = before
             self.close()
             raise
         self._step += 1
-        share = blocks[self._rank :: self._world]
         empty: Block = ()
         return StepBlocks(
             blocks=share + [empty] * (-(-len(blocks) // self._world) - len(share)),

@@ -5,12 +5,13 @@ Preflight and preview build the same parts and stop earlier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from postlude import storage
+from postlude.data.annotations import StoredStreams
 from postlude.data.dataset import Dataset
 from postlude.data.document import Block
 from postlude.data.encode import Encoder
@@ -51,7 +52,9 @@ class Assembly(Parts):
             raise ManifestError(f"stages.{task.stage}: the recipe '{self.stage_config.recipe}' does not train a model.")
         self.config = self.stage_config
         self.replaced: dict[str, ModelPlace] = {}
-        """Models that stand in for companions in a rehearsal, by name."""
+        """Models that stand in for others in a rehearsal, by name."""
+        self.stored: Sequence[StoredStreams] = ()
+        """What frozen models said of the data beforehand, once they have: added to the blocks that loaders hand out."""
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -63,6 +66,18 @@ class Assembly(Parts):
     def datasets(self) -> dict[str, Dataset]:
         """The data sets that the stage trains on."""
         return {name: self.dataset(name) for name in self.config.data}
+
+    @cached_property
+    def held_out(self) -> dict[str, Dataset]:
+        """The data sets that the stage is evaluated on."""
+        evaluate = self.config.evaluate
+        return {name: self.dataset(name, evaluate.limit) for name in evaluate.data} if evaluate else {}
+
+    @property
+    def all_datasets(self) -> list[Dataset]:
+        """Every data set that the stage reads, once."""
+        every = [*self.datasets.values(), *self.held_out.values()]
+        return list({dataset.fingerprint: dataset for dataset in every}.values())
 
     def encoded(self, dataset: Dataset) -> EncodedDataset:
         """A data set whose rows come as units of token ids."""
@@ -97,14 +112,11 @@ class Assembly(Parts):
     @cached_property
     def evaluations(self) -> dict[str, list[Block]]:
         """This rank's held-out blocks by data set: one pass over each, packed once."""
-        if self.config.evaluate is None:
-            return {}
-        held_out = {}
-        for name in self.config.evaluate.data:
-            source = self.encoded(self.dataset(name, self.config.evaluate.limit))
-            with self._loader({name: source}, {name: 1.0}, epochs=1, steps=None) as loader:
-                held_out[name] = [block for step in loader for block in step.blocks]
-        return held_out
+        blocks = {}
+        for name, dataset in self.held_out.items():
+            with self._loader({name: self.encoded(dataset)}, {name: 1.0}, epochs=1, steps=None) as loader:
+                blocks[name] = [block for step in loader for block in step.blocks]
+        return blocks
 
     def _loader(
         self,
@@ -127,7 +139,13 @@ class Assembly(Parts):
             rank=self.workers.rank,
             world=self.workers.world,
             waiting=waiting,
+            complete=self._completed,
         )
+
+    def _completed(self, block: Block) -> Block:
+        for stored in self.stored:
+            block = stored.complete(block)
+        return block
 
     # --- tokenizer ------------------------------------------------------------------------------------------
 

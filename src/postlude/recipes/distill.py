@@ -7,24 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from postlude.manifest.schema import ModelPlace
+from postlude.manifest.schema import ModelPlace, Positive
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
-    from postlude.training.program import Companion
+    from postlude.training.program import Annotation, Companion
 
 BALANCED = 0.5
 """``beta`` where it is not given."""
+
+
+class Teacher(ModelPlace):
+    """The model that is learned from: exactly one of ``path`` and ``from``."""
+
+    top_k: Positive | None = None
+    """Run the teacher over the data once, before the first step, and store the probabilities of so many tokens that it
+    finds likeliest, with that of all others together. Without it the teacher runs along, and all count."""
 
 
 class Distill(TrainingRecipe):
     """Distillation on conversations, text or token ids."""
 
     recipe: Literal["distill"]
-    teacher: ModelPlace
-    """The model that is learned from, of any size, with the student's tokenizer. It runs along, frozen."""
+    teacher: Teacher
+    """The model that is learned from, of any size, with the student's tokenizer. It is frozen, and runs along or, with
+    ``top_k``, beforehand."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """What is minimised: KL(teacher || student), which covers all that the teacher does; KL(student || teacher), which
     keeps to what it mostly does; or the generalised Jensen-Shannon divergence between them."""
@@ -51,12 +60,20 @@ class Distill(TrainingRecipe):
         from postlude.objectives.nll import WeightedLikelihood
 
         measure = Measure(self.divergence, self.beta or BALANCED, self.temperature, self.hard_loss)
-        return Distillation(measure, WeightedLikelihood(self.normalize))
+        return Distillation(measure, WeightedLikelihood(self.normalize), self.teacher.top_k)
 
     def companions(self) -> Mapping[str, Companion]:
         from postlude.training.program import Companion
 
-        return {"teacher": Companion(self.teacher)}
+        return {} if self.teacher.top_k else {"teacher": Companion(self.teacher)}
+
+    def annotations(self) -> Mapping[str, Annotation]:
+        from postlude.objectives.annotators import LikeliestTokens
+        from postlude.training.program import Annotation
+
+        if self.teacher.top_k is None:
+            return {}
+        return {"teacher": Annotation(self.teacher, LikeliestTokens(self.teacher.top_k, self.temperature))}
 
     @classmethod
     def starter(cls, stem: str) -> Starter:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
     from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
-    from postlude.training.program import Companion
+    from postlude.training.program import Annotation, Companion
 
 USED: dict[str, tuple[str, ...]] = {
-    "sigmoid": ("label_smoothing", "reference"),
-    "sigmoid_norm": ("label_smoothing", "reference"),
-    "robust": ("label_smoothing", "reference"),
-    "ipo": ("reference",),
-    "hinge": ("reference",),
+    "sigmoid": ("label_smoothing", "reference", "precompute_reference"),
+    "sigmoid_norm": ("label_smoothing", "reference", "precompute_reference"),
+    "robust": ("label_smoothing", "reference", "precompute_reference"),
+    "ipo": ("reference", "precompute_reference"),
+    "hinge": ("reference", "precompute_reference"),
     "simpo": ("gamma", "label_smoothing"),
     "orpo": (),
     "kto": ("desirable_weight", "undesirable_weight", "reference"),
@@ -49,11 +49,15 @@ class DPO(TrainingRecipe):
     """How much an unwanted answer counts in ``kto``; 1 where it is not given."""
     reference: ModelPlace | None = None
     """The frozen model that the policy is kept near; by default the model that the stage starts from."""
+    precompute_reference: bool = False
+    """Run the reference over the data once, before the first step, and store what it says of each answer's tokens:
+    then only the policy is held while it is trained. ``kto`` puts answers to other prompts, and cannot."""
 
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
-        for key in ("label_smoothing", "gamma", "desirable_weight", "undesirable_weight", "reference"):
-            if getattr(self, key) is not None and key not in USED[self.loss]:
+        for key in dict.fromkeys(key for keys in USED.values() for key in keys):
+            value = getattr(self, key)
+            if value is not None and value is not False and key not in USED[self.loss]:
                 losses = ", ".join(loss for loss, keys in USED.items() if key in keys)
                 raise ValueError(f"'loss: {self.loss}' does not read '{key}': it belongs to {losses}")
         if self.loss == "robust" and not self.label_smoothing:
@@ -81,14 +85,22 @@ class DPO(TrainingRecipe):
         from postlude.objectives.preference import PreferenceOptimisation, Settings
 
         settings = Settings(self.beta, **_given({"label_smoothing": self.label_smoothing, "gamma": self.gamma}))
-        return PreferenceOptimisation(self.loss, settings)
+        return PreferenceOptimisation(self.loss, settings, stored_reference=self.precompute_reference)
 
     def companions(self) -> Mapping[str, Companion]:
         from postlude.training.program import Companion
 
-        if "reference" not in USED[self.loss]:
+        if "reference" not in USED[self.loss] or self.precompute_reference:
             return {}
         return {"reference": Companion(self.reference or self.model)}
+
+    def annotations(self) -> Mapping[str, Annotation]:
+        from postlude.objectives.annotators import TokenLikelihood
+        from postlude.training.program import Annotation
+
+        if not self.precompute_reference:
+            return {}
+        return {"reference": Annotation(self.reference or self.model, TokenLikelihood())}
 
     @classmethod
     def starter(cls, stem: str) -> Starter:

@@ -9,6 +9,7 @@ from typing import Any
 from postlude import __version__, storage
 from postlude.manifest.lock import manifest_hash, versions
 from postlude.model.export import write_model
+from postlude.recipes.annotate import annotate, forget_annotations
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.portions import Portions
@@ -104,6 +105,8 @@ def _train(assembly: Assembly, recorder: Recorder, stop: Interruption) -> Summar
     if workers.leads:
         assembly.stage.cut_back(checkpoint[0] if checkpoint else 0)
     workers.barrier()
+    if not annotate(assembly, recorder, stop):
+        return Summary(0, interrupted=True)
     trainer = assembly.trainer(recorder, stop)
     if checkpoint is not None:
         trainer.restore(checkpoint[1])
@@ -112,6 +115,7 @@ def _train(assembly: Assembly, recorder: Recorder, stop: Interruption) -> Summar
     if not summary.interrupted and workers.leads:
         _write_artifact(assembly, summary)
         recorder.event("stage_finished", steps=summary.steps)
+        forget_annotations(assembly)
     workers.barrier()
     return summary
 

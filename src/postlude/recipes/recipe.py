@@ -1,7 +1,8 @@
 """What a training recipe says; everything else is the trainer's.
 
 A recipe is a component: its fields are the stage's keys, its methods name the shapes of data it takes, the
-units it makes of an encoded example, the objective, and the other models that the step needs.
+units it makes of an encoded example, the objective, and the other models that the step needs, or that are run over the
+data before the first one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from postlude.manifest.schema import TrainingStage
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
     from postlude.objectives.objective import Objective
-    from postlude.training.program import Companion
+    from postlude.training.program import Annotation, Companion
 
 
 class TrainingRecipe(TrainingStage):
@@ -38,4 +39,8 @@ class TrainingRecipe(TrainingStage):
 
     def companions(self) -> Mapping[str, Companion]:
         """Other models that the step needs, by name."""
+        return {}
+
+    def annotations(self) -> Mapping[str, Annotation]:
+        """Frozen models that are run over the data before the first step, by name."""
         return {}

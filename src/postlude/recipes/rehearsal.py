@@ -18,6 +18,7 @@ from postlude.data.loader import StepBlocks
 from postlude.manifest.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model.load import configuration, count_parameters
+from postlude.recipes.annotate import annotated, check_annotations
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.little import LARGEST_PARAMETERS, little_model
 from postlude.training.meters import Meters
@@ -79,12 +80,14 @@ class Rehearsal:
 
 def rehearse(assembly: Assembly) -> Rehearsal:
     """Plan a stage's memory and make one small step of it. UserError if the step's loss or gradient is not finite."""
-    companions = assembly.config.companions()
+    check_annotations(assembly)
+    companions = {name: one.start for name, one in assembly.config.companions().items()}
+    companions |= {name: one.start for name, one in assembly.config.annotations().items()}
     start = assembly.root(assembly.config.model)
     config = configuration(start, assembly.place_of(start), assembly.tokenizer)
     plan = _plan(assembly, config, count_parameters(config))
     new = little_model(config)
-    beside = {name: _companion(assembly, name, companion.start) for name, companion in companions.items()}
+    beside = {name: _companion(assembly, name, place) for name, place in companions.items()}
     little = assembly.with_models(new, beside)
     sizes = [count_parameters(configuration(one, None, assembly.tokenizer)) for one in (new, *beside.values())]
     fits = sum(sizes) <= LARGEST_PARAMETERS
@@ -132,7 +135,8 @@ def _one_step(assembly: Assembly) -> dict[str, Any]:
     )
     with assembly.loader as loader:
         work = next(iter(loader))
-    trainer.train(StepBlocks(work.blocks[:1], work.epoch, work.progress, work.documents, work.tokens))
+    blocks = [annotated(assembly, block) for block in work.blocks[:1]]
+    trainer.train(StepBlocks(blocks, work.epoch, work.progress, work.documents, work.tokens))
     trainer.checkpointer.close()
     return listener.line
 

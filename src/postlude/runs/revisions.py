@@ -1,6 +1,7 @@
 """Revisions: what a stage made before it was begun anew stands under ``RUN/revisions/STAGE/0001/``.
 
-Kept are the artifact with its lineage, metrics, losses by example and what the stage was begun with; checkpoints go.
+Kept are the artifact with its lineage, metrics, losses by example and what the stage was begun with; checkpoints and
+stored streams go.
 Every function here may be killed at any moment and called again: until a revision stands whole, the stage is where it
 was, and after that it is gone from there or counts as not begun.
 """
@@ -46,6 +47,7 @@ def set_aside(run: Run, name: str) -> int:
     place = storage.join(run.uri, "revisions", name, f"{number:04d}")
     if not storage.exists(storage.join(place, _WHOLE)):
         stage.drop_checkpoints()
+        stage.drop_annotations()
         if storage.is_local(run.uri):
             _rename(stage, place, number)
         else:
@@ -79,7 +81,7 @@ def _copy(stage: Stage, place: str) -> None:
 
 def files_kept(stage: Stage) -> Iterator[str]:
     """The files of a stage beside its artifact that are kept when it moves, by path below it; its state is not one."""
-    left = {storage.name(stage.artifact), "checkpoints", "state.json", _WHOLE}
+    left = {storage.name(stage.artifact), storage.name(stage.annotations), "checkpoints", "state.json", _WHOLE}
     for name in storage.list_directory(stage.uri):
         if name not in left:
             yield from _below(stage.uri, name)

@@ -201,6 +201,19 @@ class Stage:
         examples.cut_back(self._examples, step)
         self.metrics.cut(lambda line: line["step"] <= step)
 
+    # --- what frozen models said of the data ----------------------------------------------------------------
+
+    @property
+    def annotations(self) -> str:
+        """Where the streams stand that frozen models computed before the first step."""
+        return storage.join(self.uri, "annotations")
+
+    def drop_annotations(self) -> None:
+        """Remove them: they can be computed again."""
+        for name in storage.list_directory(self.annotations):
+            storage.discard(storage.join(self.annotations, name))
+        storage.remove(self.annotations)
+
     # --- what it makes --------------------------------------------------------------------------------------
 
     @property

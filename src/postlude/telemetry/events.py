@@ -77,6 +77,18 @@ class StageSetAside(BaseEvent):
     reasons: Sequence[str] = ()
 
 
+class StreamsStored(BaseEvent):
+    """A frozen model was run over the data of the stage, and what it said is stored."""
+
+    kind: Literal["streams_stored"] = "streams_stored"
+    name: str
+    """What the model is to the stage."""
+    parts: int
+    """How many the data make."""
+    computed: int
+    """How many of them were missing."""
+
+
 class CheckpointSaved(BaseEvent):
     """A checkpoint was committed."""
 
@@ -157,6 +169,7 @@ Event = (
     | StageFinished
     | StageTakenOver
     | StageSetAside
+    | StreamsStored
     | CheckpointSaved
     | CheckpointSkipped
     | StepSkipped

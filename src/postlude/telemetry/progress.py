@@ -50,6 +50,8 @@ class StageProgress:
         self._line: Mapping[str, Any] = {}
         self._marks: deque[tuple[float, float]] = deque(maxlen=64)
         """Recent moments in seconds, with the share of the work that was done by then."""
+        self._prepared: tuple[str, float] | None = None
+        """What is told before the first line, and the share of it that is done."""
         self._live: Live | None = None
         self._printed: Mapping[str, Any] | None = None
         self._printed_at = -PLAIN_SECONDS
@@ -75,6 +77,14 @@ class StageProgress:
         if self._live is None and now - self._printed_at >= PLAIN_SECONDS:
             self._printed_at, self._printed = now, line
             say(self._told())
+
+    def preparing(self, what: str, share: float) -> None:
+        """Show how much is done, 0 to 1, of something that comes before the first step."""
+        now = time.monotonic()
+        self._prepared = f"{self._stage}: {what}, {share:.0%}", share
+        if self._live is None and now - self._printed_at >= PLAIN_SECONDS:
+            self._printed_at = now
+            say(self._prepared[0])
 
     def event(self, event: Event) -> None:
         """Show an event that a person should know of at once."""
@@ -105,10 +115,13 @@ class StageProgress:
         return ", ".join(said)
 
     def _rendered(self) -> Table | Text:
-        if not self._line:
+        if not self._line and self._prepared is None:
             return Text(f"{self._stage}: starting, {duration(time.monotonic() - self._begin)}")
+        told, share = self._prepared or ("", 0.0)
+        if self._line:
+            told, share = self._told(), self._line.get("progress", 0.0)
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=self._line.get("progress", 0.0), width=20), self._told())
+        grid.add_row(ProgressBar(total=1.0, completed=share, width=20), told)
         return grid
 
 

@@ -48,6 +48,11 @@ class Recorder:
             if self._display:
                 self._display.update(line)
 
+    def preparing(self, what: str, share: float) -> None:
+        """How far the stage is with something that comes before its first step: for the terminal alone."""
+        if self._display:
+            self._display.preparing(what, share)
+
     def examples(self, step: int, epoch: int, rows: Sequence[tuple[str, str, float, int]]) -> None:
         """This rank's losses by example: (example id, source, summed loss, tokens it runs over) each."""
         self._examples.write(step, epoch, rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from postlude.manifest.schema import ModelPlace
 from postlude.model.language_model import LanguageModel
+from postlude.objectives.annotators import Annotator
 from postlude.objectives.objective import Objective
 from postlude.training.optimizers import Optimizer
 
@@ -20,6 +21,15 @@ class Companion:
 
     start: ModelPlace
     optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A frozen model that is run over the data once, before the first step, instead of in each: what the annotator
+    makes of it comes as streams of the documents."""
+
+    start: ModelPlace
+    annotator: Annotator
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Executor:
         for role, names in self.program.objective.heads.items():
             model = self.program.roles[role].model
             for name in names:
-                heads[name, role] = _language_head(model, promised) if name == "lm" else model.head(name)
+                heads[name, role] = language_head(model, promised) if name == "lm" else model.head(name)
         return heads
 
     def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
@@ -187,12 +187,13 @@ class Executor:
         return self.workers.sum_numbers(_total(measured))
 
 
-def _language_head(model: LanguageModel, upstream: float | None) -> FusedHead:
+def language_head(model: LanguageModel, upstream: float | None = None, vocabulary: int | None = None) -> FusedHead:
+    """The head ``lm`` of a model, on request over its first ``vocabulary`` tokens alone."""
     made_of = model.lm_head_parameters()
     return FusedHead(
         made_of.weight,
         made_of.bias,
-        vocabulary=made_of.vocabulary,
+        vocabulary=vocabulary or made_of.vocabulary,
         scale=made_of.scale,
         soft_cap=made_of.soft_cap,
         upstream=upstream,
