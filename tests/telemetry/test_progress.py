@@ -116,3 +116,11 @@ def test_the_table_tells_what_came_out_of_each_stage(shown: io.StringIO) -> None
     stage_table(run, ["sft", "dpo"])
     for part in ("sft", "3.0000 → 1.0000", "held_out 5.0000 → 2.0000", "3,000", "2,000", "dpo", "pending"):
         assert part in shown.getvalue()
+
+
+def test_what_comes_before_the_first_step_is_told(shown: io.StringIO) -> None:
+    with StageProgress("dpo") as stage:
+        stage.preparing("the reference reads the data", 0.25)
+        if stage._live:
+            stage._live.refresh()
+    assert "dpo: the reference reads the data, 25%" in shown.getvalue()
