@@ -243,6 +243,31 @@ def test_with_a_promised_factor_micro_batches_share_one_gradient(dtype, factor):
         torch.testing.assert_close(leaf.grad / factor, (gradient / factor).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_probabilities_of_micro_batches_share_one_gradient_in_place(dtype):
+    p = problem(rows=12, dtype=dtype)
+    expected = gradients((plain(p)[0] * p.weights).sum(), p)
+    head = FusedHead(p.weight, p.bias, vocabulary=p.vocabulary, in_place=True)
+    addresses = set()
+    with Allocations() as seen:
+        for part in torch.arange(12).split(4):
+            logp, _ = head.log_probabilities(p.hidden[part], p.targets[part])
+            (logp * p.weights[part]).sum().backward()
+            addresses.add(p.weight.grad.data_ptr())
+    assert len(addresses) == 1
+    assert seen.shapes.count(p.weight.shape) == 1
+    for leaf, gradient in zip((p.hidden, p.weight, p.bias), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient.to(dtype))
+
+
+def test_in_place_changes_nothing_for_a_weight_that_is_no_leaf():
+    p = problem(bias=False)
+    logp, _ = FusedHead(p.weight * 2, in_place=True).log_probabilities(p.hidden, p.targets)
+    logp.sum().backward()
+    expected, _ = FusedHead(p.weight * 2).log_probabilities(p.hidden, p.targets)
+    torch.testing.assert_close([p.hidden.grad, p.weight.grad], gradients(expected.sum(), p))
+
+
 def test_a_broken_promise_is_an_error():
     p = problem()
     loss, _ = FusedHead(p.weight, upstream=1.0).negative_log_likelihood(p.hidden, p.targets, p.weights)

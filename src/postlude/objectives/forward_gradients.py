@@ -39,11 +39,11 @@ class ForwardGradients:
         """Whether there is anything to make."""
         # Divided by a count of tokens, weights are smaller than fp16 can hold. A power of two rounds nothing.
         self.power = _power_of_two_above(weights) if self.wanted and chunks.product == torch.float16 else 1.0
-        self._direct = needed[1] and promised is not None and weight.is_leaf and weight.dtype == chunks.sum
+        self._direct = needed[1] and promised is not None and collects(weight, chunks)
         self._promised, self._dtypes = promised, [None if of is None else of.dtype for of in inputs]
         self._sums = [
             zeros(hidden, needed[0], chunks),
-            _own_gradient(weight) if self._direct else zeros(weight, needed[1], chunks),
+            own_gradient(weight) if self._direct else zeros(weight, needed[1], chunks),
             zeros(bias, needed[2], chunks),
         ]
         self._gradients = Gradients(chunks, self._sums, self.power * (1.0 if promised is None else promised))
@@ -92,7 +92,13 @@ def rounded(gradients: Iterable[Tensor | None], dtypes: Sequence[torch.dtype | N
     return (None if g is None or dtype is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
 
 
-def _own_gradient(weight: Tensor) -> Tensor:
+def collects(weight: Tensor, chunks: LogitChunks) -> bool:
+    """Whether sums over a weight can be made in its own ``grad``."""
+    return weight.is_leaf and weight.dtype == chunks.sum
+
+
+def own_gradient(weight: Tensor) -> Tensor:
+    """The ``grad`` of a leaf, to add to."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad

@@ -7,8 +7,8 @@ Notable:
   the backward pass computes the logits again: four.
 - The caller drops the rows that are not trained; nothing is spent on them.
 - A gradient is made only for what needs one: not for a frozen head, not for the hidden states of a frozen model.
-- On request the weight's gradient goes into ``weight.grad`` at once: however many micro-batches a step has, a
-  second gradient of the size of the vocabulary is never allocated.
+- On request the weight's gradient goes into ``weight.grad`` at once, on either path: however many micro-batches a
+  step has, a second gradient of the size of the vocabulary is never allocated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher, divergence
-from postlude.objectives.forward_gradients import ForwardGradients, add_at, rounded, scaled, zeros
+from postlude.objectives.forward_gradients import (
+    ForwardGradients,
+    add_at,
+    collects,
+    own_gradient,
+    rounded,
+    scaled,
+    zeros,
+)
 from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
 
 
@@ -36,6 +44,8 @@ class FusedHead:
     in fp32 to ``weight.grad`` itself, so that all micro-batches share the one. In exchange each forward pass that
     builds a graph must be followed by its backward pass, which raises RuntimeError if the factor is another, and
     hooks on the weight do not see this gradient.
+
+    ``in_place`` does the same for the backward pass of :meth:`log_probabilities`, where nothing need be promised.
     """
 
     def __init__(
@@ -47,11 +57,12 @@ class FusedHead:
         scale: float = 1.0,
         soft_cap: float | None = None,
         upstream: float | None = None,
+        in_place: bool = False,
         limits: Limits | None = None,
     ) -> None:
         self.weight, self.bias = weight, bias
         self.vocabulary = len(weight) if vocabulary is None else vocabulary
-        self.scale, self.soft_cap, self.upstream = scale, soft_cap, upstream
+        self.scale, self.soft_cap, self.upstream, self.in_place = scale, soft_cap, upstream, in_place
         self.limits = limits or Limits.of(weight.device)
         if not 0 < self.vocabulary <= len(weight):
             raise ValueError(f"A head of {len(weight)} rows cannot serve a vocabulary of {vocabulary}.")
@@ -237,7 +248,12 @@ class _LogProbabilities(torch.autograd.Function):
         inputs = (hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = ctx.head.chunks(ctx.projection, len(hidden))
-            sums = [zeros(of, need, chunks) for of, need in zip(inputs, ctx.needs_input_grad, strict=False)]
+            needed = list(ctx.needs_input_grad[:3])
+            in_place = needed[1] and ctx.head.in_place and collects(weight, chunks)
+            needed[1] &= not in_place
+            sums = [zeros(of, need, chunks) for of, need in zip(inputs, needed, strict=True)]
+            if in_place:
+                sums[1] = own_gradient(weight)
             gradients = Gradients(chunks, sums)
             for rows in chunks.chunks:
                 own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
@@ -258,4 +274,6 @@ class _LogProbabilities(torch.autograd.Function):
                 add_at(target, logits, upstream, chunks.slope(at_target))
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile])
+        if in_place:
+            sums[1] = None
         return (*rounded(sums, [None if of is None else of.dtype for of in inputs]), None, None, None, None)

@@ -130,7 +130,9 @@ class Executor:
         for role, names in self.program.objective.heads.items():
             model = self.program.roles[role].model
             for name in names:
-                heads[name, role] = language_head(model, promised) if name == "lm" else model.head(name)
+                heads[name, role] = (
+                    language_head(model, promised, in_place=scale is not None) if name == "lm" else model.head(name)
+                )
         return heads
 
     def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
@@ -187,7 +189,9 @@ class Executor:
         return self.workers.sum_numbers(_total(measured))
 
 
-def language_head(model: LanguageModel, upstream: float | None = None, vocabulary: int | None = None) -> FusedHead:
+def language_head(
+    model: LanguageModel, upstream: float | None = None, vocabulary: int | None = None, in_place: bool = False
+) -> FusedHead:
     """The head ``lm`` of a model, on request over its first ``vocabulary`` tokens alone."""
     made_of = model.lm_head_parameters()
     return FusedHead(
@@ -197,6 +201,7 @@ def language_head(model: LanguageModel, upstream: float | None = None, vocabular
         scale=made_of.scale,
         soft_cap=made_of.soft_cap,
         upstream=upstream,
+        in_place=in_place,
     )
 
 
