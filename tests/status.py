@@ -18,7 +18,6 @@ ABSENT = {
     "Adapters (LoRA)": "stages.sft.adapter={kind: lora}",
     "Tensor parallelism and sharded models": "stages.sft.parallel={tensor: 2}",
     "Recomputation by selection or memory budget": "stages.sft.recompute=selective",
-    "Worker groups on Ray, several hosts": "compute.provider=ray",
     "Online reinforcement learning": "stages.sft.recipe=grpo",
 }
 """What the design names and the project does not do yet, with an override that must be refused."""

@@ -80,7 +80,7 @@ class Project:
         return str(self.path)
 
     def run(self, *overrides: str) -> int:
-        return run(self.write(), list(overrides))
+        return run(self.write(), list(overrides), inline="compute" not in self.manifest)
 
     def validate(self) -> Report:
         return validate(self.write(), [])

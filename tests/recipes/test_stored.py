@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from postlude import storage
-from postlude.cluster.local import run_ranks
+from ranks import run_ranks
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.load import load
 from postlude.manifest.schema import ModelPlace

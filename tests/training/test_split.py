@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from postlude_example.harness import Task
 
-from postlude.cluster.local import run_ranks
+from ranks import run_ranks
 
 SPLITS = {
     "one rank": Task(ranks=1, block=64, micro=64),

@@ -73,8 +73,17 @@ class Project:
         self.path.write_text(json.dumps(self.manifest, indent=1))
 
     def __call__(self, *arguments: str) -> Done:
-        """Run ``postlude`` in this process; ``MANIFEST`` stands for the manifest and ``RUN`` for the run."""
+        """Run ``postlude`` in this process; ``MANIFEST`` stands for the manifest and ``RUN`` for the run.
+
+        Stages run here, too, unless the manifest says what they run on.
+        """
         self.write()
+        if (
+            arguments[0] == "run"
+            and "compute" not in self.manifest
+            and not any("compute" in each for each in arguments)
+        ):
+            arguments = (*arguments, "--inline")
         places = {"MANIFEST": str(self.path), "RUN": self.run.uri, "RUN/sft": f"{self.run.uri}/sft"}
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -276,24 +276,82 @@ class TrainingStage(StageConfig):
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
+class Elastic(Config):
+    """A number of workers that may change while a stage runs."""
+
+    min: Positive
+    """With so many the stage goes on when workers were lost."""
+    max: Positive
+    """So many it takes where there is room, and grows back to at a checkpoint."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, above max, which is {self.max}")
+        return self
+
+
 class Pool(Config):
     """Workers of one role."""
 
-    workers: Positive = 1
-    """How many processes."""
-    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
-    """0 runs on the CPU."""
+    workers: Positive | Elastic = 1
+    """How many processes; ``{min: 2, max: 8}`` goes on with fewer when some are lost."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
+    """0 runs on the CPU; a part of one shares a GPU among workers."""
     cpus_per_worker: Positive | None = None
-    """By default the machine's cores, shared out."""
+    """By default the machine's cores, shared out; with other providers than ``local`` one."""
+    memory_per_worker: Positive | None = None
+    """Bytes of its node's memory that each worker reserves."""
+    labels: dict[str, str] = {}
+    """Labels that a node must have."""
+    placement: Literal["pack", "spread", "one_node", "node_each"] = "pack"
+    """On few nodes if possible, on many if possible, all on one, or each on a node of its own."""
+
+    @property
+    def least(self) -> int:
+        """Workers that are enough."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def most(self) -> int:
+        """Workers where there is room."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
+
+
+class Supervision(Config):
+    """When a group of workers counts as failed, and how often it is formed again."""
+
+    failures: Annotated[int, Field(ge=0)] = 5
+    """So many losses of a process, a node or a connection are recovered from without a checkpoint between them."""
+    preemptions: Annotated[int, Field(ge=0)] = 100
+    """The same for machines that said beforehand that they go away."""
+    silence_seconds: Annotated[float, Field(gt=0)] | Positive = 15
+    """A worker that does not answer for so long has failed."""
+    stall_seconds: Annotated[float, Field(gt=0)] | Positive = 1800
+    """Workers of which none begins anything new for so long have failed."""
+    room_seconds: Annotated[float, Field(ge=0)] | Annotated[int, Field(ge=0)] = 600
+    """How long to wait for nodes with room for the workers."""
 
 
 class Compute(Config):
     """Where the processes run."""
 
-    provider: Literal["local"] = "local"
-    """Where the machines come from; ``local`` is this one."""
+    provider: Literal["local", "ray"] = "local"
+    """Where the machines come from: ``local`` is this one, ``ray`` a cluster that is there."""
+    address: str | None = None
+    """Of the cluster with ``provider: ray``, host:port of its head; by default what RAY_ADDRESS says."""
     pools: dict[Name, Pool] = {}
     """Groups of workers by the role they play for a stage; one of a single worker where none is given."""
+    environment: dict[str, str] = {}
+    """Variables that each worker gets."""
+    supervision: Supervision = Supervision()
+    """When workers count as failed, and how often they are started again."""
+
+    @model_validator(mode="after")
+    def _keys_have_a_use(self) -> Self:
+        if self.address is not None and self.provider != "ray":
+            raise ValueError("'address' belongs to 'provider: ray'")
+        return self
 
 
 class Manifest(Config):

@@ -245,7 +245,7 @@ class Assembly(Parts):
 
     # --- the trainer ----------------------------------------------------------------------------------------
 
-    def trainer(self, recorder: Recorder, stop: Callable[[], bool]) -> Trainer:
+    def trainer(self, recorder: Recorder, stop: Callable[[bool], bool]) -> Trainer:
         """The trainer, at step 0."""
         models = [role.model for role in self.program.roles.values()]
         heads = self.program.objective.heads

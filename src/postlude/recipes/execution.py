@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from postlude import __version__, storage
 from postlude.manifest.lock import manifest_hash, versions
 from postlude.model.export import write_model
@@ -16,29 +18,36 @@ from postlude.recipes.portions import Portions
 from postlude.recipes.work import Entry, Work, WorkRecipe
 from postlude.recipes.workbench import Workbench
 from postlude.runs import provenance
-from postlude.telemetry.progress import StageProgress, console
+from postlude.telemetry.progress import Display, StageProgress, console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
-from postlude.training.trainer import Summary
+from postlude.training.summary import Summary
 from postlude.training.workers import Workers
 
 
-def run_stage(task: StageTask) -> Summary:
-    """Work on a stage until its artifact is written, or until the process is asked to stop."""
+def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
+    """Work on a stage as one of its ranks, until its artifact is written or until asked to stop."""
     workers = Workers.join(Parts(task, Workers()).gpus_per_worker)
     try:
-        with Interruption().listening() as stop:
-            trains = not isinstance(Parts(task, workers).stage_config, WorkRecipe)
-            parts = Assembly(task, workers) if trains else Workbench(task, workers)
-            with StageProgress(task.stage) as display, recorder_of(parts, display) as recorder:
-                if isinstance(parts, Assembly):
-                    return _train(parts, recorder, stop)
-                return _work(parts, recorder, stop)
+        trains = not isinstance(Parts(task, workers).stage_config, WorkRecipe)
+        parts = Assembly(task, workers) if trains else Workbench(task, workers)
+        with recorder_of(parts, display) as recorder:
+            if isinstance(parts, Assembly):
+                return _train(parts, recorder, stop)
+            return _work(parts, recorder, stop)
     finally:
         workers.leave()
 
 
-def recorder_of(parts: Parts, display: StageProgress | None) -> Recorder:
+def run_stage_here(task: StageTask) -> Summary:
+    """Work on a stage in this process, which has a terminal and listens to signals: alone, or as the rank that the
+    environment names (torchrun's variables)."""
+    torch.set_num_threads(task.threads)
+    with Interruption().listening() as stop, StageProgress(task.stage) as display:
+        return run_stage(task, stop, display)
+
+
+def recorder_of(parts: Parts, display: Display | None) -> Recorder:
     """Where the rank's numbers go; only the leading rank shows them."""
     leads = parts.workers.leads
     return Recorder(

@@ -58,7 +58,7 @@ class Parts:
         self.stage = self.run.stage(task.stage)
 
     @property
-    def gpus_per_worker(self) -> int:
+    def gpus_per_worker(self) -> float:
         """Devices of each worker of the stage's pool; 0 computes on the CPU."""
         pools = self.manifest.compute.pools
         return next((p.gpus_per_worker for n in self.stage_config.all_pools if (p := pools.get(n))), 0)

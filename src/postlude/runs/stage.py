@@ -90,6 +90,14 @@ class Stage:
     def _state(self) -> str:
         return storage.join(self.uri, "state.json")
 
+    def committed(self) -> tuple[int, int]:
+        """How far the stage is for good: the step of its newest checkpoint, and how many portions of other work or
+        parts of stored streams are there. Only good for telling whether something was added."""
+        newest = next(iter(self.checkpoints()), None)
+        folders = [storage.join(self.uri, "portions"), self.annotations]
+        folders += [storage.join(self.annotations, name) for name in storage.list_directory(self.annotations)]
+        return newest.step if newest else 0, sum(len(storage.list_directory(folder)) for folder in folders)
+
     def has_begun(self) -> bool:
         """Whether it has made a step: before that there is nothing to lose.
 

@@ -144,6 +144,43 @@ class AmendmentApplied(BaseEvent):
     """``KEY=VALUE``."""
 
 
+class GroupFormed(BaseEvent):
+    """The workers of a stage are there, for the first time or again."""
+
+    kind: Literal["group_formed"] = "group_formed"
+    workers: int
+    hosts: Sequence[str]
+
+
+class GroupGrows(BaseEvent):
+    """An elastic group left at a checkpoint, to be formed again with more workers."""
+
+    kind: Literal["group_grows"] = "group_grows"
+    workers: int
+    """How many it had."""
+
+
+class WorkerFailure(BaseEvent):
+    """A group of workers came to an early end, from which the stage recovers if it may."""
+
+    kind: Literal["worker_failure"] = "worker_failure"
+    what: str
+    """One of the kinds of :mod:`postlude.cluster.failure`."""
+    reason: str
+    rank: int | None = None
+    host: str | None = None
+    trace: str | None = None
+
+
+class Recovery(BaseEvent):
+    """The workers are started again, and go on from the last committed checkpoint."""
+
+    kind: Literal["recovery"] = "recovery"
+    attempt: int
+    """Since the last checkpoint."""
+    pause_seconds: float
+
+
 class Alarm(BaseEvent):
     """Something a person should look at, though the run goes on."""
 
@@ -176,6 +213,10 @@ Event = (
     | Evaluation
     | Measured
     | AmendmentApplied
+    | GroupFormed
+    | GroupGrows
+    | WorkerFailure
+    | Recovery
     | Alarm
     | Failure
 )

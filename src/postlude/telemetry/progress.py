@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -42,11 +42,24 @@ def say(text: str) -> None:
     console().print(text, markup=False, soft_wrap=True)
 
 
-class StageProgress:
-    """Shows how a stage comes along. A context manager."""
+class Display(Protocol):
+    """What shows how a stage comes along."""
 
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics: ``step``, ``loss``, ``tokens_per_second``, and ``progress``, the share done."""
+
+    def preparing(self, what: str, share: float) -> None:
+        """Show how much is done, 0 to 1, of something that comes before the first step."""
+
+    def event(self, event: Event) -> None:
+        """Show an event that a person should know of at once."""
+
+
+class StageProgress:
+    """Shows how a stage comes along on this process's terminal: one live line, or plain ones. A context manager."""
+
+    def __init__(self, stage: str, live: bool = True) -> None:
+        self._stage, self._may_be_live = stage, live
         self._line: Mapping[str, Any] = {}
         self._marks: deque[tuple[float, float]] = deque(maxlen=64)
         """Recent moments in seconds, with the share of the work that was done by then."""
@@ -58,7 +71,7 @@ class StageProgress:
         self._begin = time.monotonic()
 
     def __enter__(self) -> StageProgress:
-        if console().is_terminal:
+        if self._may_be_live and console().is_terminal:
             self._live = Live(console=console(), get_renderable=self._rendered, refresh_per_second=4, transient=True)
             self._live.start()
         return self
@@ -137,6 +150,15 @@ def _worth_telling(event: Event) -> str | None:
             return f"step {event.step} skipped: its loss or gradient is not finite"
         case "amendment_applied":
             return f"{event.assignment} from step {event.step} on"
+        case "worker_failure":
+            who = (
+                "" if event.rank is None else f"rank {event.rank}" + (f" on {event.host}" if event.host else "") + ": "
+            )
+            return f"{event.what} failure: {who}{event.reason}"
+        case "recovery":
+            return "the workers are started again" + (f" in {event.pause_seconds:.0f}s" if event.pause_seconds else "")
+        case "group_grows":
+            return f"there is room for more than {event.workers} workers: the group is formed anew"
         case "stage_started" if event.from_step:
             return f"continues after step {event.from_step}"
     return None

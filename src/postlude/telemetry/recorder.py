@@ -9,7 +9,8 @@ from typing import Any
 
 from postlude.runs import Run
 from postlude.telemetry import events
-from postlude.telemetry.progress import StageProgress, say
+from postlude.telemetry.progress import Display, say
+from postlude.telemetry.pulse import beat
 from postlude.telemetry.sinks import OpenSink, Sink
 
 
@@ -26,7 +27,7 @@ class Recorder:
         stage: str,
         sinks: Sequence[Sink] = (),
         rank: int = 0,
-        display: StageProgress | None = None,
+        display: Display | None = None,
     ) -> None:
         self._run, self._stage, self._leads = run, run.stage(stage), rank == 0
         self._examples = self._stage.examples_writer(rank)
@@ -40,6 +41,7 @@ class Recorder:
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One line for each optimiser step."""
+        beat("metrics")
         if not self._leads:
             return
         with self._turn:
@@ -50,6 +52,7 @@ class Recorder:
 
     def preparing(self, what: str, share: float) -> None:
         """How far the stage is with something that comes before its first step: for the terminal alone."""
+        beat(what)
         if self._display:
             self._display.preparing(what, share)
 

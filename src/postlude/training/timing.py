@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 import torch
 
+from postlude.telemetry.pulse import beat
+
 
 class Phases:
     """A stopwatch for each phase of a step: data_wait, forward, backward, optimizer, checkpoint, evaluate.
 
     On CUDA the work of a phase is awaited before the watch is read only if ``synchronize`` is set, which costs
-    overlap; without it a phase shows the time until its work was queued.
+    overlap; without it a phase shows the time until its work was queued. Each phase is a beat of the process's pulse.
     """
 
     def __init__(self, synchronize: bool = False) -> None:
@@ -22,6 +24,7 @@ class Phases:
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
+        beat(phase)
         begin = time.perf_counter()
         try:
             yield

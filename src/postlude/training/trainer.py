@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +29,7 @@ from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program
 from postlude.training.state import restore_optimizers, trained_state
 from postlude.training.step import Executor, StepResult
+from postlude.training.summary import Summary
 from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
@@ -54,23 +54,12 @@ class Journal(Protocol):
         """Return when all of the above is on the disk."""
 
 
-@dataclass
-class Summary:
-    """How a call to :meth:`Trainer.fit` ended."""
-
-    steps: int
-    interrupted: bool = False
-    first_loss: float | None = None
-    last_loss: float | None = None
-    evaluations: dict[str, list[float]] = field(default_factory=dict)
-    """Losses on held-out data by name, in the order they were measured during this call."""
-
-
 class Trainer:
     """One stage's training on one rank.
 
     ``evaluations`` maps a name to this rank's held-out blocks, the same number on every rank. ``stop`` is asked
-    between steps whether to checkpoint and leave. ``checkpoint_uri`` gives the place of the checkpoint of a step.
+    between steps whether to checkpoint and leave, and told whether the last step has a checkpoint already.
+    ``checkpoint_uri`` gives the place of the checkpoint of a step.
     """
 
     def __init__(
@@ -88,7 +77,7 @@ class Trainer:
         checkpoint_uri: Callable[[int], str] | None = None,
         on_commit: Callable[[str, int], None] = lambda uri, step: None,
         amendments: Amendments | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[bool], bool] = lambda at_checkpoint: False,
     ) -> None:
         self.config, self.program, self.loader, self.workers = config, program, loader, workers
         self.seed, self.precision, self.journal, self.meters = seed, precision, journal, meters
@@ -141,7 +130,7 @@ class Trainer:
     def _control(self) -> bool:
         """Between two steps: apply amendments that are due; say whether any rank was asked to stop."""
         due = self.amendments.due(self.step + 1) if self.amendments else []
-        said = self.workers.gather((self.stop(), due))
+        said = self.workers.gather((self.stop(self.step == self._saved_step), due))
         self._amend(said[0][1], self.step + 1)
         return any(stop for stop, _ in said)
 

@@ -34,12 +34,13 @@ class Workers:
         return self.rank == 0
 
     @staticmethod
-    def join(gpus_per_worker: int = 0) -> Workers:
+    def join(gpus_per_worker: float = 0) -> Workers:
         """Meet the other ranks as the environment says (torchrun's variables); alone if it says nothing."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if gpus_per_worker:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            # One process may see its own device alone, or all of the node.
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group(

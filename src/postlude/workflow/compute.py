@@ -1,4 +1,4 @@
-"""What the manifest asks of the machine, held against what the machine has."""
+"""What the manifest asks of the machines, held against what there is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.graph import ancestors, descendants
-from postlude.manifest.schema import Manifest, StageConfig
+from postlude.manifest.schema import Manifest, Pool, StageConfig
 
 DEFAULT_POOL = "train"
 
@@ -16,14 +16,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def pool_of(stage: StageConfig) -> str:
+def pool_name(stage: StageConfig) -> str:
     """The pool that a stage takes up while it runs. One that has none takes the place of one that trains."""
     return next(iter(stage.all_pools), DEFAULT_POOL)
 
 
+def pool_of(manifest: Manifest, stage: StageConfig) -> Pool:
+    """What the manifest says of that pool; a single worker where it says nothing."""
+    return manifest.compute.pools.get(pool_name(stage), Pool())
+
+
 def ranks_of(manifest: Manifest, stage: StageConfig) -> int:
-    """How many workers run the stage: those of its first pool, or one."""
-    return next((manifest.compute.pools[name].workers for name in stage.all_pools if name in manifest.compute.pools), 1)
+    """How many workers run the stage, where there is room."""
+    return pool_of(manifest, stage).most
 
 
 def ranks_beside(manifest: Manifest, name: str) -> int:
@@ -32,53 +37,57 @@ def ranks_beside(manifest: Manifest, name: str) -> int:
     On each other pool those of the largest stage that neither hangs on this one nor is needed by it. It follows from
     the manifest alone, so that a stage computes with the same threads whenever it runs, and comes out the same.
     """
-    own = pool_of(manifest.stages[name])
+    own = pool_name(manifest.stages[name])
     kin = {name} | ancestors(manifest, name) | descendants(manifest, name)
     largest: dict[str, int] = {}
     for other, stage in manifest.stages.items():
-        pool = pool_of(stage)
+        pool = pool_name(stage)
         if other not in kin and pool != own:
             largest[pool] = max(largest.get(pool, 0), ranks_of(manifest, stage))
     return sum(largest.values())
 
 
-def threads_of(stage: StageConfig, ranks: int, beside: int = 0) -> int:
-    """CPU threads of each worker: what the stage says, or its share of the cores.
-
-    ``beside`` counts the workers of other stages that may run at the same time.
-    """
-    asked = getattr(stage, "threads", None)
-    return asked or max(1, cores() // (ranks + beside))
-
-
-def devices_of(manifest: Manifest, stage: StageConfig) -> dict[str, str]:
-    """The environment that shows a stage the GPUs of its own pool alone; empty where it uses none."""
-    own, first = pool_of(stage), 0
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for name, pool in manifest.compute.pools.items():
-        count = pool.workers * pool.gpus_per_worker
-        if name == own:
-            numbers = [str(number) for number in range(first, first + count)]
-            if shown:
-                numbers = shown.split(",")[first : first + count]
-            return {"CUDA_VISIBLE_DEVICES": ",".join(numbers)} if count else {}
-        first += count
-    return {}
+def threads_of(manifest: Manifest, name: str, inline: bool = False) -> int:
+    """CPU threads of each worker of a stage: what the stage says, or what its pool reserves; on this machine its share
+    of the cores."""
+    stage = manifest.stages[name]
+    asked = getattr(stage, "threads", None) or pool_of(manifest, stage).cpus_per_worker
+    if asked:
+        return asked
+    if inline:
+        return cores()
+    if manifest.compute.provider != "local":
+        return 1
+    return max(1, cores() // (ranks_of(manifest, stage) + ranks_beside(manifest, name)))
 
 
 def check_compute(manifest: Manifest) -> None:
-    """:class:`ComputeError` if this machine cannot hold the pools of the manifest."""
-    wanted = sum(pool.workers * pool.gpus_per_worker for pool in manifest.compute.pools.values())
-    if not wanted:
+    """:class:`ComputeError` if this machine cannot hold the pools of the manifest. Of another's machines nothing is
+    known before it is asked."""
+    compute = manifest.compute
+    if compute.provider != "local" or not compute.pools:
         return
+    for what, found, per_worker in (
+        ("GPUs", _devices, lambda pool: pool.gpus_per_worker),
+        ("cores", cores, lambda pool: pool.cpus_per_worker or 0),
+        ("bytes of memory", _memory_bytes, lambda pool: pool.memory_per_worker or 0),
+    ):
+        wanted = sum(pool.least * per_worker(pool) for pool in compute.pools.values())
+        if wanted and wanted > (there := found()):
+            pools = ", ".join(f"{name}: {pool.least} of {per_worker(pool)}" for name, pool in compute.pools.items())
+            raise ComputeError(
+                f"compute.pools asks for {wanted:,} {what} ({pools}), but this machine has {there:,}. "
+                "Lower workers or what each asks for, or name a cluster with 'provider: ray'."
+            )
+    if any(pool.labels for pool in compute.pools.values()):
+        raise ComputeError("compute.pools asks for nodes with labels, and 'provider: local' has none.")
+
+
+def _devices() -> int:
     import torch
 
-    found = torch.cuda.device_count()
-    if wanted > found:
-        pools = ", ".join(
-            f"{name}: {pool.workers} workers of {pool.gpus_per_worker}" for name, pool in manifest.compute.pools.items()
-        )
-        raise ComputeError(
-            f"compute.pools asks for {wanted} GPUs ({pools}), but this machine has {found}. "
-            "Lower workers or gpus_per_worker; 0 trains on the CPU."
-        )
+    return torch.cuda.device_count()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,7 +16,7 @@ from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of, run_of
-from postlude.workflow.compute import pool_of
+from postlude.workflow.compute import pool_name
 from postlude.workflow.fingerprint import Identifier
 from postlude.workflow.selection import Selection
 
@@ -169,7 +169,7 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
             + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what may "
             "change while a stage runs with `postlude amend`."
         )
-    pools = {name: pool_of(resolved.manifest.stages[name]) for name in needed}
+    pools = {name: pool_name(resolved.manifest.stages[name]) for name in needed}
     return Plan(run, [replace(one, pool=pools[one.stage]) for one in decisions if one.stage in chosen])
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import lock_text, read_lock
+from postlude.manifest.schema import Manifest
 from postlude.runs import Run
 from postlude.telemetry import events
 from postlude.telemetry.progress import console, stage_table, waiting
+from postlude.training.interruption import Interruption
 from postlude.workflow.begin import verify_inputs
-from postlude.workflow.compute import check_compute, ranks_beside, ranks_of, threads_of
+from postlude.workflow.compute import check_compute, threads_of
 from postlude.workflow.plan import Decision, Plan, make_plan
 from postlude.workflow.selection import Selection, stages_in_order
 from postlude.workflow.side_by_side import StagesAtWork
+
+if TYPE_CHECKING:
+    from postlude.cluster.provider import Cluster
 
 __all__ = ["INTERRUPTED", "dry_run", "run", "stages_in_order"]
 
@@ -51,9 +56,11 @@ def run(
         console().print(plan.render(), width=None if console().is_terminal else 120)
         for decision in plan.work:
             verify_inputs(run, _only_kept(decision, plan))
-        write_lock(run, resolved, plan)
-        tell(run, "run_started", host=socket.gethostname(), pid=os.getpid())
-        interrupted = execute(run, resolved, plan, inline)
+        needs_workers = bool(plan.work) and not inline
+        with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
+            write_lock(run, resolved, plan)
+            tell(run, "run_started", host=socket.gethostname(), pid=os.getpid())
+            interrupted = execute(run, resolved, plan, cluster)
         if interrupted is not None:
             tell(run, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
             return INTERRUPTED
@@ -74,28 +81,39 @@ def dry_run(
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 
-def execute(run: Run, resolved: Resolved, plan: Plan, inline: bool) -> str | None:
+def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -> str | None:
     """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
 
-    A stage begins when all that it needs is done and its pool is free. Where it is the only one that can, it runs in
-    this process; several are processes of their own, side by side. What a stage raises is raised when the others at
-    work have ended.
+    A stage begins when all that it needs is done and its pool is free, on a group of workers of the cluster; without
+    one the stages run in this process, one after another. What a stage raises is raised when the others at work have
+    ended.
     """
     left = {decision.stage: decision for decision in plan.work}
-    with closing(StagesAtWork(run, resolved, inline)) as at_work:
+    with Interruption().listening() as stop, closing(StagesAtWork(run, resolved, cluster, stop)) as at_work:
         while (left and not at_work.stopping) or at_work.decisions:
             ready = [] if at_work.stopping else can_begin(left, at_work.decisions)
-            for decision in ready[:1] if inline else ready:
+            for decision in ready if cluster else ready[:1]:
                 del left[decision.stage]
-                if inline or (len(ready) == 1 and not at_work.decisions):
-                    at_work.run_here(decision)
+                if cluster:
+                    at_work.start(decision, alone=len(ready) == 1 and not at_work.decisions)
                 else:
-                    at_work.start(decision)
+                    at_work.run_here(decision)
             if at_work.decisions:
                 at_work.wait()
         if at_work.failure is not None:
             raise at_work.failure
         return at_work.interrupted
+
+
+@contextmanager
+def workers_for(manifest: Manifest) -> Iterator[Cluster]:
+    """The cluster that the manifest names, found to have the nodes for its pools. ComputeError if not."""
+    from postlude.cluster.provider import open_cluster
+    from postlude.cluster.topology import check_topology
+
+    with open_cluster(manifest.compute) as cluster:
+        check_topology(manifest.compute)
+        yield cluster
 
 
 def can_begin(left: Mapping[str, Decision], at_work: Mapping[str, Decision]) -> list[Decision]:
@@ -141,10 +159,7 @@ def tell(run: Run, kind: str, **fields: Any) -> None:
 def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     """Write what the run is about to do as its manifest lock; stages outside the plan keep their fingerprints."""
     manifest = resolved.manifest
-    threads = {
-        name: threads_of(stage, ranks_of(manifest, stage), ranks_beside(manifest, name))
-        for name, stage in manifest.stages.items()
-    }
+    threads = {name: threads_of(manifest, name) for name in manifest.stages}
     before = run.read_manifest_lock()
     known = read_lock(before, run.manifest_lock).stages if before is not None else {}
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}

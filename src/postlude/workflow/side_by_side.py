@@ -1,64 +1,75 @@
-"""Stages at work: one in this very process, where a debugger can follow it, or several as processes of their own."""
+"""Stages at work: on a group of workers each, side by side, or in this very process where a debugger can follow."""
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from postlude.cluster.local import RankFailed, RankGroup, attend, run_ranks, signals_handed_on
 from postlude.manifest.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.recipes.parts import StageTask
 from postlude.runs import Run
 from postlude.telemetry import events
-from postlude.telemetry.progress import say
+from postlude.telemetry.progress import StageProgress, say
+from postlude.training.interruption import Interruption
 from postlude.workflow.begin import begin, identity_now, make_room, taken_over, verify_inputs
-from postlude.workflow.compute import devices_of, ranks_beside, ranks_of, threads_of
+from postlude.workflow.compute import pool_of, threads_of
 from postlude.workflow.plan import Decision
+
+if TYPE_CHECKING:
+    from postlude.cluster.provider import Cluster
+    from postlude.cluster.supervisor import Supervisor
 
 FUNCTION = "postlude.recipes.execution:run_stage"
 
-PLAIN = {"TTY_COMPATIBLE": "0"}
-"""What keeps several processes from drawing live lines on one terminal."""
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _AtWork:
+    """A stage that a thread supervises."""
+
+    supervisor: Supervisor
+    result: Future[Any]
 
 
 class StagesAtWork:
     """Takes decisions to their ends. Once a stage fails or is asked to stop nothing begins any more; what is at work
-    goes on to its end, or to a checkpoint where the signal reached it."""
+    goes on to its end, or to a checkpoint where the request reached it. Without a ``cluster`` stages run here."""
 
-    def __init__(self, run: Run, resolved: Resolved, inline: bool) -> None:
-        self.run, self.resolved, self.inline = run, resolved, inline
+    def __init__(self, run: Run, resolved: Resolved, cluster: Cluster | None, stop: Interruption) -> None:
+        self.run, self.resolved, self.cluster, self.stop = run, resolved, cluster, stop
         self.decisions: dict[str, Decision] = {}
-        """The stages that are at work as processes of their own."""
+        """The stages that are at work on groups of workers."""
         self.failure: Exception | None = None
         self.interrupted: str | None = None
         """The stage that was asked to stop."""
-        self._groups: dict[str, RankGroup] = {}
-        self._alive: list[RankGroup] = []
-        self._signals: list[int] = []
-        self._listening = ExitStack()
+        self._at_work: dict[str, _AtWork] = {}
+        self._threads = ThreadPoolExecutor(thread_name_prefix="supervisor")
 
     @property
     def stopping(self) -> bool:
         """Whether nothing may begin any more."""
-        return bool(self.failure or self.interrupted or self._signals)
+        return bool(self.failure or self.interrupted or self.stop.requested)
 
     def run_here(self, decision: Decision) -> None:
-        """Run one stage to its end while nothing else does."""
+        """Run one stage to its end in this process."""
+        from postlude.recipes.execution import run_stage_here
+
         verify_inputs(self.run, decision)
         if self._needs_no_work(decision):
             return
-        task, ranks = self._task(decision)
         try:
-            summary = run_ranks(FUNCTION, task, ranks, task.threads)[0]
+            summary = run_stage_here(self._task(decision, inline=True))
         except BaseException as error:
             self._end(decision, error=error)
         else:
             self._end(decision, summary)
 
-    def start(self, decision: Decision) -> None:
-        """Start a stage as processes of its own, beside those at work."""
+    def start(self, decision: Decision, alone: bool) -> None:
+        """Start a stage on a group of workers; only one that is ``alone`` draws a live line."""
         try:
             verify_inputs(self.run, decision)
             if self._needs_no_work(decision):
@@ -66,42 +77,39 @@ class StagesAtWork:
         except UserError as error:
             self.failure = self.failure or error
             return
-        task, ranks = self._task(decision)
-        config = self.resolved.manifest.stages[decision.stage]
-        environment = {**devices_of(self.resolved.manifest, config), **PLAIN}
-        if not self._groups:
-            self._signals = self._listening.enter_context(signals_handed_on(self._alive))
-        group = RankGroup(FUNCTION, task, ranks, task.threads, environment)
-        self._alive.append(group)
-        self._groups[decision.stage], self.decisions[decision.stage] = group, decision
+        progress = StageProgress(decision.stage, live=alone)
+        supervisor = self._supervisor(decision, progress)
+
+        def supervise() -> Any:
+            with progress:
+                return supervisor.run()
+
+        self.decisions[decision.stage] = decision
+        self._at_work[decision.stage] = _AtWork(supervisor, self._threads.submit(supervise))
 
     def wait(self) -> None:
-        """Wait until a stage at work says something; of those that have ended, note how."""
-        attend(self._alive)
-        for name in [name for name, group in self._groups.items() if group.is_over]:
-            group, decision = self._groups.pop(name), self.decisions.pop(name)
-            try:
-                with group:
-                    summary = group.results()[0]
-            except RankFailed as error:
-                # A signal that comes before a rank listens ends it; there is nothing yet that could be lost.
-                self._end(decision, error=KeyboardInterrupt() if self._signals else error)
-            except UserError as error:
+        """Wait until a stage at work has ended, or a moment; of those that have ended, note how."""
+        if self.stop.requested:
+            for one in self._at_work.values():
+                one.supervisor.stop()
+        wait([one.result for one in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
+        for name in [name for name, one in self._at_work.items() if one.result.done()]:
+            one, decision = self._at_work.pop(name), self.decisions.pop(name)
+            error = one.result.exception()
+            results = None if error is not None else one.result.result()
+            if error is not None:
                 self._end(decision, error=error)
             else:
-                self._end(decision, summary)
-            self._alive.remove(group)
-            if self.failure and self._groups:
-                names = ", ".join(self._groups)
+                self._end(decision, results[0] if results else None)
+            if self.failure and self._at_work:
+                names = ", ".join(self._at_work)
                 say(f"{name} failed; {names} goes on to its end. An interrupt stops it at a checkpoint.")
-        if not self._groups:
-            self._listening.close()
 
     def close(self) -> None:
-        """Kill whatever is still at work, and listen to signals no more."""
-        for group in self._groups.values():
-            group.__exit__()
-        self._listening.close()
+        """Kill whatever is still at work."""
+        for one in self._at_work.values():
+            one.supervisor.abandon()
+        self._threads.shutdown()
 
     def _needs_no_work(self, decision: Decision) -> bool:
         """Prepare the stage; whether it is done with that, because another run made it."""
@@ -113,25 +121,52 @@ class StagesAtWork:
         self.run.stage(decision.stage).enter("running", process=os.getpid(), **_said(self.run, decision))
         return False
 
-    def _task(self, decision: Decision) -> tuple[StageTask, int]:
+    def _task(self, decision: Decision, inline: bool = False) -> StageTask:
+        threads = threads_of(self.resolved.manifest, decision.stage, inline)
+        return StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
+
+    def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
+        from postlude.cluster.placement import Demand
+        from postlude.cluster.supervisor import Job, Supervisor
+        from postlude.cluster.worker import Setting
+
+        assert self.cluster is not None
         manifest, name = self.resolved.manifest, decision.stage
-        config = manifest.stages[name]
-        ranks = 1 if self.inline else ranks_of(manifest, config)
-        threads = threads_of(config, ranks, 0 if self.inline else ranks_beside(manifest, name))
-        return StageTask(tree=self.resolved.tree, stage=name, run=self.run.uri, threads=threads), ranks
+        compute, pool = manifest.compute, pool_of(manifest, manifest.stages[name])
+        task, stage = self._task(decision), self.run.stage(name)
+        job = Job(
+            name=f"{name}@{self.run.uri}",
+            function=FUNCTION,
+            task=task,
+            demand=Demand.of(compute, pool),
+            least=pool.least,
+            most=pool.most,
+            setting=Setting.here(name, task.threads, compute.environment),
+            limits=compute.supervision,
+            interface=self.cluster.interface,
+        )
+
+        def tell(kind: str, **fields: Any) -> None:
+            event = events.make(kind, name, **fields)
+            events.record(self.run.events, event)
+            progress.event(event)
+
+        return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress))
 
     def _end(self, decision: Decision, summary: Any = None, error: BaseException | None = None) -> None:
-        """Note how a stage ended. What a debugger or a second interrupt raised goes on from here."""
+        """Note how a stage ended: with a summary, with an error, or, with neither, asked to stop before it began.
+
+        What a debugger or a second interrupt raised goes on from here."""
         stage, said = self.run.stage(decision.stage), _said(self.run, decision)
         if isinstance(error, Exception):
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stage.enter("failed", error=told, **said)
             events.record(self.run.events, events.make("failure", decision.stage, error=told))
             self.failure = self.failure or error
-        elif error is not None or summary.interrupted:
+        elif error is not None or summary is None or summary.interrupted:
             stage.enter("interrupted", **said)
             self.interrupted = self.interrupted or decision.stage
-            if error is not None and not self._signals:
+            if error is not None:
                 raise error
         else:
             stage.enter("done", steps=summary.steps, **said)

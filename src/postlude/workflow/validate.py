@@ -126,7 +126,7 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     config = resolved.manifest.stages[name]
     workers = ranks_of(resolved.manifest, config)
     task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=cores())
-    report = StageReport(name, workers, threads_of(config, workers))
+    report = StageReport(name, workers, threads_of(resolved.manifest, name))
     report.awaited = Parts(task, Workers()).makers(datasets_used(config).values())
     if isinstance(config, WorkRecipe):
         report.trial = try_out(task, sample)

@@ -1,0 +1,177 @@
+"""A group of workers, one actor for each rank, that is called as one: all ranks, some, or a single one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from postlude.cluster import placement
+from postlude.cluster.failure import Failure, Kind, Outcome, first_cause
+from postlude.cluster.placement import Demand
+from postlude.cluster.worker import Address, Setting, Worker
+
+NAMESPACE = "postlude"
+START_SECONDS = 180.0
+"""How long the processes of a group may take to start and to import what they need."""
+GONE_SECONDS = 20.0
+DEAF_SECONDS = 3.0
+
+
+class WorkerGroup:
+    """The workers of one stage on one pool. A context manager: on leaving none of its processes is alive.
+
+    ``name`` is that of its work in this run: no two groups of one name are ever at work at once, so what a controller
+    that was killed has left behind is killed first. :class:`Failure` if they do not come up.
+    """
+
+    def __init__(
+        self, name: str, demand: Demand, room: Any, size: int, setting: Setting, interface: str | None
+    ) -> None:
+        self.size, self._room = size, room
+        self.addresses: list[Address] = []
+        self.workers: list[Any] = []
+        _remove_left_behind(name)
+        options = {
+            "num_cpus": demand.resources.get("CPU", 0),
+            "num_gpus": demand.resources.get("GPU", 0),
+            "memory": int(demand.resources.get("memory", 0)) or None,
+            "namespace": NAMESPACE,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        actor: Any = ray.remote(concurrency_groups={"control": 1})(Worker)  # type: ignore[call-overload]
+        try:
+            for rank in range(size):
+                here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
+                named = actor.options(name=_actor_name(name, rank), scheduling_strategy=here, **options)
+                self.workers.append(named.remote(rank, setting))
+            self.addresses = self._started([worker.address.remote() for worker in self.workers])
+            meeting = f"{self.addresses[0].host}:{self.addresses[0].free_port}"
+            numbers: Counter[str] = Counter()
+            places = []
+            for worker, address in zip(self.workers, self.addresses, strict=True):
+                places.append(worker.take_place.remote(size, numbers[address.node], meeting, interface))
+                numbers[address.node] += 1
+            self._started(places)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- calls ----------------------------------------------------------------------------------------------
+
+    def work(self, function: str, task: Any) -> list[Any]:
+        """Have every rank call ``function`` ("module:name") with the task; the references to their outcomes."""
+        shared = ray.put(task)  # once for all, however large it is
+        return [worker.work.remote(function, shared) for worker in self.workers]
+
+    def build(self, what: str, *arguments: Any) -> None:
+        """Have every rank make an object whose methods :meth:`call` calls. :class:`Failure` as one raised it."""
+        self._results(self._all("build", what, *arguments))
+
+    def call(self, method: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Call a method of what every rank has built, or only the ranks that are named: results in rank order.
+
+        Arguments go through the object store once. :class:`Failure` as a rank raised it, or for one that died.
+        """
+        return self._results(self._all("call", method, *arguments, ranks=ranks))
+
+    def look(self) -> list[Any]:
+        """References to what each rank shows of itself."""
+        return [worker.look.remote() for worker in self.workers]
+
+    def stop(self, at_checkpoint: bool = False) -> None:
+        """Ask every rank to stop after the step in progress, or after the next checkpoint."""
+        for worker in self.workers:
+            worker.stop.remote(at_checkpoint)
+
+    def stacks(self, seconds: float = 3.0) -> dict[int, str]:
+        """Where each rank is, of those that answer in time."""
+        asked = {worker.stack.remote(): rank for rank, worker in enumerate(self.workers)}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        found = {}
+        for reference in done:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found[asked[reference]] = ray.get(reference)
+        return found
+
+    def _all(self, method: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+        shared = [ray.put(argument) for argument in arguments]
+        chosen = self.workers if ranks is None else [self.workers[rank] for rank in ranks]
+        return [getattr(worker, method).remote(*shared) for worker in chosen]
+
+    def _results(self, references: Sequence[Any]) -> list[Any]:
+        try:
+            outcomes: list[Outcome] = ray.get(list(references))
+        except ray.exceptions.RayActorError as error:
+            raise Failure(Kind.PROCESS, str(error)) from error
+        if any(outcome.kind is not None for outcome in outcomes):
+            raise first_cause(outcomes)
+        return [outcome.value for outcome in outcomes]
+
+    def _started(self, references: Sequence[Any]) -> list[Any]:
+        try:
+            return ray.get(list(references), timeout=START_SECONDS)
+        except ray.exceptions.RayActorError as error:
+            raise Failure(Kind.PROCESS, f"a worker died while it started: {error}") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise Failure(Kind.HANG, f"the workers did not start within {START_SECONDS:.0f} seconds") from error
+        except ray.exceptions.RayTaskError as error:
+            raise Failure(Kind.PROGRAM, f"a worker could not start: {error.cause}", trace=str(error)) from error
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every process of the group, see that they are gone, and give the room back."""
+        for worker in self.workers:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(worker)
+        own = ray.util.get_node_ip_address()
+        here = [address.pid for address in self.addresses if address.host == own]
+        begin = time.monotonic()
+        while any(map(_is_alive, here)) and (waited := time.monotonic() - begin) < GONE_SECONDS:
+            if waited > DEAF_SECONDS:  # one that was stopped does not hear Ray
+                for pid in here:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        placement.remove(self._room)
+
+
+def _actor_name(name: str, rank: int) -> str:
+    return f"{name}:{rank}"
+
+
+def _remove_left_behind(name: str) -> None:
+    """Kill workers of this name that another controller has left, and wait until they are gone."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while True:
+        names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+        left = [each for each in names if each.rpartition(":")[0] == name]
+        if not left or time.monotonic() > deadline:
+            return
+        for each in left:
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                ray.kill(ray.get_actor(each, NAMESPACE))
+        time.sleep(0.1)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,198 @@
+"""The one path of recovery: tear the group down, form it anew, go on from the committed state.
+
+Whatever goes wrong with a group at work comes here as a :class:`postlude.cluster.failure.Failure`. What the ranks call
+must take its work up where the last committed state ends; then there is nothing else to recover.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from postlude.cluster import placement
+from postlude.cluster.failure import Failure, Kind, ProgramError
+from postlude.cluster.group import WorkerGroup
+from postlude.cluster.placement import Demand
+from postlude.cluster.watch import Watch, failure_of_notice
+from postlude.cluster.worker import Look, Setting
+from postlude.manifest.errors import ComputeError
+from postlude.manifest.schema import Supervision
+from postlude.telemetry.progress import waiting
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+GROW_SECONDS = 2.0
+"""Between two looks for room in which an elastic group could grow."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a group is to do."""
+
+    name: str
+    """Unique among all that may be at work at once on the cluster."""
+    function: str
+    """``module:name``, called on every rank with the task, the request to stop and a display."""
+    task: Any
+    demand: Demand
+    least: int
+    """Workers that are enough."""
+    most: int
+    setting: Setting
+    limits: Supervision
+    interface: str | None = None
+    """The network interface by which ranks reach each other; by default the one with the node's address."""
+
+
+class Supervisor:
+    """Has a job done, however often its group must be formed.
+
+    ``progress`` tells how far the committed state is: failures count from its last change on. ``tell`` records an event
+    (its kind and fields), ``show`` gets what the leading rank has to show.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        progress: Callable[[], Any],
+        tell: Callable[..., None],
+        show: Callable[[Look], None],
+    ) -> None:
+        self._job, self._progress, self._tell, self._show = job, progress, tell, show
+        self._stop, self._abandon = threading.Event(), threading.Event()
+        self._spent: Counter[str] = Counter()
+        self._reached: Any = None
+        self._group: WorkerGroup | None = None
+        self._told_to_stop = self._told_to_yield = False
+        self._looked_for_room = 0.0
+
+    def stop(self) -> None:
+        """Ask the ranks to stop with a checkpoint. From any thread."""
+        self._stop.set()
+
+    def abandon(self) -> None:
+        """Kill the ranks at once. From any thread."""
+        self._abandon.set()
+
+    def run(self) -> list[Any] | None:
+        """What every rank returns in the end; None if asked to stop before a group stood.
+
+        UserError as a rank raised it, :class:`ProgramError` for what is not recovered from, ComputeError if there is
+        no room.
+        """
+        while True:
+            began = time.monotonic()
+            try:
+                with self._formed() as group:
+                    if group is None:
+                        return None
+                    results = self._watched(group)
+                    if results is not None:
+                        return results
+            except Failure as failure:
+                self._recover(failure, time.monotonic() - began)
+
+    # --- one group ------------------------------------------------------------------------------------------
+
+    def _formed(self) -> Any:
+        """A group of as many workers as find room, at least as many as are enough."""
+        job = self._job
+        with waiting(f"room for {_count(job)} of {job.name}"):
+            size, held = self._place()
+        if held is None:
+            return _Nothing()
+        self._told_to_stop = self._told_to_yield = False
+        group = WorkerGroup(job.name, job.demand, held, size, job.setting, job.interface)
+        self._tell("group_formed", workers=size, hosts=sorted({address.host for address in group.addresses}))
+        return group
+
+    def _place(self) -> tuple[int, Any]:
+        job, deadline = self._job, time.monotonic() + self._job.limits.room_seconds
+        while not self._stop.is_set():
+            size = max(job.least, min(job.most, placement.room(job.demand)))
+            held = placement.place(job.demand, size, 2.0, self._stop.is_set)
+            if held is not None:
+                return size, held
+            if time.monotonic() > deadline:
+                raise ComputeError(
+                    f"There is no room for {_count(job)} of {job.name}: each needs {job.demand}, and there is room for "
+                    f"{placement.room(job.demand)} now, on {placement.described_nodes()}. Free or add nodes "
+                    "and run again; what was committed is kept."
+                )
+        return 0, None
+
+    def _watched(self, group: WorkerGroup) -> list[Any] | None:
+        """What the ranks return; None if they left so that the group can grow. :class:`Failure`."""
+        watch = Watch(group, self._job.limits, self._show)
+        results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
+        left_early = any(getattr(result, "interrupted", False) for result in results)
+        if left_early and not self._stop.is_set():
+            if watch.noticed:
+                raise failure_of_notice(watch.noticed)
+            self._tell("group_grows", workers=group.size)
+            return None
+        return results
+
+    def _attend(self, group: WorkerGroup) -> None:
+        """What has to be done while the ranks work."""
+        if self._abandon.is_set():
+            raise KeyboardInterrupt
+        if self._stop.is_set() and not self._told_to_stop:
+            self._told_to_stop = True
+            group.stop()
+        now = time.monotonic()
+        if group.size < self._job.most and not self._told_to_yield and now - self._looked_for_room > GROW_SECONDS:
+            self._looked_for_room = now
+            if placement.room(self._job.demand) > 0:
+                self._told_to_yield = True
+                group.stop(at_checkpoint=True)
+
+    # --- recovery -------------------------------------------------------------------------------------------
+
+    def _recover(self, failure: Failure, seconds: float) -> None:
+        """Charge a failure to its budget and wait a little; raise what cannot be recovered from."""
+        if not failure.policy.recovers:
+            raise _final(failure)
+        reached = self._progress()
+        if reached != self._reached:
+            self._reached = reached
+            self._spent.clear()
+        budget = failure.policy.budget
+        self._spent[budget] += 1
+        allowed = getattr(self._job.limits, budget)
+        told = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}
+        self._tell("worker_failure", reason=failure.reason, trace=failure.trace or None, **told)
+        if self._stop.is_set() and failure.kind is not Kind.PREEMPTION:
+            return  # the next group is not formed
+        if self._spent[budget] > allowed:
+            raise ProgramError(
+                f"{failure} This was the {self._spent[budget]}. of the {budget} since the last checkpoint, and "
+                f"compute.supervision.{budget} allows {allowed}. Run again to go on from that checkpoint."
+                + (f"\n\n{failure.trace}" if failure.trace else "")
+            )
+        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self._spent[budget] - 2))
+        pause = 0.0 if self._spent[budget] == 1 else pause
+        self._tell("recovery", attempt=self._spent[budget], pause_seconds=pause)
+        self._stop.wait(pause)
+
+
+class _Nothing:
+    """In place of a group where none stands."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _final(failure: Failure) -> Exception:
+    """What a failure that is not recovered from is for the one who called."""
+    return failure.error or ProgramError(f"{failure}\n\n{failure.trace}".rstrip())
+
+
+def _count(job: Job) -> str:
+    workers = str(job.most) if job.least == job.most else f"{job.least} to {job.most}"
+    return f"{workers} worker" + ("" if workers == "1" else "s")

@@ -1,0 +1,90 @@
+"""What a rank would show on a terminal, kept until the process that has the terminal comes for it."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from postlude.telemetry.events import Event
+from postlude.telemetry.progress import StageProgress, console
+
+WIDTH = 120
+"""Columns of what is printed for a terminal that is not here."""
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """What came since the last time: the newest line of metrics, events in order, and printed text."""
+
+    line: Mapping[str, Any] | None = None
+    prepared: tuple[str, float] | None = None
+    events: list[Event] = field(default_factory=list)
+    text: str = ""
+
+    def show(self, display: StageProgress) -> None:
+        """Show it where there is a terminal."""
+        for event in self.events:
+            display.event(event)
+        if self.text:
+            console().out(self.text, end="", highlight=False)
+        if self.prepared:
+            display.preparing(*self.prepared)
+        if self.line:
+            display.update(self.line)
+
+
+class Relay:
+    """Stands where a :class:`StageProgress` stands that has a terminal. Any thread may tell it something."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._line: Mapping[str, Any] | None = None
+        self._prepared: tuple[str, float] | None = None
+        self._events: list[Event] = []
+        self._text = io.StringIO()
+
+    def take_console(self) -> None:
+        """From now on keep what this process prints on the console."""
+        console().file = _Text(self)  # type: ignore[assignment]
+        console().width = WIDTH
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics."""
+        with self._turn:
+            self._line = line
+
+    def preparing(self, what: str, share: float) -> None:
+        """How much is done of something that comes before the first step."""
+        with self._turn:
+            self._prepared = what, share
+
+    def event(self, event: Event) -> None:
+        """Something that happened."""
+        with self._turn:
+            self._events.append(event)
+
+    def write(self, text: str) -> None:
+        """Text that was printed."""
+        with self._turn:
+            self._text.write(text)
+
+    def take(self) -> Relayed:
+        """What came since the last call."""
+        with self._turn:
+            taken = Relayed(self._line, self._prepared, self._events, self._text.getvalue())
+            self._line, self._prepared, self._events, self._text = None, None, [], io.StringIO()
+        return taken
+
+
+class _Text(io.TextIOBase):
+    """A file whose text goes to a relay."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def write(self, text: str) -> int:
+        self._relay.write(text)
+        return len(text)
