@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from postlude import storage
-from ranks import run_ranks
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.load import load
 from postlude.manifest.schema import ModelPlace
@@ -27,6 +26,7 @@ from postlude.recipes.assembly import Assembly, StageTask
 from postlude.runs import Run
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
+from ranks import run_ranks
 from recipes.conftest import write_random_model
 
 EXACT = ("step", "epoch", "progress", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "documents")

@@ -38,7 +38,6 @@ class WorkerGroup:
         self.size, self._room = size, room
         self.addresses: list[Address] = []
         self.workers: list[Any] = []
-        _remove_left_behind(name)
         options = {
             "num_cpus": demand.resources.get("CPU", 0),
             "num_gpus": demand.resources.get("GPU", 0),
@@ -49,6 +48,7 @@ class WorkerGroup:
         }
         actor: Any = ray.remote(concurrency_groups={"control": 1})(Worker)  # type: ignore[call-overload]
         try:
+            _remove_left_behind(name)
             for rank in range(size):
                 here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
                 named = actor.options(name=_actor_name(name, rank), scheduling_strategy=here, **options)

@@ -81,7 +81,14 @@ def described_nodes() -> str:
 def room(demand: Demand) -> int:
     """For how many workers more there is room at this moment."""
     available = ray._private.state.available_resources_per_node()
-    return demand.fits(nodes(), lambda node: available.get(node["NodeID"], {}))
+    going = leaving()
+    staying = [node for node in nodes() if node["NodeID"] not in going]
+    return demand.fits(staying, lambda node: available.get(node["NodeID"], {}))
+
+
+def leaving() -> set[str]:
+    """Ids of the nodes of which the provider has said that they go away."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def capacity(demand: Demand) -> int:

@@ -23,7 +23,9 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Of shared memory for what ranks and controller hand each other on this machine."""
 
 _FOLDER = "postlude-ray-"
-"""Begin of the names of the folders for Ray's sockets and logs. Sockets must have short paths."""
+"""Begin of the names of the folders for Ray's sockets and logs."""
+_LONGEST_PLACE = 32
+"""Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,7 +72,7 @@ def _local(compute: Compute) -> Iterator[Cluster]:
     import ray
 
     _sweep()
-    folder = tempfile.mkdtemp(prefix=_FOLDER)
+    folder = tempfile.mkdtemp(prefix=_FOLDER, dir=_folders())
     with open(os.path.join(folder, "held"), "w") as held, _environment({"RAY_AUTH_MODE": "disabled"}):
         fcntl.flock(held, fcntl.LOCK_EX)
         workers = sum(pool.most * (pool.cpus_per_worker or 0) for pool in compute.pools.values())
@@ -103,7 +105,8 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
         )
     try:
         with waiting(f"the Ray cluster at {address}"):
-            ray.init(address=address, configure_logging=False, log_to_driver=True)
+            sent = {"py_modules": compute.code} if compute.code else None
+            ray.init(address=address, configure_logging=False, runtime_env=sent)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ComputeError(f"No Ray cluster answers at {address}: {_first_line(error)}") from error
     yield Cluster()
@@ -112,9 +115,14 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
 _OPENERS: Mapping[str, Any] = {"local": _local, "ray": _existing}
 
 
+def _folders() -> str:
+    place = tempfile.gettempdir()
+    return place if len(place) <= _LONGEST_PLACE else "/tmp"
+
+
 def _sweep() -> None:
     """Remove the folders of processes that were killed."""
-    place = tempfile.gettempdir()
+    place = _folders()
     for name in os.listdir(place):
         if not name.startswith(_FOLDER):
             continue

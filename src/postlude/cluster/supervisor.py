@@ -17,15 +17,17 @@ from postlude.cluster import placement
 from postlude.cluster.failure import Failure, Kind, ProgramError
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.placement import Demand
-from postlude.cluster.watch import Watch, failure_of_notice
+from postlude.cluster.watch import Watch
 from postlude.cluster.worker import Look, Setting
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.schema import Supervision
 from postlude.telemetry.progress import waiting
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
-GROW_SECONDS = 2.0
-"""Between two looks for room in which an elastic group could grow."""
+LOOK_AROUND_SECONDS = 1.0
+"""Between two looks for nodes that go away, and for room in which an elastic group could grow."""
+CONTENT_SECONDS = 60.0
+"""How long a group that found no more room than before does not ask again."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Supervisor:
         self._spent: Counter[str] = Counter()
         self._reached: Any = None
         self._group: WorkerGroup | None = None
-        self._told_to_stop = self._told_to_yield = False
-        self._looked_for_room = 0.0
+        self._told_to_stop = self._told_to_yield = self._told_to_leave = False
+        self._size_before = 0
+        self._look_around_at = self._grow_at = 0.0
 
     def stop(self) -> None:
         """Ask the ranks to stop with a checkpoint. From any thread."""
@@ -104,7 +107,10 @@ class Supervisor:
             size, held = self._place()
         if held is None:
             return _Nothing()
-        self._told_to_stop = self._told_to_yield = False
+        if self._told_to_yield and size <= self._size_before:
+            self._grow_at = time.monotonic() + CONTENT_SECONDS
+        self._told_to_stop = self._told_to_yield = self._told_to_leave = False
+        self._size_before = size
         group = WorkerGroup(job.name, job.demand, held, size, job.setting, job.interface)
         self._tell("group_formed", workers=size, hosts=sorted({address.host for address in group.addresses}))
         return group
@@ -130,8 +136,8 @@ class Supervisor:
         results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
         left_early = any(getattr(result, "interrupted", False) for result in results)
         if left_early and not self._stop.is_set():
-            if watch.noticed:
-                raise failure_of_notice(watch.noticed)
+            if watch.noticed or self._told_to_leave:
+                raise Failure(Kind.PREEMPTION, "a machine was said to go away", min(watch.noticed, default=None))
             self._tell("group_grows", workers=group.size)
             return None
         return results
@@ -144,11 +150,16 @@ class Supervisor:
             self._told_to_stop = True
             group.stop()
         now = time.monotonic()
-        if group.size < self._job.most and not self._told_to_yield and now - self._looked_for_room > GROW_SECONDS:
-            self._looked_for_room = now
-            if placement.room(self._job.demand) > 0:
-                self._told_to_yield = True
-                group.stop(at_checkpoint=True)
+        if now < self._look_around_at:
+            return
+        self._look_around_at = now + LOOK_AROUND_SECONDS
+        if not self._told_to_leave and placement.leaving() & {address.node for address in group.addresses}:
+            self._told_to_leave = True
+            group.stop()
+        may_grow = group.size < self._job.most and not self._told_to_yield and now > self._grow_at
+        if may_grow and placement.room(self._job.demand) > 0:
+            self._told_to_yield = True
+            group.stop(at_checkpoint=True)
 
     # --- recovery -------------------------------------------------------------------------------------------
 

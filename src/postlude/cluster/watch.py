@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from postlude.cluster import placement
-from postlude.cluster.failure import Failure, Kind, Outcome, first_cause
+from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.worker import Look
 from postlude.manifest.schema import Supervision
@@ -162,8 +162,3 @@ def _why_died(error: ray.exceptions.RayActorError, node_is_gone: bool) -> str:
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "memory monitor" in str(error):
         return "its node ran out of memory, and the process was killed"
     return "the process died"
-
-
-def failure_of_notice(ranks: set[int]) -> Failure:
-    """The machines of these ranks will be taken away."""
-    return Failure(Kind.PREEMPTION, "the machine was said to go away", min(ranks))

@@ -42,11 +42,13 @@ class Setting:
     threads: int
     environment: Mapping[str, str]
     """Variables, set before anything heavy is imported."""
+    modules: Sequence[str] = ()
+    """To be imported before the work begins: what is heavy is over when the ranks begin together."""
 
     @staticmethod
-    def here(name: str, threads: int, environment: Mapping[str, str]) -> Setting:
+    def here(name: str, threads: int, environment: Mapping[str, str], modules: Sequence[str] = ()) -> Setting:
         """As in this process."""
-        return Setting(name, os.getcwd(), list(sys.path), threads, dict(environment))
+        return Setting(name, os.getcwd(), list(sys.path), threads, dict(environment), modules)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Worker:
             os.chdir(setting.folder)
         sys.path.extend(entry for entry in setting.path if entry not in sys.path and os.path.isdir(entry))
         os.environ.update({"OMP_NUM_THREADS": str(setting.threads), **setting.environment})
-        self._threads = setting.threads
+        self._threads, self._modules = setting.threads, setting.modules
         self._stop, self._relay = Interruption(), Relay()
         self._noticed = False
         self._built: Any = None
@@ -94,10 +96,7 @@ class Worker:
     # --- work -----------------------------------------------------------------------------------------------
 
     def take_place(self, world: int, place_on_node: int, meeting: str, interface: str | None) -> None:
-        """Learn the other ranks: how many, this one's number on its node, and where they meet (host:port).
-
-        Imports what is heavy, so that the work begins at once and together.
-        """
+        """Learn the other ranks: how many, this one's number on its node, and where they meet (host:port)."""
         host, port = meeting.rsplit(":", 1)
         told = {
             "RANK": self._rank,
@@ -114,6 +113,8 @@ class Worker:
         import torch
 
         torch.set_num_threads(self._threads)
+        for module in self._modules:
+            importlib.import_module(module)
         self._relay.take_console()
 
     def work(self, function: str, task: Any) -> Outcome:

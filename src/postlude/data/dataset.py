@@ -127,6 +127,9 @@ class Dataset:
         except BadRecord as error:
             self._set_aside(group, row, record, error)
             return []
+        except Exception as error:  # a format's own code: what it raises goes on, with the record that it was about
+            error.add_note(f"This was a record of the data set '{self.name}': {self._records.where(group, row)}.")
+            raise
         if len(examples) == 1:
             return [(identity, examples[0])]
         return [(f"{identity}/{number}", example) for number, example in enumerate(examples)]

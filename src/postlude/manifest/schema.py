@@ -344,6 +344,8 @@ class Compute(Config):
     """Groups of workers by the role they play for a stage; one of a single worker where none is given."""
     environment: dict[str, str] = {}
     """Variables that each worker gets."""
+    code: list[str] = []
+    """Folders of packages that are sent to the nodes, such as those of ``plugins``, where they do not share a disk."""
     supervision: Supervision = Supervision()
     """When workers count as failed, and how often they are started again."""
 
@@ -351,6 +353,8 @@ class Compute(Config):
     def _keys_have_a_use(self) -> Self:
         if self.address is not None and self.provider != "ray":
             raise ValueError("'address' belongs to 'provider: ray'")
+        if self.code and self.provider == "local":
+            raise ValueError("'code' is for nodes that have another disk; 'provider: local' reads what is here")
         return self
 
 

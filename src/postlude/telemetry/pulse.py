@@ -40,7 +40,9 @@ def pulse() -> Pulse:
 
 
 def stack() -> str:
-    """Where the thread of the last beat is now, innermost call last; every thread before the first."""
+    """Where each thread of this process is now, innermost call last; that of the last beat comes first."""
     frames = sys._current_frames()
-    shown = {_thread: frames[_thread]} if _thread in frames else frames
-    return "\n".join("".join(traceback.format_stack(frame)).rstrip() for frame in shown.values())
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    order = sorted(frames, key=lambda thread: (thread != _thread, names.get(thread, "")))
+    told = [f"Thread {names.get(one, one)}:\n{''.join(traceback.format_stack(frames[one]))}" for one in order]
+    return "\n".join(told).rstrip()

@@ -141,7 +141,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setting=Setting.here(name, task.threads, compute.environment),
+            setting=Setting.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )

@@ -1,0 +1,124 @@
+"""Chaos: whatever is killed, the run goes on to its end, and its numbers are those of an undisturbed one, bit for bit.
+
+A cluster of several nodes stands on this machine; a run has two workers on it. Killed are a rank, all ranks, the Ray of
+a node that has a rank, a rank while a checkpoint is written, and the controller, each at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.long
+
+STEPS, EVERY = 400, 10
+ROUNDS = 2
+
+
+class Nodes:
+    """A head without room for workers, and three nodes with room for one each: one more than the run needs."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._small})
+        self._nodes = [self._add() for _ in range(3)]
+
+    _small = {"object_store_memory": 80 * 2**20}
+
+    def _add(self):
+        return self._cluster.add_node(num_cpus=1, wait=True, **self._small)
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    @property
+    def raylets(self) -> list[int]:
+        """The processes of Ray that have the ranks below them."""
+        return [node.all_processes["raylet"][0].process.pid for node in self._nodes]
+
+    def lose(self, raylet: int) -> None:
+        """Kill the Ray of a node; another node takes its place in the cluster."""
+        lost = self._nodes.pop(self.raylets.index(raylet))
+        os.kill(raylet, signal.SIGKILL)
+        self._nodes.append(self._add())
+        self._cluster.remove_node(lost, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """The cluster, for processes that are not this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        for name, value in (("period_ms", "1000"), ("timeout_ms", "2000"), ("failure_threshold", "3")):
+            patch.setenv(f"RAY_health_check_{name}", value)
+        made = Nodes()
+        yield made
+        made.close()
+
+
+@pytest.mark.capability("Chaos: ranks, nodes and the controller are killed, and the run ends bitwise undisturbed")
+def test_whatever_is_killed_the_run_goes_on_and_ends_as_if_undisturbed(nodes, tmp_path, new_project, capsys):
+    project = new_project(tmp_path, provider="ray", address=nodes.address)
+    project.stage |= {"steps": STEPS, "checkpoint": {"every": EVERY}}
+    calm = project.called("calm").finished()
+    assert len(calm) == STEPS
+    project.called("shaken")
+    rng, survived = random.Random(0), Counter()
+
+    def ranks() -> list[psutil.Process]:
+        return project.ranks(nodes.raylets)
+
+    def a_rank() -> None:
+        rng.choice(project.until(ranks)).kill()
+
+    def every_rank() -> None:
+        project.until(lambda: len(ranks()) == 2)
+        for one in ranks():
+            one.kill()
+
+    def a_node() -> None:
+        rank = rng.choice(project.until(ranks))
+        nodes.lose(next(pid for pid in nodes.raylets if rank in psutil.Process(pid).children(recursive=True)))
+
+    def a_rank_in_a_checkpoint() -> None:
+        folder = Path(project.run.stage("sft").uri) / "checkpoints"
+        victims = project.until(ranks)
+        project.until(lambda: any(not (one / "COMMITTED").exists() for one in folder.iterdir()))
+        rng.choice(victims).kill()
+
+    def the_controller() -> None:
+        os.kill(project.process.pid, signal.SIGKILL)
+        project.process.communicate()
+        project.start()
+
+    faults = [a_rank, every_rank, a_node, a_rank_in_a_checkpoint, the_controller] * ROUNDS
+    project.start()
+    try:
+        for number, fault in enumerate(faults):
+            least = 5 + number * (STEPS - 60) // len(faults) + rng.randrange(20)
+            project.until(lambda least=least: project.step() >= least)
+            time.sleep(rng.random() * 0.1)
+            before = len(project.told("group_formed"))
+            fault()
+            survived[fault.__name__] += 1
+            project.until(lambda before=before: len(project.told("group_formed")) > before)
+        project.ended()
+    finally:
+        project.kill()
+    with capsys.disabled():
+        print("\nsurvived: " + ", ".join(f"{name.replace('_', ' ')} {count} times" for name, count in survived.items()))
+    assert len(project.told("recovery")) >= 4 * ROUNDS
+    assert {failure["what"] for failure in project.told("worker_failure")} >= {"process", "node"}
+    assert project.lines() == calm
