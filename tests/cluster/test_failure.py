@@ -49,13 +49,9 @@ def test_an_exception_is_classified_where_it_was_raised(error, kind):
 
 
 def test_what_led_to_an_exception_counts():
-    try:
-        try:
-            raise RuntimeError("gloo: Connection reset by peer")
-        except RuntimeError as lost:
-            raise ValueError("could not save") from lost
-    except ValueError as error:
-        assert outcome_of(0, "here", error).kind is Kind.COLLECTIVE
+    error = raised(ValueError("could not save"))
+    error.__cause__ = raised(RuntimeError("gloo: Connection reset by peer"))
+    assert outcome_of(0, "here", error).kind is Kind.COLLECTIVE
 
 
 def test_a_failure_says_who_and_where():
