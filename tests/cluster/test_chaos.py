@@ -52,6 +52,17 @@ class Nodes:
         self._nodes.append(self._add())
         self._cluster.remove_node(lost, allow_graceful=False)
 
+    def drain(self, raylet: int, seconds: int) -> None:
+        """Say that a node goes away, as a provider does beforehand; another one comes."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+        leaving = self._nodes.pop(self.raylets.index(raylet))
+        deadline = time.time_ns() // 10**6 + 1000 * seconds
+        client = GcsClient(address=self.address)
+        client.drain_node(leaving.node_id, DRAIN_NODE_REASON_PREEMPTION, "the price went up", deadline)
+        self._nodes.append(self._add())
+
     def close(self) -> None:
         self._cluster.shutdown()
 
@@ -122,3 +133,42 @@ def test_whatever_is_killed_the_run_goes_on_and_ends_as_if_undisturbed(nodes, tm
     assert len(project.told("recovery")) >= 4 * ROUNDS
     assert {failure["what"] for failure in project.told("worker_failure")} >= {"process", "node"}
     assert project.lines() == calm
+
+
+@pytest.mark.capability("A node that its provider takes back is left with a checkpoint")
+def test_a_node_that_goes_away_is_left_without_losing_a_step(nodes, tmp_path, new_project):
+    project = new_project(tmp_path, provider="ray", address=nodes.address)
+    project.stage |= {"steps": 200, "checkpoint": {"every": 1000}}
+    calm = project.called("calm").finished()
+    project.called("moved").start()
+    project.until(lambda: project.step() > 20)
+    rank = project.ranks(nodes.raylets)[0]
+    going = next(pid for pid in nodes.raylets if rank in psutil.Process(pid).children(recursive=True))
+    nodes.drain(going, 20)
+    project.ended()
+    (failure,) = project.told("worker_failure")
+    assert failure["what"] == "preemption"
+    assert project.told("stage_started")[-1]["from_step"] == project.told("checkpoint_saved")[0]["step"] < 200
+    assert project.lines() == calm
+
+
+def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):
+    from postlude.cluster import placement
+    from postlude.cluster.group import WorkerGroup
+    from postlude.cluster.placement import Demand
+    from postlude.cluster.provider import open_cluster
+    from postlude.cluster.worker import Setting
+    from postlude.manifest.schema import Compute, Pool
+
+    package = tmp_path / "sent_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("class Thing:\n    def place(self):\n        return __file__\n")
+    compute = Compute(provider="ray", address=nodes.address, code=[str(package)])
+    demand = Demand.of(compute, Pool())
+    with open_cluster(compute) as cluster:
+        held = placement.place(demand, 1, 60.0, lambda: False)
+        setting = Setting("sent", "/", [], 1, {})
+        with WorkerGroup("sent", demand, held, 1, setting, cluster.interface) as group:
+            group.build("sent_package:Thing")
+            (place,) = group.call("place")
+    assert not place.startswith(str(tmp_path))

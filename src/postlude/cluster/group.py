@@ -67,10 +67,13 @@ class WorkerGroup:
 
     # --- calls ----------------------------------------------------------------------------------------------
 
-    def work(self, function: str, task: Any) -> list[Any]:
-        """Have every rank call ``function`` ("module:name") with the task; the references to their outcomes."""
+    def work(self, function: str, task: Any, lease_seconds: float) -> list[Any]:
+        """Have every rank call ``function`` ("module:name") with the task; the references to their outcomes.
+
+        A rank ends itself when nobody has looked at it for ``lease_seconds``.
+        """
         shared = ray.put(task)  # once for all, however large it is
-        return [worker.work.remote(function, shared) for worker in self.workers]
+        return [worker.work.remote(function, shared, lease_seconds) for worker in self.workers]
 
     def build(self, what: str, *arguments: Any) -> None:
         """Have every rank make an object whose methods :meth:`call` calls. :class:`Failure` as one raised it."""
@@ -134,13 +137,17 @@ class WorkerGroup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def own_host(self) -> str:
+        """The address of the node that this process is on."""
+        return ray.util.get_node_ip_address()
+
     def close(self) -> None:
         """Kill every process of the group, see that they are gone, and give the room back."""
         for worker in self.workers:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(worker)
-        own = ray.util.get_node_ip_address()
-        here = [address.pid for address in self.addresses if address.host == own]
+        here = [address.pid for address in self.addresses if address.host == self.own_host]
         begin = time.monotonic()
         while any(map(_is_alive, here)) and (waited := time.monotonic() - begin) < GONE_SECONDS:
             if waited > DEAF_SECONDS:  # one that was stopped does not hear Ray

@@ -35,6 +35,10 @@ _QUIET = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
+    # Workers are no less than what else runs here, and none is started before it is asked for.
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_num_workers_soft_limit": "0",
     # The controller sets CUDA_VISIBLE_DEVICES by what the manifest says, also where that is nothing.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

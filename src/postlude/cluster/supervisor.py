@@ -70,6 +70,8 @@ class Supervisor:
         self._group: WorkerGroup | None = None
         self._told_to_stop = self._told_to_yield = self._told_to_leave = False
         self._size_before = 0
+        self._safe_at = 0.0
+        """From when on no worker of an earlier group can be at work, wherever it is."""
         self._look_around_at = self._grow_at = 0.0
 
     def stop(self) -> None:
@@ -133,7 +135,12 @@ class Supervisor:
     def _watched(self, group: WorkerGroup) -> list[Any] | None:
         """What the ranks return; None if they left so that the group can grow. :class:`Failure`."""
         watch = Watch(group, self._job.limits, self._show)
-        results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
+        try:
+            results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
+        except Failure as failure:
+            if failure.kind in (Kind.NODE, Kind.HANG) and failure.host != group.own_host:
+                self._safe_at = watch.leases_end(failure.rank)
+            raise
         left_early = any(getattr(result, "interrupted", False) for result in results)
         if left_early and not self._stop.is_set():
             if watch.noticed or self._told_to_leave:
@@ -187,7 +194,7 @@ class Supervisor:
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self._spent[budget] - 2))
         pause = 0.0 if self._spent[budget] == 1 else pause
         self._tell("recovery", attempt=self._spent[budget], pause_seconds=pause)
-        self._stop.wait(pause)
+        self._stop.wait(max(pause, self._safe_at - time.monotonic()))
 
 
 class _Nothing:

@@ -25,6 +25,7 @@ LOOK_SECONDS = 0.5
 """Between two looks at a rank."""
 GRACE_SECONDS = 4.0
 """How long the others may take to tell how they ended, once one has failed."""
+LEASE_MARGIN_SECONDS = 1.0
 LOST_SECONDS = 30.0
 """How long to wait for Ray to tell which process or node is gone, when ranks have lost each other."""
 
@@ -48,7 +49,8 @@ class Watch:
 
     def until_over(self, function: str, task: Any, attend: Callable[[], None]) -> list[Any]:
         """What every rank returns, in order. ``attend`` is called several times a second. :class:`Failure`."""
-        self._works = {work: rank for rank, work in enumerate(self._group.work(function, task))}
+        works = self._group.work(function, task, lease_seconds=self._limits.silence_seconds)
+        self._works = {work: rank for rank, work in enumerate(works)}
         while len(self._outcomes) < self._group.size and not self._grace_is_over():
             self._ask()
             ready, _ = ray.wait([*self._works, *self._looks], num_returns=1, timeout=TICK_SECONDS, fetch_local=False)
@@ -59,6 +61,13 @@ class Watch:
         if any(outcome.kind is not None for outcome in self._outcomes.values()):
             raise first_cause(list(self._outcomes.values()))
         return [self._outcomes[rank].value for rank in range(self._group.size)]
+
+    def leases_end(self, lost: int | None) -> float:
+        """When, at the latest, the worker ``lost`` and those on nodes that are gone have ended, though not killed."""
+        there = {node["NodeID"] for node in placement.nodes()}
+        ranks = {rank for rank, address in enumerate(self._group.addresses) if address.node not in there} | {lost}
+        answered = [self._answered[rank] for rank in ranks if rank is not None]
+        return max(answered, default=0.0) + self._limits.silence_seconds + LEASE_MARGIN_SECONDS
 
     # --- what is heard --------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 Notable:
 
 - It dies with its node's Ray, and so with the controller where that started Ray itself.
+- While it works it holds a lease that every look renews. Once nobody has looked for too long it ends itself: a worker
+  on a machine that was cut off must not write beside the one that took its place.
 - SIGTERM is a notice that the machine goes away: the rank stops with a checkpoint, and says why.
 - What it shows goes to a relay, which the controller empties with each look at it.
 """
@@ -17,7 +19,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +90,7 @@ class Worker:
         self._threads, self._modules = setting.threads, setting.modules
         self._stop, self._relay = Interruption(), Relay()
         self._noticed = False
+        self._lease = Lease()
         self._built: Any = None
         _on_terminate(self._notice)
 
@@ -117,9 +121,10 @@ class Worker:
             importlib.import_module(module)
         self._relay.take_console()
 
-    def work(self, function: str, task: Any) -> Outcome:
+    def work(self, function: str, task: Any, lease_seconds: float) -> Outcome:
         """Call ``function`` ("module:name") with the task, the request to stop and a display, to its end."""
-        return self._outcome(lambda: loaded(function)(task, self._stop, self._relay))
+        with self._lease.held(lease_seconds):
+            return self._outcome(lambda: loaded(function)(task, self._stop, self._relay))
 
     def build(self, what: str, *arguments: Any) -> Outcome:
         """Make the object whose methods :meth:`call` calls: ``what`` ("module:name") with the arguments."""
@@ -154,6 +159,7 @@ class Worker:
     @ray.method(concurrency_group="control")
     def look(self) -> Look:
         """How it gets on, and what it has to show since the last look."""
+        self._lease.renew()
         return Look(pulse(), self._relay.take(), self._noticed)
 
     @ray.method(concurrency_group="control")
@@ -169,6 +175,34 @@ class Worker:
     def _notice(self) -> None:
         self._noticed = True
         self._stop.request()
+
+
+class Lease:
+    """Ends this process when it is held and has not been renewed for its time."""
+
+    def __init__(self) -> None:
+        self._renewed = time.monotonic()
+        self._over = threading.Event()
+
+    def renew(self) -> None:
+        """Begin its time anew."""
+        self._renewed = time.monotonic()
+
+    @contextlib.contextmanager
+    def held(self, seconds: float) -> Iterator[None]:
+        """Hold it, for so long after each renewal."""
+        self.renew()
+        self._over.clear()
+        threading.Thread(target=self._hold, args=(seconds,), name="lease", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._over.set()
+
+    def _hold(self, seconds: float) -> None:
+        while not self._over.wait(min(0.5, seconds / 4)):
+            if time.monotonic() - self._renewed > seconds:
+                os._exit(1)
 
 
 def loaded(place: str) -> Any:

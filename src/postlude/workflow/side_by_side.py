@@ -160,7 +160,7 @@ class StagesAtWork:
         stage, said = self.run.stage(decision.stage), _said(self.run, decision)
         if isinstance(error, Exception):
             told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            stage.enter("failed", error=told, **said)
+            stage.enter("failed", error=told.splitlines()[0], **said)
             events.record(self.run.events, events.make("failure", decision.stage, error=told))
             self.failure = self.failure or error
         elif error is not None or summary is None or summary.interrupted:
