@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.hosts import RayOnHosts
 from postlude.runs import Run
 
 EXACT = ("step", "epoch", "progress", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "documents", "skipped")
-PATIENCE_SECONDS = 240.0
+PATIENCE_SECONDS = 120.0
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -60,12 +61,15 @@ class Project:
 
     # --- the process ----------------------------------------------------------------------------------------
 
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        """Run it, in a process group of its own."""
+    def start(self, on: RayOnHosts | None = None, **environment: str) -> subprocess.Popen[str]:
+        """Run it, in a process group of its own; ``on`` the head of a cluster."""
         path = self.folder / "small.yaml"
         path.write_text(json.dumps(self.manifest))
+        command = [sys.executable, "-m", "postlude", "run", str(path)]
+        if on is not None:
+            command, environment = on.hosts.command(1, command), {**on.environment, **environment}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "postlude", "run", str(path)],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -78,12 +78,16 @@ def described_nodes() -> str:
     return "; ".join(told) or "no nodes"
 
 
+def staying() -> list[dict[str, Any]]:
+    """The nodes that are alive and of which nobody has said that they go away."""
+    going = leaving()
+    return [node for node in nodes() if node["NodeID"] not in going]
+
+
 def room(demand: Demand) -> int:
     """For how many workers more there is room at this moment."""
     available = ray._private.state.available_resources_per_node()
-    going = leaving()
-    staying = [node for node in nodes() if node["NodeID"] not in going]
-    return demand.fits(staying, lambda node: available.get(node["NodeID"], {}))
+    return demand.fits(staying(), lambda node: available.get(node["NodeID"], {}))
 
 
 def leaving() -> set[str]:
@@ -93,7 +97,7 @@ def leaving() -> set[str]:
 
 def capacity(demand: Demand) -> int:
     """For how many there would be room if nothing else ran."""
-    return demand.fits(nodes(), lambda node: node["Resources"])
+    return demand.fits(staying(), lambda node: node["Resources"])
 
 
 def place(demand: Demand, workers: int, seconds: float, give_up: Callable[[], bool]) -> PlacementGroup | None:

@@ -39,6 +39,11 @@ _QUIET = {
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_num_workers_soft_limit": "0",
+    # Nobody reads these statistics, and every core that they wake on is one that computes.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_timeline": "0",
     # The controller sets CUDA_VISIBLE_DEVICES by what the manifest says, also where that is nothing.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

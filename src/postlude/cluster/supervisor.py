@@ -26,6 +26,7 @@ from postlude.telemetry.progress import waiting
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 LOOK_AROUND_SECONDS = 1.0
 """Between two looks for nodes that go away, and for room in which an elastic group could grow."""
+PLACE_SECONDS = 3.0
 CONTENT_SECONDS = 60.0
 """How long a group that found no more room than before does not ask again."""
 
@@ -120,10 +121,12 @@ class Supervisor:
     def _place(self) -> tuple[int, Any]:
         job, deadline = self._job, time.monotonic() + self._job.limits.room_seconds
         while not self._stop.is_set():
-            size = max(job.least, min(job.most, placement.room(job.demand)))
-            held = placement.place(job.demand, size, 2.0, self._stop.is_set)
-            if held is not None:
-                return size, held
+            # First as many as there would be room for: what the group before has held is given back only by and by.
+            for free in (placement.capacity(job.demand), placement.room(job.demand)):
+                size = max(job.least, min(job.most, free))
+                held = placement.place(job.demand, size, PLACE_SECONDS, self._stop.is_set)
+                if held is not None:
+                    return size, held
             if time.monotonic() > deadline:
                 raise ComputeError(
                     f"There is no room for {_count(job)} of {job.name}: each needs {job.demand}, and there is room for "

@@ -20,8 +20,8 @@ from postlude.cluster.group import WorkerGroup
 from postlude.cluster.worker import Look
 from postlude.manifest.schema import Supervision
 
-TICK_SECONDS = 0.25
-LOOK_SECONDS = 0.5
+TICK_SECONDS = 0.5
+LOOK_SECONDS = 1.0
 """Between two looks at a rank."""
 GRACE_SECONDS = 4.0
 """How long the others may take to tell how they ended, once one has failed."""
