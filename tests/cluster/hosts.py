@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,13 +108,13 @@ class Hosts:
         """Take it up again."""
         _ip("link", "set", self._link(number), "up")
 
-    def wire(self) -> Wire:
-        """Listen to all that crosses the bridge."""
-        return Wire(self._bridge)
+    def wire(self, number: int) -> Wire:
+        """Listen to all that crosses the link of a host."""
+        return Wire(self._link(number))
 
 
 class Wire:
-    """Counts the bytes that cross a bridge, and those among them that say something known. A context manager."""
+    """Keeps the bytes that cross a link. A context manager."""
 
     def __init__(self, interface: str) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(EVERY_PROTOCOL))
@@ -141,9 +141,18 @@ class Wire:
 
 
 class RayOnHosts:
-    """A Ray cluster with its head on host 1, which has no room for workers, and a node on each other host."""
+    """A Ray cluster with its head on host 1, which has no room for workers, and a node on each other host.
 
-    def __init__(self, hosts: Hosts, folder: Path, cpus: Mapping[int, int], environment: Mapping[str, str]) -> None:
+    ``cpus`` of each node; ``environment`` gives the variables of a host's Ray that are not those of every test.
+    """
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        folder: Path,
+        cpus: Mapping[int, int],
+        environment: Callable[[int], Mapping[str, str]] = lambda number: {},
+    ) -> None:
         self.hosts, self._folder, self._cpus = hosts, folder, cpus
         self.environment = {
             **os.environ,
@@ -153,8 +162,8 @@ class RayOnHosts:
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_USAGE_STATS_ENABLED": "0",
-            **environment,
         }
+        self._on_host = environment
         self._started: list[subprocess.Popen[bytes]] = []
         self._ray(1, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}")
         self.until_nodes(1)
@@ -180,14 +189,17 @@ class RayOnHosts:
             start = ["unshare", "--mount", "sh", "-c", f"mount --bind {own} {self._folder} && exec {shlex.join(start)}"]
         command = self.hosts.command(number, start)
         log = (self._folder.parent / f"host-{number}.log").open("ab")
-        self._started.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+        self._started.append(subprocess.Popen(command, env=self._of(number), stdout=log, stderr=log))
+
+    def _of(self, number: int) -> dict[str, str]:
+        return {**self.environment, **self._on_host(number)}
 
     def nodes(self) -> int:
         """How many nodes are alive, asked from host 1."""
         asked = "import ray, sys; ray.init(sys.argv[1], configure_logging=False, log_to_driver=False)"
         asked += "; print(sum(node['Alive'] for node in ray.nodes()))"
         command = self.hosts.command(1, ["python", "-c", asked, self.address])
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=self._of(1), capture_output=True, text=True, timeout=120)
         return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
     def until_nodes(self, count: int) -> None:

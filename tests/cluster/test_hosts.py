@@ -22,7 +22,7 @@ pytestmark = [
 def cluster() -> Iterator[hosts.RayOnHosts]:
     """A head and two hosts with room for one worker each."""
     with tempfile.TemporaryDirectory(prefix="h-", dir="/tmp") as place, hosts.Hosts(3) as made:
-        ray = hosts.RayOnHosts(made, Path(place) / "ray", {2: 1, 3: 1}, {})
+        ray = hosts.RayOnHosts(made, Path(place) / "ray", {2: 1, 3: 1})
         yield ray
         ray.close()
 

@@ -33,6 +33,7 @@ for command in (
     manifests.recipes,
     manifests.explain,
     manifests.flow,
+    manifests.certificates,
     manifests.schema,
 ):
     app.command()(command)

@@ -101,6 +101,22 @@ def flow(
     typer.echo(f"Wrote {output}")
 
 
+def certificates(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write them.")],
+    hosts: Annotated[list[str], typer.Option("--host", metavar="IP", help="A node's IP address; as often as needed.")],
+    days: Annotated[int, typer.Option(min=1, help="How long they are good for.")] = 30,
+) -> None:
+    """Make certificates with which the nodes of a cluster know each other, and nobody else."""
+    from postlude.cluster.certificates import AUTHORITY, make_certificates
+
+    for path in make_certificates(directory, hosts, days):
+        typer.echo(f"Wrote {path}")
+    typer.echo(
+        f"Next: give each node its HOST.pem and HOST.key, and {AUTHORITY}; start its Ray with RAY_USE_TLS=1, "
+        "RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT. authority.key goes to nobody."
+    )
+
+
 def explain(
     manifest: ManifestPath,
     key: Annotated[str, typer.Argument(metavar="KEY", help="Such as sft.optimizer.lr, data.chats.format or seed.")],

@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from postlude.cluster.transport import check_transport, probe, variables
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.schema import Compute
 from postlude.telemetry.progress import waiting
@@ -59,20 +62,28 @@ class Cluster:
 
 @contextmanager
 def open_cluster(compute: Compute) -> Iterator[Cluster]:
-    """The cluster that the manifest names, for as long as the context lasts. ComputeError if it is not there.
+    """The cluster that the manifest names, for as long as the context lasts.
 
+    :class:`ComputeError` if it is not there, does not let this process in, or is not encrypted where it has to be.
     Where this process has opened one already, that one is used and stays open.
     """
-    import ray
+    check_transport(compute)
+    # What Ray's own code reads when it is loaded has to be there before.
+    if compute.provider == "local":
+        said, told = _QUIET, {"RAY_USE_TLS": "0", **_own_token()}
+    else:
+        said, told = {}, variables(compute.transport)
+    with _environment(said), _environment(told, over=True):
+        import ray
 
-    if ray.is_initialized():
-        yield Cluster("lo" if compute.provider == "local" else None)
-        return
-    with _environment(_QUIET), _OPENERS[compute.provider](compute) as cluster:
-        try:
-            yield cluster
-        finally:
-            ray.shutdown()
+        if ray.is_initialized():
+            yield Cluster("lo" if compute.provider == "local" else None)
+            return
+        with _OPENERS[compute.provider](compute) as cluster:
+            try:
+                yield cluster
+            finally:
+                ray.shutdown()
 
 
 @contextmanager
@@ -82,7 +93,7 @@ def _local(compute: Compute) -> Iterator[Cluster]:
 
     _sweep()
     folder = tempfile.mkdtemp(prefix=_FOLDER, dir=_folders())
-    with open(os.path.join(folder, "held"), "w") as held, _environment({"RAY_AUTH_MODE": "disabled"}):
+    with open(os.path.join(folder, "held"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         workers = sum(pool.most * (pool.cpus_per_worker or 0) for pool in compute.pools.values())
         try:
@@ -112,6 +123,7 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
             "compute.provider is 'ray', and neither compute.address nor RAY_ADDRESS says where the cluster is. "
             "Give host:port of its head."
         )
+    probe(address, compute.transport)
     try:
         with waiting(f"the Ray cluster at {address}"):
             sent = {"py_modules": compute.code} if compute.code else None
@@ -122,6 +134,14 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
 
 
 _OPENERS: Mapping[str, Any] = {"local": _local, "ray": _existing}
+
+
+def _own_token() -> dict[str, str]:
+    """A token that only what this process starts knows: others of this machine cannot call on its Ray. Ray reads tokens
+    when it is loaded; a program that has loaded it before has none."""
+    if "ray" in sys.modules:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _folders() -> str:
@@ -141,15 +161,19 @@ def _sweep() -> None:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the processes that Ray starts, where the user has not set them."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
+def _environment(variables: Mapping[str, str], over: bool = False) -> Iterator[None]:
+    """Variables for the processes that Ray starts, where the user has not set them; ``over`` what the user has set."""
+    added = {name: value for name, value in variables.items() if over or name not in os.environ}
+    before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _first_line(error: BaseException) -> str:

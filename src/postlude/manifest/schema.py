@@ -333,6 +333,36 @@ class Supervision(Config):
     """How long to wait for nodes with room for the workers."""
 
 
+class Certificates(Config):
+    """Files in PEM format with which this machine and the cluster's nodes know each other."""
+
+    certificate: str
+    """This machine's."""
+    key: str
+    """Its private key."""
+    authority: str
+    """The certificate of the authority that signed everybody's."""
+
+
+class Transport(Config):
+    """What protects the traffic between hosts; ``require-encryption`` is short for ``{require_encryption: true}``."""
+
+    require_encryption: bool = False
+    """Refuse a run that would send clear text between hosts."""
+    tls: Certificates | None = None
+    """Mutual TLS of Ray; by default what RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT say where
+    RAY_USE_TLS is 1."""
+    token: str | None = None
+    """The file with the cluster's token; by default what RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH say."""
+    network_is_encrypted: bool = False
+    """Your word that what lies below is encrypted, as by WireGuard or IPsec: torch's collectives encrypt nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"require_encryption": True} if given == "require-encryption" else given
+
+
 class Compute(Config):
     """Where the processes run."""
 
@@ -346,6 +376,8 @@ class Compute(Config):
     """Variables that each worker gets."""
     code: list[str] = []
     """Folders of packages that are sent to the nodes, such as those of ``plugins``, where they do not share a disk."""
+    transport: Transport = Transport()
+    """What protects the traffic between hosts."""
     supervision: Supervision = Supervision()
     """When workers count as failed, and how often they are started again."""
 

@@ -109,9 +109,10 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -
 def workers_for(manifest: Manifest) -> Iterator[Cluster]:
     """The cluster that the manifest names, found to have the nodes for its pools. ComputeError if not."""
     from postlude.cluster.provider import open_cluster
-    from postlude.cluster.topology import check_topology
 
     with open_cluster(manifest.compute) as cluster:
+        from postlude.cluster.topology import check_topology  # loads Ray, which reads its environment then
+
         check_topology(manifest.compute)
         yield cluster
 
