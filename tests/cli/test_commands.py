@@ -90,6 +90,8 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "validate",
             "preview",
             "run",
+            "logs",
+            "stop",
             "status",
             "runs",
             "generate",
@@ -99,6 +101,7 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "recipes",
             "explain",
             "flow",
+            "certificates",
             "schema",
         ]
     )

@@ -61,11 +61,15 @@ class Project:
 
     # --- the process ----------------------------------------------------------------------------------------
 
-    def start(self, on: RayOnHosts | None = None, **environment: str) -> subprocess.Popen[str]:
-        """Run it, in a process group of its own; ``on`` the head of a cluster."""
+    def write(self) -> str:
+        """The manifest's file, as it is now."""
         path = self.folder / "small.yaml"
         path.write_text(json.dumps(self.manifest))
-        command = [sys.executable, "-m", "postlude", "run", str(path)]
+        return str(path)
+
+    def start(self, on: RayOnHosts | None = None, **environment: str) -> subprocess.Popen[str]:
+        """Run it, in a process group of its own; ``on`` the head of a cluster."""
+        command = [sys.executable, "-m", "postlude", "run", self.write()]
         if on is not None:
             command, environment = on.hosts.command(1, command), {**on.environment, **environment}
         self.process = subprocess.Popen(
@@ -142,7 +146,7 @@ class Project:
             for one in below:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-        if self.process is not None:
+        if self.process is not None and not self.process.stdout.closed:
             self.process.communicate()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from postlude.cluster import placement
+from postlude.cluster.bandwidth import check_bandwidth, measured_bandwidth
 from postlude.cluster.failure import Failure, Kind
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.placement import Demand
@@ -126,3 +127,15 @@ def test_a_pool_that_finds_no_room_is_refused_with_what_is_there(cluster, pool, 
         check_topology(Compute(pools={"train": pool}))
     assert raised.value.exit_code == 4
     assert "GiB of memory" in str(raised.value)
+
+
+def test_a_network_that_is_too_slow_is_refused_with_what_was_measured(cluster):
+    ((source, target, measured),) = measured_bandwidth(Demand.of(Compute(), Pool()), 2)
+    assert source == target  # both workers are on this machine
+    assert measured > 0.1
+    check_bandwidth(Compute(pools={"train": Pool(workers=2, bandwidth_gbit=0.01)}))
+    with pytest.raises(
+        ComputeError, match=r"bandwidth_gbit is 1e\+06, and from .* gigabits a second were measured"
+    ) as raised:
+        check_bandwidth(Compute(pools={"train": Pool(workers=2, bandwidth_gbit=1e6)}))
+    assert raised.value.exit_code == 4

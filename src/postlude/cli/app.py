@@ -24,6 +24,8 @@ for command in (
     manifests.validate,
     manifests.preview,
     runs.run,
+    runs.logs,
+    runs.stop,
     runs.status,
     runs.runs,
     models.generate,

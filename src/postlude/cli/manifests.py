@@ -46,12 +46,15 @@ def validate(
             show_default=False,
         ),
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also ask the cluster: nodes for the pools, and the network between them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything before a run, without a GPU: manifest, data, masks, memory, and one small step per stage."""
     from postlude.workflow import validate as workflow
 
-    report = workflow.validate(manifest, overrides or [], sample=sample, synthetic=synthetic)
+    report = workflow.validate(manifest, overrides or [], sample=sample, synthetic=synthetic, probe=probe)
     show(report, as_json)
     raise typer.Exit(report.exit_code)
 

@@ -29,6 +29,9 @@ def run(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Wait so long for a process that holds the run.")
     ] = 0.0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return at once; `postlude logs` and `postlude stop` reach the run.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
     """Run the stages of a manifest, or go on with a run where it stopped.
@@ -43,10 +46,42 @@ def run(
         return
     if as_json:
         raise typer.BadParameter("it tells what would run, so it needs --dry-run", param_hint="--json")
+    if detach:
+        if inline:
+            raise typer.BadParameter("a debugger needs the terminal that --detach leaves", param_hint="--inline")
+        from postlude.workflow import detached
+
+        chosen = {"--stage": stage, "--from": begin, "--until": until}
+        options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
+        started, holder = detached.detach(manifest, overrides or [], options)
+        typer.echo(f"Started {started.uri} as {holder}.")
+        return
     code = workflow.run(
         manifest, overrides or [], stage=stage, inline=inline, begin=begin, until=until, wait_seconds=wait
     )
     raise typer.Exit(code)
+
+
+def logs(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+) -> None:
+    """Show what a detached run has said."""
+    from postlude.workflow import detached
+
+    for text in detached.logs(run, follow):
+        typer.echo(text, nl=False)
+
+
+def stop(
+    run: RunPath,
+    now: Annotated[bool, typer.Option("--now", help="Kill it, without a checkpoint.")] = False,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long it may take.")] = 600.0,
+) -> None:
+    """Ask a run to stop with a checkpoint, and wait until it has."""
+    from postlude.workflow import detached
+
+    typer.echo(detached.stop(run, now, wait))
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from postlude.cluster import placement
 from postlude.cluster.failure import Failure, Kind, ProgramError
 from postlude.cluster.group import WorkerGroup
+from postlude.cluster.observer import Observer
 from postlude.cluster.placement import Demand
 from postlude.cluster.watch import Watch
 from postlude.cluster.worker import Look, Setting
@@ -54,7 +55,7 @@ class Supervisor:
     """Has a job done, however often its group must be formed.
 
     ``progress`` tells how far the committed state is: failures count from its last change on. ``tell`` records an event
-    (its kind and fields), ``show`` gets what the leading rank has to show.
+    (its kind and fields), ``show`` gets what the leading rank has to show, ``observer`` every look at a rank.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Supervisor:
         progress: Callable[[], Any],
         tell: Callable[..., None],
         show: Callable[[Look], None],
+        observer: Observer | None = None,
     ) -> None:
-        self._job, self._progress, self._tell, self._show = job, progress, tell, show
+        self._job, self._progress, self._tell, self._show, self._observer = job, progress, tell, show, observer
         self._stop, self._abandon = threading.Event(), threading.Event()
         self._spent: Counter[str] = Counter()
         self._reached: Any = None
@@ -137,7 +139,7 @@ class Supervisor:
 
     def _watched(self, group: WorkerGroup) -> list[Any] | None:
         """What the ranks return; None if they left so that the group can grow. :class:`Failure`."""
-        watch = Watch(group, self._job.limits, self._show)
+        watch = Watch(group, self._job.limits, self._show, self._observer)
         try:
             results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
         except Failure as failure:

@@ -17,6 +17,7 @@ import ray
 from postlude.cluster import placement
 from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
+from postlude.cluster.observer import Observer
 from postlude.cluster.worker import Look
 from postlude.manifest.schema import Supervision
 
@@ -31,16 +32,22 @@ LOST_SECONDS = 30.0
 
 
 class Watch:
-    """One call of a function on all ranks of a group. ``show`` gets what the leading rank has to show."""
+    """One call of a function on all ranks of a group. ``show`` gets what the leading rank has to show, ``observer``
+    every look at any."""
 
-    def __init__(self, group: WorkerGroup, limits: Supervision, show: Callable[[Look], None]) -> None:
-        self._group, self._limits, self._show = group, limits, show
+    def __init__(
+        self, group: WorkerGroup, limits: Supervision, show: Callable[[Look], None], observer: Observer | None = None
+    ) -> None:
+        self._group, self._limits, self._show, self._observer = group, limits, show, observer
+        if observer is not None:
+            observer.begin(group.size)
         self._works: dict[Any, int] = {}
         self._looks: dict[Any, int] = {}
         self._outcomes: dict[int, Outcome] = {}
         now = time.monotonic()
         self._answered = dict.fromkeys(range(group.size), now)
         self._due = dict.fromkeys(range(group.size), now)
+        self._asked: dict[int, float] = {}
         self._pulses: dict[int, tuple[int, str, float]] = {}
         """Of each rank: beats, what it does, and when they were first seen."""
         self._failed_at: float | None = None
@@ -78,6 +85,7 @@ class Watch:
         for rank, worker in enumerate(self._group.workers):
             if rank not in asked and rank not in self._outcomes and now >= self._due[rank]:
                 self._looks[worker.look.remote()] = rank
+                self._asked[rank] = now
 
     def _hear(self, reference: Any) -> None:
         if reference in self._works:
@@ -92,6 +100,8 @@ class Watch:
         except ray.exceptions.RayError:
             return  # the work itself tells, or the silence
         self._seen(rank, look)
+        if self._observer is not None:
+            self._observer.saw(rank, self._group.addresses[rank], look, time.monotonic() - self._asked[rank])
 
     def _seen(self, rank: int, look: Look) -> None:
         now = time.monotonic()

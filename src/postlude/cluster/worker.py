@@ -28,6 +28,7 @@ import ray
 
 from postlude.cluster.failure import Outcome, outcome_of
 from postlude.telemetry.pulse import Pulse, pulse, stack
+from postlude.telemetry.readings import Reading, read
 from postlude.telemetry.relay import Relay, Relayed
 from postlude.training.interruption import Interruption
 
@@ -75,6 +76,7 @@ class Look:
     relayed: Relayed
     noticed: bool
     """Whether its machine was said to go away."""
+    reading: Reading
 
 
 class Worker:
@@ -160,7 +162,7 @@ class Worker:
     def look(self) -> Look:
         """How it gets on, and what it has to show since the last look."""
         self._lease.renew()
-        return Look(pulse(), self._relay.take(), self._noticed)
+        return Look(pulse(), self._relay.take(), self._noticed, read())
 
     @ray.method(concurrency_group="control")
     def stop(self, at_checkpoint: bool = False) -> None:

@@ -307,6 +307,9 @@ class Pool(Config):
     placement: Literal["pack", "spread", "one_node", "node_each"] = "pack"
     """On few nodes if possible, on many if possible, all on one, or each on a node of its own."""
 
+    bandwidth_gbit: Annotated[float, Field(gt=0)] | Positive | None = None
+    """Gigabits a second that its nodes are to reach each other with: measured before a run, if it is given."""
+
     @property
     def least(self) -> int:
         """Workers that are enough."""
@@ -329,6 +332,8 @@ class Supervision(Config):
     """A worker that does not answer for so long has failed."""
     stall_seconds: Annotated[float, Field(gt=0)] | Positive = 1800
     """Workers of which none begins anything new for so long have failed."""
+    readings_seconds: Annotated[float, Field(gt=0)] | Positive = 10
+    """Between two readings of each worker that are kept."""
     room_seconds: Annotated[float, Field(ge=0)] | Annotated[int, Field(ge=0)] = 600
     """How long to wait for nodes with room for the workers."""
 

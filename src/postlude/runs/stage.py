@@ -57,6 +57,8 @@ class Stage:
         self._is_held = is_held
         self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"))
         """One entry for each optimiser step."""
+        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"))
+        """What was read of each rank, at intervals."""
         self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
         """Requests for changes to the running stage, and the steps from which they hold."""
 

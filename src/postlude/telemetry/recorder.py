@@ -11,6 +11,7 @@ from postlude.runs import Run
 from postlude.telemetry import events
 from postlude.telemetry.progress import Display, say
 from postlude.telemetry.pulse import beat
+from postlude.telemetry.readings import note_step
 from postlude.telemetry.sinks import OpenSink, Sink
 
 
@@ -42,6 +43,7 @@ class Recorder:
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One line for each optimiser step."""
         beat("metrics")
+        note_step(line)
         if not self._leads:
             return
         with self._turn:

@@ -7,7 +7,8 @@ collective here is then the identity, so that a debugger needs nothing set up.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,8 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from postlude.telemetry.readings import note_link
+
 COLLECTIVE_DEADLINE = timedelta(minutes=20)
 BUCKET_BYTES = 64 * 2**20
+PROBE_BYTES = 4 * 2**20
+"""What is sent to measure a connection."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,26 @@ class Workers:
                 world_size=world,
                 timeout=COLLECTIVE_DEADLINE,
             )
+            workers = Workers(rank, world, device)
+            workers.measure_link()
+            return workers
         return Workers(rank, world, device)
+
+    def measure_link(self) -> None:
+        """Note how fast the ranks reach each other, and on a GPU how fast it is reached: a few milliseconds."""
+        number, many = torch.zeros(1), torch.zeros(PROBE_BYTES // 4, device=self.device)
+        dist.barrier()
+        spent = [_seconds(lambda: dist.all_reduce(number), self.device) for _ in range(5)]
+        whole = min(_seconds(lambda: dist.all_reduce(many), self.device) for _ in range(3))
+        note_link(rank_round_trip_seconds=min(spent), collective_bytes_per_second=PROBE_BYTES / whole)
+        if self.device.type == "cuda":
+            host = torch.zeros(PROBE_BYTES // 4, pin_memory=True)
+            to_device = min(_seconds(lambda: many.copy_(host), self.device) for _ in range(3))
+            to_host = min(_seconds(lambda: host.copy_(many), self.device) for _ in range(3))
+            note_link(
+                host_to_device_bytes_per_second=PROBE_BYTES / to_device,
+                device_to_host_bytes_per_second=PROBE_BYTES / to_host,
+            )
 
     def leave(self) -> None:
         """Leave the process group, if there is one."""
@@ -116,3 +140,12 @@ class Workers:
         """Wait for every rank."""
         if self.world > 1:
             dist.barrier()
+
+
+def _seconds(what: Callable[[], Any], device: torch.device) -> float:
+    """How long something takes to be done."""
+    begin = time.perf_counter()
+    what()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from postlude.cluster.transport import check_transport
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.graph import ancestors, descendants
 from postlude.manifest.schema import Manifest, Pool, StageConfig
@@ -65,6 +66,7 @@ def check_compute(manifest: Manifest) -> None:
     """:class:`ComputeError` if this machine cannot hold the pools of the manifest. Of another's machines nothing is
     known before it is asked."""
     compute = manifest.compute
+    check_transport(compute)
     if compute.provider != "local" or not compute.pools:
         return
     for what, found, per_worker in (

@@ -107,13 +107,15 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -
 
 @contextmanager
 def workers_for(manifest: Manifest) -> Iterator[Cluster]:
-    """The cluster that the manifest names, found to have the nodes for its pools. ComputeError if not."""
+    """The cluster that the manifest names, found to have the nodes and the network for its pools, or ComputeError."""
     from postlude.cluster.provider import open_cluster
 
     with open_cluster(manifest.compute) as cluster:
-        from postlude.cluster.topology import check_topology  # loads Ray, which reads its environment then
+        from postlude.cluster.bandwidth import check_bandwidth  # loads Ray, which reads its environment then
+        from postlude.cluster.topology import check_topology
 
         check_topology(manifest.compute)
+        check_bandwidth(manifest.compute)
         yield cluster
 
 

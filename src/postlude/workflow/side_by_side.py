@@ -126,6 +126,7 @@ class StagesAtWork:
         return StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
 
     def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
+        from postlude.cluster.observer import Observer
         from postlude.cluster.placement import Demand
         from postlude.cluster.supervisor import Job, Supervisor
         from postlude.cluster.worker import Setting
@@ -151,7 +152,8 @@ class StagesAtWork:
             events.record(self.run.events, event)
             progress.event(event)
 
-        return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress))
+        observer = Observer(stage.readings, tell, compute.supervision.readings_seconds)
+        return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress), observer)
 
     def _end(self, decision: Decision, summary: Any = None, error: BaseException | None = None) -> None:
         """Note how a stage ended: with a summary, with an error, or, with neither, asked to stop before it began.

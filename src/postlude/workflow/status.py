@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from postlude.manifest.lock import read_lock
-from postlude.runs import Ancestor, Run, list_runs, open_run, revision_of, walk
+from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
 from postlude.telemetry import events
 from postlude.telemetry.summary import StageSummary, summarize
 from postlude.workflow.drawing import drawn
@@ -33,6 +34,8 @@ class StageStatus:
     """The run that made what stands here, where it was not this one."""
     lineage: Ancestor | None = None
     """Its artifact, with all that it comes from."""
+    readings: list[dict[str, Any]] = field(default_factory=list)
+    """The newest of each worker, while it is running."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +53,7 @@ class StageStatus:
             "fingerprint": self.fingerprint,
             "taken_over_from": self.taken_over_from,
             "lineage": self.lineage.to_json() if self.lineage else None,
+            "readings": self.readings,
         }
 
 
@@ -94,6 +98,7 @@ class RunStatus:
             )
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
+        notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
         notes += [f"{alarm.time} {alarm.kind}: {_told(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
         return Group(table, *map(Text, notes))
 
@@ -152,7 +157,28 @@ def _stage(run: Run, summary: StageSummary, needs: list[str]) -> StageStatus:
         identity.fingerprint if identity else None,
         identity.taken_over_from if identity else None,
         walk(run, summary.stage),
+        _newest_readings(stage) if summary.state == "running" else [],
     )
+
+
+def _newest_readings(stage: Stage) -> list[dict[str, Any]]:
+    """The newest reading of each worker that was there at the last one."""
+    newest = {reading["rank"]: reading for reading in stage.readings.read()}
+    last = max((reading["time"] for reading in newest.values()), default="")
+    return [newest[rank] for rank in sorted(newest) if newest[rank]["step"] or newest[rank]["time"] == last]
+
+
+def _worker(reading: Mapping[str, Any]) -> str:
+    """A reading in a line."""
+    seconds = reading.get("seconds", {})
+    parts = [f"worker {reading['rank']} on {reading['host']}, step {reading['step']}"]
+    parts.append(f"{reading['resident_bytes'] / 2**20:,.0f} MiB")
+    if "device_bytes" in reading:
+        parts.append(f"{reading['device_bytes'] / 2**20:,.0f} MiB of its GPU")
+    if "seconds" in seconds:
+        parts.append(f"{seconds['seconds']:.2f} s a step, {seconds.get('seconds_data_wait', 0.0):.2f} of them for data")
+    parts.append(f"answers in {1000 * reading['round_trip_seconds']:.1f} ms")
+    return ", ".join(parts)
 
 
 def _told(event: events.Event) -> str:

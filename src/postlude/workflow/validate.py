@@ -31,7 +31,7 @@ from postlude.recipes.trial import Trial, try_out
 from postlude.recipes.work import WorkRecipe
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, cores, ranks_of, threads_of
-from postlude.workflow.run import stages_in_order
+from postlude.workflow.run import stages_in_order, workers_for
 
 
 @dataclass
@@ -105,15 +105,23 @@ class Report:
 
 
 def validate(
-    manifest_path: str, overrides: Sequence[str], sample: int | None = None, synthetic: int | None = None
+    manifest_path: str,
+    overrides: Sequence[str],
+    sample: int | None = None,
+    synthetic: int | None = None,
+    probe: bool = False,
 ) -> Report:
     """The preflight of a manifest. ``sample`` reads only so many records of each data set; ``synthetic`` also
-    sends so many made-up records of each format through the pipeline. What is wrong is in the report, not raised.
+    sends so many made-up records of each format through the pipeline; ``probe`` asks the cluster for nodes and network.
+    What is wrong is in the report, not raised.
     """
     report = Report(manifest_path)
     try:
         resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
         check_compute(resolved.manifest)
+        if probe:
+            with workers_for(resolved.manifest):
+                pass
         with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
             for name in stages_in_order(resolved):
                 report.stages.append(_stage(resolved, name, scratch, sample, synthetic))

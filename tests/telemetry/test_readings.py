@@ -1,0 +1,69 @@
+"""Alarms follow from readings of all ranks: spikes, stragglers and growth are found, and health is not."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postlude.telemetry import readings
+from postlude.telemetry.readings import GROWTH_READINGS, MIB, Alarms, Reading, note_step, read
+
+STEP = {"seconds": 1.0, "seconds_forward": 0.3, "seconds_data_wait": 0.01}
+
+
+def reading(resident_mib: float = 1000.0, **seconds: float) -> Reading:
+    return Reading(step=1, resident_bytes=int(resident_mib * MIB), seconds={**STEP, **seconds})
+
+
+def found(rounds: list[dict[int, Reading]]) -> list[tuple[str, int]]:
+    alarms = Alarms()
+    return [(one.what, one.rank) for each in rounds for one in alarms.look(each)]
+
+
+@given(st.lists(st.lists(st.floats(900, 1100), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_a_healthy_group_has_no_alarm(sizes):
+    assert found([{rank: reading(size) for rank, size in enumerate(each)} for each in sizes]) == []
+
+
+@given(st.integers(0, 3), st.floats(1.8, 20))
+def test_a_spike_on_one_rank_is_told_once(rank, times):
+    rounds = [{number: reading() for number in range(4)} for _ in range(6)]
+    for each in rounds[4:]:
+        each[rank] = reading(1000 * times)
+    assert found(rounds) == [("memory spike", rank)]
+
+
+def test_what_all_ranks_do_at_once_is_no_spike_of_one():
+    rounds = [{rank: reading() for rank in range(3)} for _ in range(4)]
+    assert found([*rounds, {rank: reading(5000) for rank in range(3)}]) == []
+
+
+@given(st.integers(0, 2), st.sampled_from(["seconds_forward", "seconds_data_wait"]))
+def test_a_rank_that_the_others_wait_for_is_told_once(rank, phase):
+    slow = {number: reading(**({phase: 0.9} if number == rank else {})) for number in range(3)}
+    assert found([slow] * 6) == [("straggler", rank)]
+
+
+def test_one_slow_step_makes_no_straggler():
+    healthy = {number: reading() for number in range(3)}
+    slow = {**healthy, 1: reading(seconds_forward=0.9)}
+    assert found([healthy, slow, healthy, slow, slow, healthy]) == []
+
+
+def test_memory_that_grows_with_each_reading_is_told():
+    grows = [{0: reading(1000 + 60 * number)} for number in range(GROWTH_READINGS + 3)]
+    assert found(grows) == [("growth of host memory", 0)]
+    assert found(grows[: GROWTH_READINGS - 1]) == []
+    pauses = [{0: reading(1000 + 60 * (number - number % 3))} for number in range(GROWTH_READINGS + 3)]
+    assert found(pauses) == []
+
+
+def test_a_process_reads_itself():
+    readings._lines.clear()
+    note_step({"step": 7, "seconds": 2.0, "seconds_forward": 0.5, "loss": 1.0})
+    note_step({"step": 8, "seconds": 4.0, "seconds_forward": 0.5, "seconds_data_wait": 1.0})
+    now = read()
+    assert now.step == 8
+    assert now.seconds == {"seconds": 3.0, "seconds_forward": 0.5, "seconds_data_wait": 0.5}
+    assert now.resident_bytes > 10 * MIB
+    assert "device_bytes" not in now.to_json()
