@@ -127,11 +127,11 @@ def test_the_commands_are_those_of_the_contract(terminal):
             None,
             ("dry_run", ("m.yaml", []), {"stage": None, "begin": "a", "until": None}),
         ),
-        ("validate m.yaml", None, ("validate", ("m.yaml", []), {"sample": None, "synthetic": None})),
+        ("validate m.yaml", None, ("validate", ("m.yaml", []), {"sample": None, "synthetic": None, "probe": False})),
         (
             "validate m.yaml seed=1 --sample 5 --synthetic 7 --json",
             None,
-            ("validate", ("m.yaml", ["seed=1"]), {"sample": 5, "synthetic": 7}),
+            ("validate", ("m.yaml", ["seed=1"]), {"sample": 5, "synthetic": 7, "probe": False}),
         ),
         ("preview m.yaml", None, ("preview", ("m.yaml", []), {"stage": None, "blocks": 1})),
         ("preview m.yaml a=1 --stage s -n 3", None, ("preview", ("m.yaml", ["a=1"]), {"stage": "s", "blocks": 3})),

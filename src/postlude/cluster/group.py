@@ -114,7 +114,7 @@ class WorkerGroup:
         try:
             outcomes: list[Outcome] = ray.get(list(references))
         except ray.exceptions.RayActorError as error:
-            raise Failure(Kind.PROCESS, str(error)) from error
+            raise Failure(Kind.PROCESS, str(error).splitlines()[0]) from error
         if any(outcome.kind is not None for outcome in outcomes):
             raise first_cause(outcomes)
         return [outcome.value for outcome in outcomes]
@@ -123,7 +123,7 @@ class WorkerGroup:
         try:
             return ray.get(list(references), timeout=START_SECONDS)
         except ray.exceptions.RayActorError as error:
-            raise Failure(Kind.PROCESS, f"a worker died while it started: {error}") from error
+            raise Failure(Kind.PROCESS, f"a worker died while it started: {str(error).splitlines()[0]}") from error
         except ray.exceptions.GetTimeoutError as error:
             raise Failure(Kind.HANG, f"the workers did not start within {START_SECONDS:.0f} seconds") from error
         except ray.exceptions.RayTaskError as error:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from postlude.cluster.transport import check_transport, probe, variables
@@ -136,9 +137,13 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
 _OPENERS: Mapping[str, Any] = {"local": _local, "ray": _existing}
 
 
+@cache
 def _own_token() -> dict[str, str]:
-    """A token that only what this process starts knows: others of this machine cannot call on its Ray. Ray reads tokens
-    when it is loaded; a program that has loaded it before has none."""
+    """A token that only what this process starts knows: others of this machine cannot call on its Ray.
+
+    Ray reads it once, when it is loaded: it is the same for all that this process starts, and a program that has loaded
+    Ray before goes without.
+    """
     if "ray" in sys.modules:
         return {"RAY_AUTH_MODE": "disabled"}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
