@@ -11,6 +11,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +183,7 @@ class RayOnHosts:
     def _ray(self, number: int, *arguments: str) -> None:
         here = f"--node-ip-address={self.hosts.address(number)}"
         store = f"--object-store-memory={80 * 2**20}"
-        start = ["ray", "start", *arguments, here, store, "--block"]
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, here, store, "--block"]
         if number != 1:  # each host has a folder of its own where Ray looks for what its node is
             own = Path(f"{self._folder}-{number}-{len(self._started)}")
             own.mkdir()
@@ -198,7 +199,7 @@ class RayOnHosts:
         """How many nodes are alive, asked from host 1."""
         asked = "import ray, sys; ray.init(sys.argv[1], configure_logging=False, log_to_driver=False)"
         asked += "; print(sum(node['Alive'] for node in ray.nodes()))"
-        command = self.hosts.command(1, ["python", "-c", asked, self.address])
+        command = self.hosts.command(1, [sys.executable, "-c", asked, self.address])
         done = subprocess.run(command, env=self._of(1), capture_output=True, text=True, timeout=120)
         return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
