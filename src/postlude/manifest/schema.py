@@ -219,6 +219,31 @@ class StageConfig(Component):
         return None
 
 
+class Parallel(Config):
+    """How the workers of a pool hold a model together. Data parallelism is what is left of them."""
+
+    tensor: Positive = 1
+    """So many workers divide every layer among them, and have the same data. It has to divide heads, widths, experts
+    and the padded vocabulary. With more than one, the rest of the workers shards the weights, too."""
+    shard: bool = False
+    """Whether the weights, their gradients and the optimiser's state are divided among the workers (FSDP), each of
+    which otherwise holds all of them."""
+    replicas: Positive = 1
+    """Groups of workers that hold all of the weights each, and shard them within: where a group is a node, weights are
+    gathered within it, and only gradients go between nodes."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether a worker holds a part of a model."""
+        return self.shard or self.tensor > 1
+
+    @model_validator(mode="after")
+    def _replicates_shards(self) -> Self:
+        if self.replicas > 1 and not self.divides:
+            raise ValueError("replicas are of sharded weights: set shard to true, or leave replicas out")
+        return self
+
+
 class TrainingStage(StageConfig):
     """A stage that trains a model: the keys that belong to the trainer, whatever the recipe."""
 
@@ -258,6 +283,8 @@ class TrainingStage(StageConfig):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What matrices are multiplied in; master weights and sums are fp32 in any case. ``auto`` is fp32 on a CPU; on
     CUDA fp16 with dynamic loss scaling, but bf16 for a checkpoint that is stored in it."""
+    parallel: Parallel = Parallel()
+    """How the workers hold the model together."""
     recompute: Literal["none", "layer"] = "none"
     """``layer`` computes each layer's activations again in the backward pass, to save memory."""
     compile: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from postlude.model import vocabulary
+from postlude.model import sharded_export, vocabulary
 from postlude.model.anatomy import decoder_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.load import quiet
@@ -39,7 +40,7 @@ def write_model(
 
     ``dtype`` is that of the files: by default the one of the checkpoint that training began with, fp32 for a model
     that began with none. Generation stops at ``stop_ids``, too. The vocabulary has its real size. The live model is
-    not touched.
+    not touched. Where ranks hold the model together, the leading one calls this and the others :func:`send_model`.
 
     A model with a scalar head is written as transformers' sequence classification with one label, where the
     architecture has that; what is missing there stands beside it, so that it is still a language model here.
@@ -49,23 +50,48 @@ def write_model(
     dtype = dtype or model.stored_dtype or torch.float32
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    state = _cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype)
-    if model.scalar is not None:
-        scalar = _cast(model.scalar.state_dict(), dtype)
-        save_file(scalar, folder / SCALAR_FILE)
-        config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-        written = _classifier(model, config, dtype, state, scalar["weight"], folder)
+    if model.mesh is None:
+        state = _cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype)
     else:
-        written = None
+        state = sharded_export.shapes(model, dtype)
+    written, beside = None, dict[str, Tensor]()
+    if model.scalar is not None:
+        scalar = model.scalar.weight.detach()
+        if isinstance(scalar, DTensor):
+            scalar = torch.empty(scalar.shape, dtype=dtype, device="meta")
+        config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+        written, beside = _classifier(model, config, dtype, state, scalar.to(dtype=dtype))
     if written is None:
         written = _on_meta(AutoModelForCausalLM, model, config, dtype)
         written.load_state_dict(state, strict=True, assign=True)
         written.tie_weights()
     written.generation_config = _generation_config(model.causal.generation_config, tokenizer, stop_ids)
-    with quiet():
-        written.save_pretrained(folder)
+    if model.mesh is not None:
+        _write_config(written, folder)
+        sharded_export.write(written, model, beside, folder, dtype)
+    else:
+        with quiet():
+            written.save_pretrained(folder)
+        if model.scalar is not None:
+            save_file(_cast(model.scalar.state_dict(), dtype), folder / SCALAR_FILE)
+        if beside:
+            save_file(beside, folder / LM_HEAD_FILE)
     tokenizer.save_pretrained(folder)
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+
+
+def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:
+    """Take part in the writing of a model that ranks hold together, on a rank that does not write it."""
+    if model.mesh is not None:
+        for _ in sharded_export.gathered(model, dtype or model.stored_dtype or torch.float32):
+            pass
+
+
+def _write_config(written: PreTrainedModel, folder: Path) -> None:
+    """The configuration files that ``save_pretrained`` would write."""
+    written.config.architectures = [type(written).__name__]
+    written.config.save_pretrained(folder)
+    written.generation_config.save_pretrained(folder)
 
 
 def _on_meta(kind: Any, model: LanguageModel, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -82,26 +108,23 @@ def _classifier(
     dtype: torch.dtype,
     state: dict[str, Tensor],
     scalar: Tensor,
-    folder: Path,
-) -> PreTrainedModel | None:
+) -> tuple[PreTrainedModel | None, dict[str, Tensor]]:
     """The sequence classification of the architecture with the weights of decoder and scalar head; None if it has none.
 
-    The language head has no place in it: where it is not the embedding it goes into a file of its own.
+    The language head has no place in it: where it is not the embedding it is returned beside it.
     """
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return None
+        return None, {}
     config.num_labels = 1
     written = _on_meta(AutoModelForSequenceClassification, model, config, dtype)
     heads = [name for name, parameter in written.named_parameters() if tuple(parameter.shape) == tuple(scalar.shape)]
     decoder = _prefix(model.causal, decoder_of(model.causal))
     kept = {name: tensor for name, tensor in state.items() if name.startswith(decoder)}
     if len(heads) != 1 or set(written.state_dict()) != {*kept, *heads}:
-        return None
+        return None, {}
     rest = {name: tensor for name, tensor in state.items() if name not in kept}
-    if rest and not model.config.get_text_config().tie_word_embeddings:
-        save_file(rest, folder / LM_HEAD_FILE)
     written.load_state_dict({**kept, heads[0]: scalar}, strict=True, assign=True)
-    return written
+    return written, {} if model.config.get_text_config().tie_word_embeddings else rest
 
 
 def _prefix(whole: torch.nn.Module, part: torch.nn.Module) -> str:

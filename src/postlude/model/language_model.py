@@ -6,12 +6,13 @@ vocabulary. Parallelism, adapters and precision are applied from outside.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,6 +20,8 @@ from postlude.data.batch import PackedBatch
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.model import anatomy, attention, vocabulary
 from postlude.model.attention import Documents
+from postlude.model.mesh import Mesh
+from postlude.model.tensor_parallel import VocabularyPart, local
 
 SCALAR_FILE = "scalar_head.safetensors"
 """Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
@@ -30,13 +33,15 @@ LM_HEAD_FILE = "lm_head.safetensors"
 class HeadParameters(NamedTuple):
     """What the logits are made of: ``soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``."""
 
-    weight: nn.Parameter
-    """[padded vocabulary, hidden]; only the first ``vocabulary`` rows are real."""
+    weight: Tensor
+    """[padded vocabulary, hidden]; only the first ``vocabulary`` rows are real. This rank's rows, if it has a part."""
     bias: Tensor | None
     """[padded vocabulary]."""
     vocabulary: int
     scale: float
     soft_cap: float | None
+    part: VocabularyPart | None = None
+    """Which rows these are, where every rank has some."""
 
 
 class LanguageModel(nn.Module):
@@ -45,19 +50,33 @@ class LanguageModel(nn.Module):
     ``causal`` must stand on its device with its weights loaded: the architecture is examined by running it.
     :class:`postlude.model.anatomy.UnsupportedModel` if it cannot be trained on packs. ``stored_dtype`` is that of
     the checkpoint it came from.
+
+    A model that is held by the ranks of a ``mesh`` together comes without weights: ``prepare`` divides it and loads
+    them. Every rank then calls it at the same time.
     """
 
-    def __init__(self, causal: PreTrainedModel, stored_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        causal: PreTrainedModel,
+        stored_dtype: torch.dtype | None = None,
+        mesh: Mesh | None = None,
+        prepare: Callable[[LanguageModel], None] | None = None,
+    ) -> None:
         super().__init__()
         self.causal = causal
         self.stored_dtype = stored_dtype
+        self.mesh = mesh
+        self.scalar: nn.Linear | None = None
+        self.compiled = False
         self.vocabulary = vocabulary.rows(causal)
         vocabulary.pad(causal)
         self.plain_implementation: str = causal.config._attn_implementation
         causal.set_attn_implementation(attention.NAME)
-        self.anatomy = anatomy.examine(causal, self.plain_implementation, self.vocabulary)
-        self.scalar: nn.Linear | None = None
-        self.compiled = False
+        if prepare is not None:
+            prepare(self)
+        parts = 1 if mesh is None else mesh.shape.tensor
+        self.anatomy = anatomy.examine(causal, self.plain_implementation, self.vocabulary, self, parts)
+        self.release()
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -79,21 +98,22 @@ class LanguageModel(nn.Module):
 
     # --- forward --------------------------------------------------------------------------------------------
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The same as :meth:`hidden`, so that what wraps a module's call applies."""
-        documents = Documents.of(batch.lengths, batch.tokens.device)
-        self._check_lengths(batch, documents)
-        if self.compiled:
-            torch._dynamo.maybe_mark_dynamic(documents.lengths, 0)
-            torch._dynamo.maybe_mark_dynamic(documents.offsets, 0)
-        return anatomy.run(self.causal, batch.tokens, batch.positions, documents)
+    def forward(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """``run(causal, *arguments)``: whatever runs the transformers model does it through this, so that what wraps a
+        module's call (the gathering of sharded weights) applies."""
+        return run(self.causal, *arguments)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The last hidden states [tokens, hidden] of a batch, after the final norm: what heads are applied to.
 
         DataError if a document is longer than the architecture's positions allow.
         """
-        return self(batch)
+        documents = Documents.of(batch.lengths, batch.tokens.device)
+        self._check_lengths(batch, documents)
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(documents.lengths, 0)
+            torch._dynamo.maybe_mark_dynamic(documents.offsets, 0)
+        return self(anatomy.run, batch.tokens, batch.positions, documents)
 
     def _check_lengths(self, batch: PackedBatch, documents: Documents) -> None:
         limit = self.anatomy.longest_document
@@ -111,14 +131,21 @@ class LanguageModel(nn.Module):
     # --- heads ----------------------------------------------------------------------------------------------
 
     def lm_head_parameters(self) -> HeadParameters:
-        """The parameters of the head that predicts tokens."""
-        head = self.causal.get_output_embeddings()
-        transform = self.anatomy.transform
-        return HeadParameters(head.weight, head.bias, self.vocabulary, transform.scale, transform.soft_cap)
+        """The parameters of the head that predicts tokens; gathered, where they are sharded, until the next backward
+        pass or :meth:`release`."""
+        self._gather()
+        head: Any = self.causal.get_output_embeddings()
+        weight, transform, part = local(head.weight), self.anatomy.transform, None
+        if self.mesh is not None and self.mesh.shape.tensor > 1:
+            part = VocabularyPart(self.mesh.tensor_group, self.mesh.tensor_rank * len(weight))
+        bias = None if head.bias is None else local(head.bias)
+        return HeadParameters(weight, bias, self.vocabulary, transform.scale, transform.soft_cap, part)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocabulary] of hidden states [rows, hidden], all at once: for a few rows."""
-        weight, bias, size, _, _ = self.lm_head_parameters()
+        if self.mesh is not None:
+            return self.anatomy.transform.apply(self(anatomy.products, hidden)[..., : self.vocabulary])
+        weight, bias, size, *_ = self.lm_head_parameters()
         products = nn.functional.linear(hidden, weight[:size], None if bias is None else bias[:size])
         return self.anatomy.transform.apply(products)
 
@@ -129,16 +156,15 @@ class LanguageModel(nn.Module):
         """
         if self.scalar is not None:
             return
-        width = self.hidden_size
-        weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-        self.scalar = nn.Linear(width, 1, bias=False, device=self.device)
+        self.scalar = nn.Linear(self.hidden_size, 1, bias=False, device=self.device)
         with torch.no_grad():
-            self.scalar.weight.copy_(weight)
+            self.scalar.weight.copy_(drawn_scalar(self.hidden_size, seed))
 
     def head(self, name: str) -> ScalarHead:
         """The head ``scalar``, a function from [rows, hidden] to [rows]. KeyError if the model has none so named."""
         if name != "scalar" or self.scalar is None:
             raise KeyError(name)
+        self._gather()
         return ScalarHead(self.scalar)
 
     def freeze_heads_except(self, used: Collection[str]) -> None:
@@ -149,6 +175,17 @@ class LanguageModel(nn.Module):
         head: nn.Module = self.causal.get_output_embeddings()
         if "lm" not in used and head.weight is not self.causal.get_input_embeddings().weight:
             head.requires_grad_(False)
+
+    # --- sharded weights ------------------------------------------------------------------------------------
+
+    def _gather(self) -> None:
+        if isinstance(self, FSDPModule):
+            self.unshard()
+
+    def release(self) -> None:
+        """Free what was gathered of sharded weights for a pass without gradients."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     # --- layers ---------------------------------------------------------------------------------------------
 
@@ -182,6 +219,11 @@ class LanguageModel(nn.Module):
         """While this is open, the transformers model attends as transformers has it, caches and all."""
         with anatomy.plain_attention(self.causal, self.plain_implementation):
             yield self.causal
+
+
+def drawn_scalar(width: int, seed: int = 0) -> Tensor:
+    """The random weight [1, width] that a head ``scalar`` begins with."""
+    return torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
 
 
 class ScalarHead:

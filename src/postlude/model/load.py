@@ -36,6 +36,7 @@ from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
+from postlude.model.mesh import Mesh
 
 
 def load_model(
@@ -60,6 +61,35 @@ def load_model(
             model.add_scalar_head()
             model.scalar.load_state_dict(load_file(scalar))  # type: ignore[union-attr]
     return model
+
+
+def load_divided(
+    start: ModelPlace,
+    place: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    seed: int,
+    mesh: Mesh,
+    device: torch.device,
+    scalar: bool = False,
+) -> LanguageModel:
+    """The model of :func:`load_model`, divided among the ranks of a mesh, which all call this: each reads only what is
+    its own. Of a new model each draws all weights first, so that they do not depend on the mesh. ``scalar`` adds the
+    head so named. ManifestError as there, and for what cannot be divided.
+    """
+    from postlude.model.sharded import load_sharded, shard_new
+
+    if place is None:
+        return shard_new(_random(configuration(start, None, tokenizer), seed), mesh, device, scalar)
+    with local_files(place) as folder:
+        config = read_config(folder, place)
+        if tokenizer is not None:
+            vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
+        if not Path(folder).exists():
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
+        return load_sharded(folder, place, config, mesh, device, scalar)
 
 
 def load_causal(

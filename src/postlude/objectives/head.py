@@ -6,6 +6,7 @@ Notable:
   soon as a chunk's logits are there: three products in all. Where it is not (a preference loss, a policy ratio),
   the backward pass computes the logits again: four.
 - The caller drops the rows that are not trained; nothing is spent on them.
+- Where ranks have a part of the vocabulary each, they exchange three numbers for each row, never logits.
 - A gradient is made only for what needs one: not for a frozen head, not for the hidden states of a frozen model.
 - On request the weight's gradient goes into ``weight.grad`` at once, on either path: however many micro-batches a
   step has, a second gradient of the size of the vocabulary is never allocated.
@@ -13,16 +14,17 @@ Notable:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from postlude.model.tensor_parallel import VocabularyPart
 from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher, divergence
 from postlude.objectives.forward_gradients import (
     ForwardGradients,
-    add_at,
     collects,
     own_gradient,
     rounded,
@@ -30,6 +32,7 @@ from postlude.objectives.forward_gradients import (
     zeros,
 )
 from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
+from postlude.objectives.softmax import SharedSoftmax, Softmax
 
 
 class FusedHead:
@@ -46,6 +49,9 @@ class FusedHead:
     hooks on the weight do not see this gradient.
 
     ``in_place`` does the same for the backward pass of :meth:`log_probabilities`, where nothing need be promised.
+
+    With a ``part``, ``weight`` and ``bias`` are this rank's rows of the head, and all ranks call with the same hidden
+    states. :meth:`divergence` and :meth:`top_log_probabilities` then gather the rows of all.
     """
 
     def __init__(
@@ -59,12 +65,14 @@ class FusedHead:
         upstream: float | None = None,
         in_place: bool = False,
         limits: Limits | None = None,
+        part: VocabularyPart | None = None,
     ) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.part = weight, bias, part
+        self.softmax = Softmax() if part is None else SharedSoftmax(part)
         self.vocabulary = len(weight) if vocabulary is None else vocabulary
         self.scale, self.soft_cap, self.upstream, self.in_place = scale, soft_cap, upstream, in_place
         self.limits = limits or Limits.of(weight.device)
-        if not 0 < self.vocabulary <= len(weight):
+        if self.vocabulary < 1 or (part is None and self.vocabulary > len(weight)):
             raise ValueError(f"A head of {len(weight)} rows cannot serve a vocabulary of {vocabulary}.")
 
     def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +88,14 @@ class FusedHead:
         projection = self.projection(hidden, 1.0)
         with torch.autocast(hidden.device.type, enabled=False):
             return _WeightedLikelihood.apply(
-                hidden, self.weight, self.bias, targets, weights, self, projection, torch.is_grad_enabled()
+                self.softmax.enter(hidden),
+                self.weight,
+                self.bias,
+                targets,
+                weights,
+                self,
+                projection,
+                torch.is_grad_enabled(),
             )
 
     def log_probabilities(
@@ -93,7 +108,8 @@ class FusedHead:
         """
         projection = self.projection(hidden, temperature)
         with torch.autocast(hidden.device.type, enabled=False):
-            return _LogProbabilities.apply(hidden, self.weight, self.bias, targets, self, projection, entropy)
+            own = self.softmax.enter(hidden)
+            return _LogProbabilities.apply(own, self.weight, self.bias, targets, self, projection, entropy)
 
     def divergence(
         self,
@@ -108,7 +124,9 @@ class FusedHead:
         As :meth:`negative_log_likelihood`, with the same promise. A live teacher's vocabulary may be larger or smaller:
         the distributions are those over the tokens that both have.
         """
-        return divergence(self, hidden, targets, weights, teacher, measure)
+        if isinstance(teacher, LiveTeacher):
+            teacher = replace(teacher, head=teacher.head.whole())
+        return divergence(self.whole(), hidden, targets, weights, teacher, measure)
 
     @torch.no_grad()
     def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -119,6 +137,8 @@ class FusedHead:
         """
         if not 1 <= k <= self.vocabulary:
             raise ValueError(f"Of a vocabulary of {self.vocabulary} tokens {k} cannot be taken.")
+        if self.part is not None:
+            return self.whole().top_log_probabilities(hidden, k, temperature)
         with torch.autocast(hidden.device.type, enabled=False):
             chunks = self.chunks(self.projection(hidden, temperature), len(hidden))
             ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
@@ -136,9 +156,26 @@ class FusedHead:
 
     def chunks(self, projection: Projection, rows: int, columns: int | None = None) -> LogitChunks:
         """The logits of so many rows over the real vocabulary, or its first ``columns``, chunk by chunk."""
-        columns = self.vocabulary if columns is None else columns
+        columns = self.softmax.columns(self.vocabulary, len(self.weight)) if columns is None else columns
         bias = None if self.bias is None else self.bias[:columns].detach()
         return LogitChunks(projection, self.weight[:columns].detach(), bias, rows)
+
+    def whole(self) -> FusedHead:
+        """The head over all ranks' rows; itself, if it has them."""
+        if self.part is None:
+            return self
+        gathered = [None if rows is None else self.part.gather(rows) for rows in (self.weight, self.bias)]
+        assert gathered[0] is not None
+        return FusedHead(
+            gathered[0],
+            gathered[1],
+            vocabulary=self.vocabulary,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            upstream=self.upstream,
+            in_place=self.in_place,
+            limits=self.limits,
+        )
 
     def projection(self, hidden: Tensor, temperature: float) -> Projection:
         """How the logits of these hidden states are made, divided by a temperature."""
@@ -168,14 +205,15 @@ class _WeightedLikelihood(torch.autograd.Function):
         projection: Projection,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        chunks = head.chunks(projection, len(hidden))
+        chunks, softmax = head.chunks(projection, len(hidden)), head.softmax
         weights = weights.to(chunks.sum)
         likelihood = torch.empty_like(weights)
         gradients = ForwardGradients(ctx, (hidden, weight, bias), weights, chunks, head.upstream, with_gradient)
         for rows in chunks.chunks:
             own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
             logits, peak = chunks.compute(own)
-            at_target = logits.gather(1, target)
+            peak = softmax.largest(peak)
+            at_target = softmax.at(logits, target)
             total = torch.zeros_like(peak)
             for tile in chunks.tiles:
                 part = logits[:, tile]
@@ -183,9 +221,10 @@ class _WeightedLikelihood(torch.autograd.Function):
                 total += part.sub_(peak).exp_().sum(1, keepdim=True)
                 if slope is not None:
                     part.mul_(slope)
-            likelihood[rows] = (total.log() + peak - at_target).squeeze(1)
+            total, slope = softmax.total(total), chunks.slope(at_target)
+            likelihood[rows] = (total.log() + peak - softmax.total(at_target)).squeeze(1)
             if gradients.wanted:
-                add_at(target, logits, -total, chunks.slope(at_target))
+                softmax.add_at(target, logits, -total, slope)
                 share = (weights[rows] / gradients.power).unsqueeze(1) / total
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile].mul_(share))
@@ -219,13 +258,14 @@ class _LogProbabilities(torch.autograd.Function):
         projection: Projection,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        chunks = head.chunks(projection, len(hidden))
+        chunks, softmax = head.chunks(projection, len(hidden)), head.softmax
         logp = torch.empty(len(hidden), dtype=chunks.sum, device=hidden.device)
         normalizer = torch.empty_like(logp)
         entropy = torch.empty_like(logp) if with_entropy else None
         for rows in chunks.chunks:
             logits, peak = chunks.compute(hidden[rows].to(chunks.product))
-            at_target = logits.gather(1, targets[rows].unsqueeze(1))
+            peak = softmax.largest(peak)
+            at_target = softmax.total(softmax.at(logits, targets[rows].unsqueeze(1)))
             total, expected = torch.zeros_like(peak), torch.zeros_like(peak)
             for tile in chunks.tiles:
                 part = logits[:, tile].sub_(peak)
@@ -233,6 +273,7 @@ class _LogProbabilities(torch.autograd.Function):
                 total += likely.sum(1, keepdim=True)
                 if with_entropy:
                     expected += likely.mul_(part).sum(1, keepdim=True)
+            total, expected = softmax.total(total), softmax.total(expected) if with_entropy else expected
             normalizer[rows] = (total.log() + peak).squeeze(1)
             logp[rows] = at_target.squeeze(1) - normalizer[rows]
             if entropy is not None:
@@ -247,7 +288,7 @@ class _LogProbabilities(torch.autograd.Function):
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
         inputs = (hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = ctx.head.chunks(ctx.projection, len(hidden))
+            chunks, softmax = ctx.head.chunks(ctx.projection, len(hidden)), ctx.head.softmax
             needed = list(ctx.needs_input_grad[:3])
             in_place = needed[1] and ctx.head.in_place and collects(weight, chunks)
             needed[1] &= not in_place
@@ -259,7 +300,7 @@ class _LogProbabilities(torch.autograd.Function):
                 own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
                 upstream = of_logp[rows].unsqueeze(1)
                 logits, _ = chunks.compute(own)
-                at_target = logits.gather(1, target)
+                at_target = softmax.at(logits, target)
                 for tile in chunks.tiles:
                     part = logits[:, tile]
                     slope = chunks.slope(part)
@@ -271,7 +312,7 @@ class _LogProbabilities(torch.autograd.Function):
                         part.exp_().mul_(spread.add_(upstream).neg_())
                     if slope is not None:
                         part.mul_(slope)
-                add_at(target, logits, upstream, chunks.slope(at_target))
+                softmax.add_at(target, logits, upstream, chunks.slope(at_target))
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile])
         if in_place:

@@ -22,7 +22,7 @@ from postlude.data.tokenizer import check_same_ids, has_tokenizer, load_tokenize
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model.flops import packed_flops
-from postlude.model.load import load_model
+from postlude.model.load import load_divided, load_model
 from postlude.recipes.parts import Parts, StageTask, shapes_of
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.runs import Run
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from postlude.model.language_model import LanguageModel
+    from postlude.model.mesh import Mesh
 
 
 class Assembly(Parts):
@@ -136,8 +137,8 @@ class Assembly(Parts):
             window=batch.window,
             epochs=epochs,
             steps=steps,
-            rank=self.workers.rank,
-            world=self.workers.world,
+            rank=self.workers.data_rank,
+            world=self.workers.data_world,
             waiting=waiting,
             complete=self._completed,
         )
@@ -199,10 +200,13 @@ class Assembly(Parts):
             return  # nothing says what its ids mean
         check_same_ids(self.tokenizer, load_tokenizer(place), f"stages.{self.task.stage}.{name} ({place})")
 
-    def model(self, start: ModelPlace) -> LanguageModel:
-        """A model on this rank's device, recomputing and compiled as the stage says."""
-        model = load_model(start, self.place_of(start), self.tokenizer, seed=self.manifest.seed)
-        model.to(self.workers.device)
+    def model(self, start: ModelPlace, mesh: Mesh | None = None, scalar_head: bool = False) -> LanguageModel:
+        """A model on this rank's device, or its part of one, recomputing and compiled as the stage says."""
+        place, seed, device = self.place_of(start), self.manifest.seed, self.workers.device
+        if mesh is None:
+            model = load_model(start, place, self.tokenizer, seed=seed).to(device)
+        else:
+            model = load_divided(start, place, self.tokenizer, seed=seed, mesh=mesh, device=device, scalar=scalar_head)
         if self.config.recompute == "layer":
             model.recompute_layers()
         if self.config.compile:
@@ -223,11 +227,15 @@ class Assembly(Parts):
     def program(self) -> Program:
         """The recipe's objective, and every model that it needs with its heads."""
         objective = self.config.objective()
-        roles = {"policy": Role(self.model(self.config.model), self.config.optimizer)}  # type: ignore[arg-type]
+
+        def made(start: ModelPlace, name: str) -> LanguageModel:
+            return self.model(start, self.workers.mesh, "scalar" in objective.heads.get(name, ()))
+
+        roles = {"policy": Role(made(self.config.model, "policy"), self.config.optimizer)}  # type: ignore[arg-type]
         for name, companion in self.config.companions().items():
             start = self.replaced.get(name, companion.start)
             self.check_same_tokens(name, start)
-            roles[name] = Role(self.model(start), companion.optimizer)
+            roles[name] = Role(made(start, name), companion.optimizer)
         for name, heads in objective.heads.items():
             if "scalar" in heads:
                 roles[name].model.add_scalar_head()

@@ -10,7 +10,7 @@ import torch
 
 from postlude import __version__, storage
 from postlude.manifest.lock import manifest_hash, versions
-from postlude.model.export import write_model
+from postlude.model.export import send_model, write_model
 from postlude.recipes.annotate import annotate, forget_annotations
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.parts import Parts, StageTask
@@ -27,9 +27,10 @@ from postlude.training.workers import Workers
 
 def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
     """Work on a stage as one of its ranks, until its artifact is written or until asked to stop."""
-    workers = Workers.join(Parts(task, Workers()).gpus_per_worker)
+    parts = Parts(task, Workers())
+    workers = Workers.join(parts.gpus_per_worker, parts.mesh_shape)
     try:
-        trains = not isinstance(Parts(task, workers).stage_config, WorkRecipe)
+        trains = not isinstance(parts.stage_config, WorkRecipe)
         parts = Assembly(task, workers) if trains else Workbench(task, workers)
         with recorder_of(parts, display) as recorder:
             if isinstance(parts, Assembly):
@@ -121,10 +122,11 @@ def _train(assembly: Assembly, recorder: Recorder, stop: Interruption) -> Summar
         trainer.restore(checkpoint[1])
     recorder.event("stage_started", from_step=trainer.step)
     summary = trainer.fit()
-    if not summary.interrupted and workers.leads:
+    if not summary.interrupted:
         _write_artifact(assembly, summary)
-        recorder.event("stage_finished", steps=summary.steps)
-        forget_annotations(assembly)
+        if workers.leads:
+            recorder.event("stage_finished", steps=summary.steps)
+            forget_annotations(assembly)
     workers.barrier()
     return summary
 
@@ -142,9 +144,14 @@ def _newest_sound(assembly: Assembly, recorder: Recorder) -> tuple[int, str] | N
 
 
 def _write_artifact(assembly: Assembly, summary: Summary) -> None:
+    """By the leading rank; the others send it their parts of a model that they hold together."""
+    model = assembly.program.roles["policy"].model
+    if not assembly.workers.leads:
+        send_model(model)
+        return
     with assembly.stage.write_artifact() as folder:
         write_model(
-            assembly.program.roles["policy"].model,
+            model,
             assembly.finished_tokenizer,
             folder,
             lineage(assembly, summary),

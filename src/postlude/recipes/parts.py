@@ -18,6 +18,7 @@ from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.graph import maker_of
 from postlude.manifest.load import restore
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
+from postlude.model.mesh import Shape
 from postlude.runs import Run, artifact_of
 from postlude.training.workers import Workers
 
@@ -62,6 +63,15 @@ class Parts:
         """Devices of each worker of the stage's pool; 0 computes on the CPU."""
         pools = self.manifest.compute.pools
         return next((p.gpus_per_worker for n in self.stage_config.all_pools if (p := pools.get(n))), 0)
+
+    def mesh_shape(self, world: int) -> Shape | None:
+        """How so many ranks hold each model together; None where each has all of it. ManifestError if they do not
+        divide."""
+        parallel = getattr(self.stage_config, "parallel", None)
+        if parallel is None or not parallel.divides:
+            return None
+        shape = Shape.of(world, parallel.tensor, parallel.replicas)
+        return None if world == 1 else shape
 
     @cached_property
     def begun(self) -> datetime | None:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from postlude.model.mesh import own_part
 from postlude.training.program import Role
 
 Optimizers = Mapping[str, list[torch.optim.Optimizer]]
@@ -29,10 +30,11 @@ def trained_state(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str
         seen: set[int] = set()
         weights = {}
         for key, tensor in get_model_state_dict(role.model).items():
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in seen:
-                continue
             if isinstance(tensor, torch.Tensor):
-                seen.add(tensor.untyped_storage().data_ptr())
+                place = own_part(tensor).untyped_storage().data_ptr()
+                if place and place in seen:  # of a small tensor a rank may have nothing
+                    continue
+                seen.add(place)
             weights[key] = tensor
         state[name] = {
             "model": weights,

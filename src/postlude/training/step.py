@@ -15,6 +15,7 @@ from torch import Tensor
 
 from postlude.data.batch import PackedBatch
 from postlude.model.language_model import LanguageModel
+from postlude.model.mesh import Mesh, divided_along, own_part
 from postlude.objectives.head import FusedHead
 from postlude.objectives.objective import LanguageHead, Outcome, ScalarHead
 from postlude.training.precision import LossScale, Precision
@@ -31,7 +32,7 @@ class MicroBatch:
     normalizers: Mapping[str, float]
     statistics: Mapping[str, float]
     roles: Mapping[str, Role]
-    heads: Mapping[tuple[str, str], LanguageHead | ScalarHead]
+    make_head: Callable[[str, str], LanguageHead | ScalarHead]
     _hidden: dict[str, Tensor] = field(default_factory=dict)
 
     def hidden(self, model: str = "policy") -> Tensor:
@@ -44,7 +45,7 @@ class MicroBatch:
 
     def head(self, name: str, model: str = "policy") -> LanguageHead | ScalarHead:
         """A head of a model, one of those that the objective declares."""
-        return self.heads[name, model]
+        return self.make_head(name, model)
 
     def on(self, batch: PackedBatch) -> MicroBatch:
         """The same step on a batch that the objective makes of this one."""
@@ -98,24 +99,31 @@ class Executor:
         with self.phases.measure("backward"):
             for name, parameters in self.parameters.items():
                 gradients = self._gradients(parameters)
-                self.workers.sum_gradients(gradients)
-                if scale.scale != 1.0 and gradients:
-                    torch._foreach_mul_(gradients, 1.0 / scale.scale)
-                norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-                result.grad_norms[name] = float(norm)
+                if self.workers.mesh is None:
+                    self.workers.sum_gradients(gradients)
+                own = [own_part(gradient) for gradient in gradients]
+                if scale.scale != 1.0 and own:
+                    torch._foreach_mul_(own, 1.0 / scale.scale)
+                result.grad_norms[name] = total_norm(gradients, self.workers.mesh)
         return result
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
         """The loss and metrics over batches taken as one step, without gradients."""
-        return self._run(batches, None)
+        result = self._run(batches, None)
+        for role in self.program.roles.values():
+            role.model.release()
+        return result
 
     def clip(self, norms: Mapping[str, float], limit: float | None) -> None:
         """Scale each role's gradients down to the norm ``limit``; None leaves them."""
         if limit is None:
             return
         for name, parameters in self.parameters.items():
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norms[name]))
+            gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+            if gradients:
+                factor = limit / (torch.tensor(norms[name]) + 1e-6)
+                torch._foreach_mul_(gradients, factor.clamp(max=1.0).to(gradients[0].device))
 
     def _gradients(self, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
         if self.workers.world > 1:  # every rank must bring the same tensors to the sum
@@ -124,16 +132,18 @@ class Executor:
                     parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
-    def _heads(self, scale: LossScale | None = None) -> dict[tuple[str, str], LanguageHead | ScalarHead]:
+    def _heads(self, scale: LossScale | None = None) -> Callable[[str, str], LanguageHead | ScalarHead]:
+        """Makes the heads that an objective declares when it asks for them: sharded weights are gathered by then."""
         promised = scale.scale if scale and getattr(self.program.objective, "loss_is_likelihood", False) else None
-        heads: dict[tuple[str, str], LanguageHead | ScalarHead] = {}
-        for role, names in self.program.objective.heads.items():
+        declared = self.program.objective.heads
+
+        def make(name: str, role: str) -> LanguageHead | ScalarHead:
+            if name not in declared.get(role, ()):
+                raise KeyError((name, role))
             model = self.program.roles[role].model
-            for name in names:
-                heads[name, role] = (
-                    language_head(model, promised, in_place=scale is not None) if name == "lm" else model.head(name)
-                )
-        return heads
+            return language_head(model, promised, in_place=scale is not None) if name == "lm" else model.head(name)
+
+        return make
 
     def _run(self, batches: Sequence[PackedBatch], scale: LossScale | None) -> StepResult:
         objective = self.program.objective
@@ -202,7 +212,22 @@ def language_head(
         soft_cap=made_of.soft_cap,
         upstream=upstream,
         in_place=in_place,
+        part=made_of.part,
     )
+
+
+def total_norm(gradients: Sequence[Tensor], mesh: Mesh | None) -> float:
+    """The norm of all gradients together, of which ranks may have parts: the same on every rank."""
+    if mesh is None:
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    squares = torch.zeros(2, dtype=torch.float64)  # of what is whole along the tensor dimension, and of what is not
+    for place, divided in enumerate((False, True)):
+        own = [own_part(gradient) for gradient in gradients if divided_along(gradient, "tensor") is divided]
+        if own:
+            squares[place] = torch.stack(torch._foreach_norm(own)).double().square().sum()
+    mesh.sum_over_shards(squares)
+    mesh.sum_over_tensor(squares[1:])
+    return float(squares.sum().sqrt())
 
 
 def _total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

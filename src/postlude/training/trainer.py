@@ -148,7 +148,7 @@ class Trainer:
     def train(self, work: StepBlocks) -> None:
         """One optimiser step, and its line of metrics. Diverged if too many in a row had to be skipped."""
         begin = time.perf_counter()
-        torch.manual_seed(_key(self.seed, self.step, self.workers.rank))
+        torch.manual_seed(_key(self.seed, self.step, self.workers.data_rank))
         batches = self.micro_batches(work.blocks)
         result = self.executor.forward_backward(batches, self.scale)
         with self.phases.measure("optimizer"):
@@ -159,7 +159,7 @@ class Trainer:
         self.step, self.progress = self.step + 1, work.progress
         for name in ("tokens", "trained_tokens"):
             self.totals[name] += result.counts[name]
-        self.journal.examples(self.step, work.epoch, result.examples)
+        self.journal.examples(self.step, work.epoch, result.examples if self.workers.speaks else [])
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": work.epoch,

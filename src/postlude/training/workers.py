@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from postlude.model.mesh import Mesh, Shape
 from postlude.telemetry.readings import note_link
 
 COLLECTIVE_DEADLINE = timedelta(minutes=20)
@@ -32,6 +33,23 @@ class Workers:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    mesh: Mesh | None = None
+    """Where the ranks hold each model together; None where each has all of it."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data is this rank's."""
+        return self.rank if self.mesh is None else self.mesh.data_rank
+
+    @property
+    def data_world(self) -> int:
+        """How many shares the data are dealt in."""
+        return self.world if self.mesh is None else self.mesh.shape.data
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this rank, of those with the same data, that tells what became of them."""
+        return self.mesh is None or self.mesh.tensor_rank == 0
 
     @property
     def leads(self) -> bool:
@@ -39,8 +57,11 @@ class Workers:
         return self.rank == 0
 
     @staticmethod
-    def join(gpus_per_worker: float = 0) -> Workers:
-        """Meet the other ranks as the environment says (torchrun's variables); alone if it says nothing."""
+    def join(gpus_per_worker: float = 0, shape: Callable[[int], Shape | None] = lambda world: None) -> Workers:
+        """Meet the other ranks as the environment says (torchrun's variables); alone if it says nothing.
+
+        ``shape`` says how so many ranks hold each model together, or None.
+        """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device("cpu")
         if gpus_per_worker:
@@ -55,7 +76,9 @@ class Workers:
                 world_size=world,
                 timeout=COLLECTIVE_DEADLINE,
             )
-            workers = Workers(rank, world, device)
+            wanted = shape(world)
+            mesh = None if wanted is None else Mesh(wanted, rank, device.type)
+            workers = Workers(rank, world, device, mesh)
             workers.measure_link()
             return workers
         return Workers(rank, world, device)
@@ -112,12 +135,12 @@ class Workers:
             start += gradient.numel()
 
     def sum_numbers(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Sum each number over the ranks, in float64. Every rank gives the same keys."""
-        if self.world == 1:
+        """Sum each number over the shares of the data, in float64. Every rank gives the same keys."""
+        if self.data_world == 1:
             return {name: float(number) for name, number in numbers.items()}
         names = sorted(numbers)
         values = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=None if self.mesh is None else self.mesh.data_group)
         return dict(zip(names, values.tolist(), strict=True))
 
     def gather(self, item: Any) -> list[Any]:

@@ -1,0 +1,271 @@
+"""Models of which no process ever holds the whole.
+
+The model is made without weights, divided by tensor parallelism, sharded by FSDP, and only then does each rank read
+out of the files the parts that are its own. What of a rank's memory this takes is its shard, on the host too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from postlude.manifest.errors import ManifestError
+from postlude.model import tensor_parallel
+from postlude.model.anatomy import UnsupportedModel, name_of
+from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
+from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed
+from postlude.model.mesh import Mesh
+
+INDEX = "model.safetensors.index.json"
+SCALAR = "scalar.weight"
+"""The name of the head ``scalar`` in a :class:`LanguageModel`."""
+Sources = Mapping[str, LazyTensor]
+"""Where the weights of a model come from, by the names that they have in it."""
+
+
+def load_sharded(
+    folder: str, place: str, config: PreTrainedConfig, mesh: Mesh, device: torch.device, scalar_head: bool
+) -> LanguageModel:
+    """The model in a local folder, its weights fp32 and divided among the ranks of a mesh. All ranks call it.
+
+    It has a head ``scalar`` if one is stored, or if ``scalar_head`` asks for one.
+
+    ManifestError, on every rank alike, for files that are missing, broken or incomplete, and for an architecture that
+    cannot be divided.
+    """
+    stored = config.dtype
+    causal = on_meta(config)
+    with open_checkpoint(folder, place) as files:
+        if not isinstance(stored, torch.dtype):
+            stored = next(iter(files.values())).dtype
+        found = named_as_in_the_model(files, causal)
+        _check_complete(found, causal, place)
+        scalar = Path(folder, SCALAR_FILE)
+        if scalar.exists():
+            found[SCALAR] = InMemory(load_file(scalar)["weight"])
+        elif scalar_head:
+            found[SCALAR] = InMemory(drawn_scalar(config.get_text_config().hidden_size))
+        return _filled(causal, found, mesh, device, stored)
+
+
+def shard_new(causal: PreTrainedModel, mesh: Mesh, device: torch.device, scalar_head: bool) -> LanguageModel:
+    """A model with weights of its own, equal on every rank, divided among the ranks of a mesh."""
+    found: dict[str, LazyTensor] = {name: InMemory(tensor.detach()) for name, tensor in causal.state_dict().items()}
+    if scalar_head:
+        found[SCALAR] = InMemory(drawn_scalar(causal.config.get_text_config().hidden_size))
+    return _filled(on_meta(causal.config), found, mesh, device, None)
+
+
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights, whose buffers are computed.
+
+    :class:`UnsupportedModel` for an architecture that does not say how its buffers follow from its configuration.
+    """
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for path, module in causal.named_modules():
+        if next(module.buffers(recurse=False), None) is None:
+            continue
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+                module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.fill_(0)
+        causal._init_weights(module)  # of parameters on the meta device it only makes others
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.isnan().any():
+                raise UnsupportedModel(
+                    f"The architecture '{name_of(causal)}' has a buffer '{path}.{name}' that is not computed from its "
+                    "configuration, so that its models cannot be loaded in shards. Set parallel.shard to false."
+                )
+    return causal
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_checkpoint(folder: str, place: str) -> Iterator[dict[str, InFile]]:
+    """The tensors of a local folder's safetensors files, by the names that they have there. ManifestError if a file is
+    missing or broken."""
+    index = Path(folder, INDEX)
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    if Path(folder, LM_HEAD_FILE).exists():
+        names.append(LM_HEAD_FILE)
+    with ExitStack() as stack:
+        tensors: dict[str, InFile] = {}
+        for name in names:
+            try:
+                file = stack.enter_context(safe_open(Path(folder, name), framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ManifestError(
+                    f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
+                    "are sharded are read from safetensors files; fetch or write the model anew."
+                ) from error
+            tensors |= {tensor: InFile(file, tensor) for tensor in file.keys()}  # noqa: SIM118
+        yield tensors
+
+
+def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint as the model has them: renamed, and joined where it has one for several.
+
+    ManifestError for a conversion that is not known here.
+    """
+    conversions = get_model_conversion_mapping(causal)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted = causal.state_dict()
+    found: dict[str, LazyTensor] = {}
+    collected: dict[str, dict[str, list[LazyTensor]]] = {}
+    for name in sorted(files, key=_natural):
+        target, pattern = rename_source_key(name, renamings, converters, causal.base_model_prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        if pattern is None:
+            found[target] = files[name]
+        elif target in wanted:
+            collected.setdefault(target, {}).setdefault(pattern, []).append(files[name])
+    for target, parts in collected.items():
+        converter = by_pattern[next(iter(parts))]
+        ordered = [parts.get(pattern, []) for pattern in converter.source_patterns]
+        found[target] = _converted(ordered, converter.operations, target)
+    return found
+
+
+def _converted(parts: list[list[LazyTensor]], operations: list[Any], target: str) -> LazyTensor:
+    """What transformers' operations make of the tensors that each of a converter's patterns matched."""
+    for operation in operations:
+        if isinstance(operation, MergeModulelist):
+            parts = [[Stacked(each, operation.dim)] for each in parts]
+        elif isinstance(operation, Concatenate):
+            parts = [[Joined([one for each in parts for one in each], operation.dim)]]
+        elif isinstance(operation, Transpose) and not operation.check_dims:
+            parts = [[Transposed(one, operation.dim0, operation.dim1) for one in each] for each in parts]
+        else:
+            raise ManifestError(
+                f"The tensor '{target}' is made of those in the files in a way that cannot be done in parts "
+                f"({type(operation).__name__}). Set parallel.shard to false, or write the model anew with "
+                "save_pretrained of transformers."
+            )
+    if len(parts) != 1 or len(parts[0]) != 1:
+        raise ManifestError(f"The tensors that '{target}' is made of are not all in the files of the model.")
+    return parts[0][0]
+
+
+def _natural(name: str) -> list[Any]:
+    """For an order in which expert 10 comes after expert 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _check_complete(found: Sources, causal: PreTrainedModel, place: str) -> None:
+    tied = set(getattr(causal, "all_tied_weights_keys", None) or ())
+    missing = sorted({name for name, _ in causal.named_parameters()} - set(found) - tied)
+    if missing:
+        raise ManifestError(
+            f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{name_of(causal)}' "
+            f"are not in its files, the first being '{missing[0]}'. Give a complete causal language model."
+        )
+    for name, parameter in causal.named_parameters():
+        if name in found and tuple(found[name].shape) != tuple(parameter.shape):
+            raise ManifestError(
+                f"The model at '{place}' does not fit its configuration: '{name}' is {list(found[name].shape)} in its "
+                f"files, and {list(parameter.shape)} by config.json."
+            )
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def _filled(
+    causal: PreTrainedModel, found: Sources, mesh: Mesh, device: torch.device, stored: torch.dtype | None
+) -> LanguageModel:
+    def divide(model: LanguageModel) -> None:
+        if SCALAR in found:
+            model.add_scalar_head()
+        if mesh.shape.tensor > 1:
+            tensor_parallel.divide(causal, mesh)
+            if model.scalar is not None:
+                tensor_parallel.Divided(model.scalar, mesh).place()
+        _shard(model, mesh)
+        _fill(model, {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in found.items()}, device)
+
+    return LanguageModel(causal, stored, mesh, divide)
+
+
+def _shard(model: LanguageModel, mesh: Mesh) -> None:
+    """Shard the weights layer by layer; what is in no layer (embedding, last norm, heads) is gathered with the whole.
+
+    Gradients are summed, not averaged: an objective's normalisers are those of the step already.
+    """
+    if mesh.shape.data == 1:
+        return
+    layers = model.layers()
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh.weights, reshard_after_forward=module is not model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _fill(model: nn.Module, sources: Sources, device: torch.device) -> None:
+    """Give every parameter this rank's part of its source, on a device; what is one parameter stays one."""
+    empty = dict(model.named_parameters(remove_duplicate=False))
+    filled = {
+        id(parameter): _part(parameter, sources[name], device) for name, parameter in empty.items() if name in sources
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = filled[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device) -> nn.Parameter:
+    if parameter.ndim and source.shape[0] < parameter.shape[0]:
+        source = Extended(source, parameter.shape[0])  # the padding of the vocabulary
+    if not isinstance(parameter, DTensor):
+        whole = source.read(tuple(slice(0, size) for size in parameter.shape))
+        return nn.Parameter(_placed(whole, device), requires_grad=parameter.requires_grad)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    own = source.read(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
+    divided = DTensor.from_local(
+        _placed(own, device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(divided, requires_grad=parameter.requires_grad)
+
+
+def _placed(part: Tensor, device: torch.device) -> Tensor:
+    """A copy in fp32 that does not keep the file's memory."""
+    return part.to(device, torch.float32, copy=True).contiguous()

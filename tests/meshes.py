@@ -1,0 +1,164 @@
+"""Models that ranks hold together, as the ranks of a test run them: one process group works on every model in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 150,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen2 tied": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "qwen3 tied": {"tie_word_embeddings": True},
+    "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 20, "tie_word_embeddings": False},
+    "gemma3_text tied": {**SLIDING, "query_pre_attn_scalar": 20, "final_logit_softcapping": 5.0, "pad_token_id": 0},
+    "mistral": {},
+    "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "smollm3 tied": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "norm_topk_prob": True},
+    "gpt_oss": {**SLIDING, "num_experts_per_tok": 2, "num_local_experts": 4},
+}
+BLOCK = 48
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What the ranks of a mesh are told."""
+
+    folder: str
+    """Of the checkpoints, by name."""
+    names: tuple[str, ...]
+    tensor: int = 1
+    replicas: int = 1
+
+
+def write_checkpoints(folder: Path, names: tuple[str, ...]) -> None:
+    """A model with random weights for each name, as transformers writes them; none of them starts at zero or one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name in names:
+        architecture = name.split()[0]
+        tied = {"tie_word_embeddings": False} | ARCHITECTURES[name]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **{**SIZES, **tied}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder / name)
+
+
+def batches(share: int, shares: int):
+    """This share of the four blocks of every step: documents of random tokens, most of them trained."""
+    from postlude.data.batch import collate
+    from postlude.data.document import Document, Unit
+
+    rng = np.random.default_rng(0)
+    blocks = []
+    for block in range(4):
+        units = []
+        for number in range(4):
+            length = int(rng.integers(3, 12))
+            weight = (rng.random(length) < 0.7).astype(np.float32)
+            document = Document(f"{block}:{number}", "made", rng.integers(0, 150, length), {"weight": weight})
+            units.append(Unit((document,)))
+        blocks.append(tuple(units))
+    return [collate([block]) for block in blocks[share::shares]]
+
+
+def on_mesh(task: Mesh) -> dict[str, dict[str, Any]]:
+    """What each model does on the mesh: its loss and gradients, weights after steps of SGD, losses of AdamW."""
+    from postlude.model.mesh import Shape
+    from postlude.training.workers import Workers
+
+    def shape(world: int):
+        return Shape.of(world, task.tensor, task.replicas)
+
+    workers = Workers.join(shape=shape)
+    try:
+        return {name: measured(Path(task.folder, name), workers) for name in task.names}
+    finally:
+        workers.leave()
+
+
+def alone(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The same in this process."""
+    from postlude.training.workers import Workers
+
+    return {name: measured(folder / name, Workers()) for name in names}
+
+
+def model_of(place: Path, workers):
+    from postlude.manifest.schema import ModelFrom
+    from postlude.model.load import load_divided, load_model
+
+    start = ModelFrom(path=str(place))
+    if workers.mesh is None:
+        return load_model(start, str(place), None, seed=0)
+    return load_divided(start, str(place), None, seed=0, mesh=workers.mesh, device=workers.device)
+
+
+def executor_of(model, workers, optimizer):
+    from postlude.objectives.nll import NegativeLogLikelihood
+    from postlude.training.precision import Precision
+    from postlude.training.program import Program, Role
+    from postlude.training.step import Executor
+    from postlude.training.timing import Phases
+
+    model.requires_grad_(True).train()
+    program = Program(NegativeLogLikelihood().build(), {"policy": Role(model, optimizer)})
+    return Executor(program, workers, Precision("fp32", "a test"), Phases(), lambda batch: 0.0)
+
+
+def whole(tensor) -> np.ndarray:
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
+
+
+def measured(place: Path, workers) -> dict[str, Any]:
+    from postlude.training.optimizers import SGD, AdamW
+    from postlude.training.precision import LossScale, Precision
+
+    found: dict[str, Any] = {}
+    scale = LossScale(Precision("fp32", "a test"))
+    work = batches(workers.data_rank, workers.data_world)
+    for kind in (SGD(lr=0.05), AdamW(lr=1e-3)):
+        model = model_of(place, workers)
+        executor = executor_of(model, workers, kind)
+        (optimizer,) = kind.build([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+        losses = []
+        for step in range(3):
+            result = executor.forward_backward(work, scale)
+            losses.append(result.loss)
+            if isinstance(kind, SGD) and step == 0:
+                found["norm"] = result.grad_norms["policy"]
+                found["gradients"] = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            optimizer.step()
+            optimizer.zero_grad()
+        found[f"losses of {type(kind).__name__}"] = losses
+        if isinstance(kind, SGD):
+            found["weights"] = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return found
