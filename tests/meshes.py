@@ -89,7 +89,7 @@ def batches(share: int, shares: int):
 
 def on_mesh(task: Mesh) -> dict[str, dict[str, Any]]:
     """What each model does on the mesh: its loss and gradients, weights after steps of SGD, losses of AdamW."""
-    from postlude.model.mesh import Shape
+    from postlude.manifest.parallel import Shape
     from postlude.training.workers import Workers
 
     def shape(world: int):
@@ -162,3 +162,114 @@ def measured(place: Path, workers) -> dict[str, Any]:
         if isinstance(kind, SGD):
             found["weights"] = {name: whole(parameter) for name, parameter in model.named_parameters()}
     return found
+
+
+# --- whole stages ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageOnMesh:
+    """A stage of a run for the ranks to work on; ``pause`` leaves it at its first checkpoint."""
+
+    tree: dict[str, Any]
+    run: str
+    parallel: dict[str, Any]
+    pause: bool = False
+
+
+def work_on_stage(task: StageOnMesh) -> int:
+    """Work on the stage ``tune`` of a run, from where it is."""
+    import copy
+
+    from postlude.recipes.execution import run_stage
+    from postlude.recipes.parts import StageTask
+    from postlude.telemetry.progress import StageProgress
+    from postlude.training.interruption import Interruption
+
+    tree = copy.deepcopy(task.tree)
+    tree["stages"]["tune"]["parallel"].update(task.parallel)
+    stop = Interruption()
+    if task.pause:
+        stop.request(at_checkpoint=True)
+    with StageProgress("tune") as display:
+        return run_stage(StageTask(tree, "tune", task.run, 1), stop, display).steps
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """Training in fp16 on a mesh, with a gradient that overflows on one rank in one step."""
+
+    folder: str
+    name: str
+    rank: int
+    step: int
+    tensor: int = 1
+
+
+def train_with_overflow(task: Overflow) -> list[dict[str, Any]]:
+    """The metrics of five steps on this rank."""
+    from postlude_example.harness import Lines, Units, made_units
+
+    from postlude.data.document import define_stream
+    from postlude.data.loader import Loader
+    from postlude.manifest.parallel import Shape
+    from postlude.objectives.nll import NegativeLogLikelihood
+    from postlude.recipes.sft import SFT
+    from postlude.training.meters import Meters
+    from postlude.training.precision import Precision
+    from postlude.training.program import Program, Role
+    from postlude.training.trainer import Trainer
+    from postlude.training.workers import Workers
+
+    class AllLines(Lines):
+        COMPARED = ("loss", "grad_norm", "skipped", "loss_scale")
+
+    define_stream("return", "float32")
+    workers = Workers.join(shape=lambda world: Shape.of(world, task.tensor, 1))
+    try:
+        model = model_of(Path(task.folder, task.name), workers)
+        config = SFT.model_validate(
+            {
+                "recipe": "sft",
+                "model": {"path": "x"},
+                "data": {"units": 1.0},
+                "steps": 5,
+                "batch": {"tokens": 128, "block": 64},
+                "optimizer": {"name": "sgd", "lr": 0.01},
+                "schedule": "constant",
+            }
+        )
+        precision = Precision("fp16", "a test")
+        journal = AllLines()
+        loader = Loader(
+            {"units": Units(made_units(False))},
+            {"units": 1.0},
+            seed=0,
+            block=64,
+            blocks_per_step=2,
+            window=64,
+            epochs=None,
+            steps=5,
+            rank=workers.data_rank,
+            world=workers.data_world,
+        )
+        trainer = Trainer(
+            config,
+            Program(NegativeLogLikelihood().build(), {"policy": Role(model.requires_grad_(True), config.optimizer)}),
+            loader,
+            workers,
+            seed=0,
+            precision=precision,
+            journal=journal,
+            meters=Meters(None, workers, precision, 1),
+        )
+
+        def overflow(module, outgoing):
+            struck = workers.rank == task.rank and trainer.step == task.step - 1
+            return (outgoing[0] * float("inf"),) if struck else outgoing
+
+        model.causal.model.layers[1].mlp.register_full_backward_pre_hook(overflow)
+        trainer.fit()
+        return journal.lines
+    finally:
+        workers.leave()

@@ -255,7 +255,7 @@ class TrainingStage(StageConfig):
         "checkpoint.every",
         "evaluate.every",
     )
-    free = ("checkpoint",)
+    free = ("checkpoint", "parallel")
 
     pool: Name = "train"
     """The pool of ``compute.pools`` whose workers train it. Stages that do not need each other run at the same time

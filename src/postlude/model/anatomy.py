@@ -103,7 +103,7 @@ def examine(causal: PreTrainedModel, implementation: str, vocabulary: int, call:
 
 
 def run(causal: PreTrainedModel, tokens: Tensor, positions: Tensor, documents: Documents) -> Tensor:
-    """The last hidden states [tokens, hidden] of a pack, after the final norm."""
+    """The last hidden states [1, tokens, hidden] of a pack, after the final norm."""
     output = decoder_of(causal)(
         input_ids=tokens[None],
         position_ids=positions[None],
@@ -111,7 +111,7 @@ def run(causal: PreTrainedModel, tokens: Tensor, positions: Tensor, documents: D
         use_cache=False,
         documents=documents,
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state
 
 
 def products(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _pack(call: Call, rows: Tensor) -> Tensor:
     documents = Documents.of(torch.full((len(rows),), rows.shape[1]), rows.device)
     positions = torch.arange(rows.shape[1], device=rows.device).repeat(len(rows))
     try:
-        return call(run, rows.flatten(), positions, documents).unflatten(0, rows.shape)
+        return call(run, rows.flatten(), positions, documents)[0].unflatten(0, rows.shape)
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # one that reads its mask, for instance
         raise Refused(f"does not run on a pack ({' '.join(str(error).split())})") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -49,10 +50,10 @@ class ModelFlops:
     def __init__(self, model: LanguageModel) -> None:
         layers = model.layers()
         before_layer = _trainable_before_layer(model, layers)
-        head = model.lm_head_parameters()
+        head: Any = model.causal.get_output_embeddings()
         self.per_token = sum(_products_per_token(model, layers, before_layer))
         """For each token, attention apart."""
-        per_row = 2.0 * head.vocabulary * head.weight.shape[1]
+        per_row = 2.0 * model.vocabulary * head.weight.shape[1]
         self.per_row = per_row * (1 + head.weight.requires_grad + before_layer[-1])
         """For each row that the language head is applied to."""
         self.per_pair: Counter[int | None] = Counter()

@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
         if self.compiled:
             torch._dynamo.maybe_mark_dynamic(documents.lengths, 0)
             torch._dynamo.maybe_mark_dynamic(documents.offsets, 0)
-        return self(anatomy.run, batch.tokens, batch.positions, documents)
+        return self(anatomy.run, batch.tokens, batch.positions, documents)[0]
 
     def _check_lengths(self, batch: PackedBatch, documents: Documents) -> None:
         limit = self.anatomy.longest_document

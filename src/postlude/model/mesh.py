@@ -14,38 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from postlude.manifest.errors import ManifestError
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many ranks lie along each dimension."""
-
-    replicas: int = 1
-    """Groups of ranks that hold all of the weights each."""
-    shards: int = 1
-    """Ranks that the weights are divided among, each with data of its own."""
-    tensor: int = 1
-    """Ranks that divide every layer, with the same data."""
-
-    @staticmethod
-    def of(world: int, tensor: int, replicas: int) -> Shape:
-        """What is left of the ranks shards the weights. ManifestError if they do not divide."""
-        if world % (tensor * replicas):
-            product = f"parallel.tensor ({tensor})" + (f" times parallel.replicas ({replicas})" if replicas > 1 else "")
-            raise ManifestError(
-                f"{product} does not divide the {world} worker{'s' if world > 1 else ''} of the pool. Give the pool a "
-                f"multiple of {tensor * replicas} workers, or lower it."
-            )
-        return Shape(replicas, world // (tensor * replicas), tensor)
-
-    @property
-    def data(self) -> int:
-        """Ranks that have data of their own."""
-        return self.replicas * self.shards
-
-    def __str__(self) -> str:
-        return f"{self.data}x{self.tensor}"
+from postlude.manifest.parallel import Shape
 
 
 @dataclass(frozen=True)

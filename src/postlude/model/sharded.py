@@ -7,6 +7,7 @@ out of the files the parts that are its own. What of a rank's memory this takes 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ from postlude.model.anatomy import UnsupportedModel, name_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
 from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed
 from postlude.model.mesh import Mesh
+
+# The hidden states that a model returns may be a view of what it computed; nothing here writes into them.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 INDEX = "model.safetensors.index.json"
 SCALAR = "scalar.weight"

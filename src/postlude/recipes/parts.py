@@ -17,8 +17,8 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.graph import maker_of
 from postlude.manifest.load import restore
+from postlude.manifest.parallel import Shape, shape_of
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
-from postlude.model.mesh import Shape
 from postlude.runs import Run, artifact_of
 from postlude.training.workers import Workers
 
@@ -65,13 +65,10 @@ class Parts:
         return next((p.gpus_per_worker for n in self.stage_config.all_pools if (p := pools.get(n))), 0)
 
     def mesh_shape(self, world: int) -> Shape | None:
-        """How so many ranks hold each model together; None where each has all of it. ManifestError if they do not
-        divide."""
+        """How so many ranks hold each model together; None where each has all of it, as one alone does whatever the
+        manifest says. ManifestError if they do not divide."""
         parallel = getattr(self.stage_config, "parallel", None)
-        if parallel is None or not parallel.divides:
-            return None
-        shape = Shape.of(world, parallel.tensor, parallel.replicas)
-        return None if world == 1 else shape
+        return None if parallel is None or world == 1 else shape_of(parallel, world)
 
     @cached_property
     def begun(self) -> datetime | None:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from postlude.model.mesh import Mesh, Shape
+from postlude.manifest.parallel import Shape
+from postlude.model.mesh import Mesh
 from postlude.telemetry.readings import note_link
 
 COLLECTIVE_DEADLINE = timedelta(minutes=20)

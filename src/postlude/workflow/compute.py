@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from postlude.cluster.transport import check_transport
-from postlude.manifest.errors import ComputeError
+from postlude.manifest.errors import ComputeError, ManifestError
 from postlude.manifest.graph import ancestors, descendants
+from postlude.manifest.parallel import check_workers
 from postlude.manifest.schema import Manifest, Pool, StageConfig
 
 DEFAULT_POOL = "train"
@@ -67,6 +68,13 @@ def check_compute(manifest: Manifest) -> None:
     known before it is asked."""
     compute = manifest.compute
     check_transport(compute)
+    for name, stage in manifest.stages.items():
+        parallel = getattr(stage, "parallel", None)
+        if parallel is not None:
+            try:
+                check_workers(parallel, pool_of(manifest, stage).workers)
+            except ManifestError as error:
+                raise ComputeError(f"stages.{name}: {error}") from error
     if compute.provider != "local" or not compute.pools:
         return
     for what, found, per_worker in (
