@@ -51,6 +51,8 @@ class Mesh:
     names: tuple[str, ...]
     tensor: int = 1
     replicas: int = 1
+    adapter: dict[str, Any] | None = None
+    """To train that alone, on a frozen base."""
 
 
 def write_checkpoints(folder: Path, names: tuple[str, ...]) -> None:
@@ -97,26 +99,31 @@ def on_mesh(task: Mesh) -> dict[str, dict[str, Any]]:
 
     workers = Workers.join(shape=shape)
     try:
-        return {name: measured(Path(task.folder, name), workers) for name in task.names}
+        return {name: measured(Path(task.folder, name), workers, task.adapter) for name in task.names}
     finally:
         workers.leave()
 
 
-def alone(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def alone(folder: Path, names: tuple[str, ...], adapter: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """The same in this process."""
     from postlude.training.workers import Workers
 
-    return {name: measured(folder / name, Workers()) for name in names}
+    return {name: measured(folder / name, Workers(), adapter) for name in names}
 
 
-def model_of(place: Path, workers):
+def model_of(place: Path, workers, adapter: dict[str, Any] | None = None):
+    import torch
+
+    from postlude.manifest.adapter import Adapter
     from postlude.manifest.schema import ModelFrom
+    from postlude.model.adapters import Asked
     from postlude.model.load import load_divided, load_model
 
     start = ModelFrom(path=str(place))
+    asked = None if adapter is None else Asked(Adapter.model_validate(adapter), 1, lambda stored: torch.float32)
     if workers.mesh is None:
-        return load_model(start, str(place), None, seed=0)
-    return load_divided(start, str(place), None, seed=0, mesh=workers.mesh, device=workers.device)
+        return load_model(start, str(place), None, seed=0, adapter=asked)
+    return load_divided(start, str(place), None, seed=0, mesh=workers.mesh, device=workers.device, adapter=asked)
 
 
 def executor_of(model, workers, optimizer):
@@ -126,7 +133,8 @@ def executor_of(model, workers, optimizer):
     from postlude.training.step import Executor
     from postlude.training.timing import Phases
 
-    model.requires_grad_(True).train()
+    model.make_trainable(True)
+    model.train()
     program = Program(NegativeLogLikelihood().build(), {"policy": Role(model, optimizer)})
     return Executor(program, workers, Precision("fp32", "a test"), Phases(), lambda batch: 0.0)
 
@@ -138,7 +146,7 @@ def whole(tensor) -> np.ndarray:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()
 
 
-def measured(place: Path, workers) -> dict[str, Any]:
+def measured(place: Path, workers, adapter: dict[str, Any] | None = None) -> dict[str, Any]:
     from postlude.training.optimizers import SGD, AdamW
     from postlude.training.precision import LossScale, Precision
 
@@ -146,21 +154,21 @@ def measured(place: Path, workers) -> dict[str, Any]:
     scale = LossScale(Precision("fp32", "a test"))
     work = batches(workers.data_rank, workers.data_world)
     for kind in (SGD(lr=0.05), AdamW(lr=1e-3)):
-        model = model_of(place, workers)
+        model = model_of(place, workers, adapter)
         executor = executor_of(model, workers, kind)
         (optimizer,) = kind.build([(n, p) for n, p in model.named_parameters() if p.requires_grad])
         losses = []
         for step in range(3):
             result = executor.forward_backward(work, scale)
             losses.append(result.loss)
-            if isinstance(kind, SGD) and step == 0:
+            if isinstance(kind, SGD) and step == (0 if adapter is None else 2):  # at first B is zero, and A has none
                 found["norm"] = result.grad_norms["policy"]
                 found["gradients"] = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
             optimizer.step()
             optimizer.zero_grad()
         found[f"losses of {type(kind).__name__}"] = losses
         if isinstance(kind, SGD):
-            found["weights"] = {name: whole(parameter) for name, parameter in model.named_parameters()}
+            found["weights"] = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
     return found
 
 

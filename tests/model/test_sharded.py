@@ -20,6 +20,7 @@ from postlude.model.lazy_tensors import Extended, InMemory, Joined, Stacked, Tra
 from ranks import run_ranks
 
 FEW = ("llama", "qwen3 tied", "gpt_oss")
+LORA = {"rank": 4, "alpha": 16.0, "rslora": True}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -53,11 +54,50 @@ def test_four_ranks_train_as_one_process(folder, expected) -> None:
             compared(expected[name], found[name])
 
 
-@pytest.mark.long
-@pytest.mark.capability("Models larger than one device: FSDP2 and tensor parallelism")
-@pytest.mark.parametrize(
+@pytest.fixture(scope="module")
+def expected_of_adapters(folder):
+    return meshes.alone(folder, tuple(meshes.ARCHITECTURES), LORA)
+
+
+def test_four_ranks_train_an_adapter_as_one_process(folder) -> None:
+    found = run_ranks("meshes:on_mesh", meshes.Mesh(str(folder), FEW, tensor=2, adapter=LORA), 4)[0]
+    expected = meshes.alone(folder, FEW, LORA)
+    for name in FEW:
+        compared(expected[name], found[name])
+
+
+ON_MESHES = pytest.mark.parametrize(
     ("ranks", "tensor", "replicas"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2)], ids=["2x1", "1x2", "2x2", "replicas"]
 )
+
+
+@pytest.mark.long
+@pytest.mark.capability("Adapters: LoRA, rsLoRA, DoRA")
+@ON_MESHES
+def test_an_adapter_of_every_architecture_on_every_mesh(folder, expected_of_adapters, ranks, tensor, replicas) -> None:
+    names = tuple(meshes.ARCHITECTURES)
+    task = meshes.Mesh(str(folder), names, tensor, replicas, LORA)
+    found = run_ranks("meshes:on_mesh", task, ranks)[0]
+    for name in names:
+        compared(expected_of_adapters[name], found[name])
+
+
+@pytest.mark.capability("Adapters: LoRA, rsLoRA, DoRA")
+def test_the_length_and_direction_of_sharded_weights_are_adapted_apart(folder) -> None:
+    task = meshes.Mesh(str(folder), FEW[:1], adapter={**LORA, "dora": True})
+    found = run_ranks("meshes:on_mesh", task, 2)[0]
+    compared(meshes.alone(folder, FEW[:1], task.adapter)[FEW[0]], found[FEW[0]])
+
+
+def test_directions_cannot_be_divided_and_this_is_said(folder) -> None:
+    task = meshes.Mesh(str(folder), FEW[:1], tensor=2, adapter={**LORA, "dora": True})
+    with pytest.raises(RuntimeError, match=r"adapter\.dora needs whole rows of the weights"):
+        run_ranks("meshes:on_mesh", task, 2)
+
+
+@pytest.mark.long
+@pytest.mark.capability("Models larger than one device: FSDP2 and tensor parallelism")
+@ON_MESHES
 def test_every_architecture_on_every_mesh(folder, expected, ranks, tensor, replicas) -> None:
     names = tuple(meshes.ARCHITECTURES)
     found = run_ranks("meshes:on_mesh", meshes.Mesh(str(folder), names, tensor, replicas), ranks)[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import Component, Config, Named
 
 if TYPE_CHECKING:
@@ -262,6 +263,8 @@ class TrainingStage(StageConfig):
     where their pools differ."""
     model: ModelFrom
     """The weights that training starts from."""
+    adapter: Adapter | None = None
+    """Train a few small matrices beside the weights, which stay as they are."""
     tokenizer: TokenizerFrom | None = None
     """By default the model's own."""
     data: Mixture
@@ -295,6 +298,12 @@ class TrainingStage(StageConfig):
     """Loss on held-out data, if it is wanted."""
     max_skipped_steps: Positive = 5
     """So many steps in a row without a finite gradient stop the run."""
+
+    @model_validator(mode="after")
+    def _adapts_what_is_there(self) -> Self:
+        if self.adapter is not None and self.model.new is not None:
+            raise ValueError("adapter: a new model has nothing to adapt. Leave adapter out, or start from a model")
+        return self
 
     def base_model(self) -> ModelPlace | None:
         return self.model

@@ -22,10 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from postlude.model import sharded_export, vocabulary
+from postlude import storage
+from postlude.model import adapters, sharded, sharded_export, vocabulary
+from postlude.model.adapters import Attached
 from postlude.model.anatomy import decoder_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
-from postlude.model.load import quiet
+from postlude.model.load import quiet, read_config
 
 
 def write_model(
@@ -42,11 +44,18 @@ def write_model(
     that began with none. Generation stops at ``stop_ids``, too. The vocabulary has its real size. The live model is
     not touched. Where ranks hold the model together, the leading one calls this and the others :func:`send_model`.
 
+    Of a model with an adapter only that is written, as PEFT does it, and the lineage names its base with the hash of
+    its files.
+
     A model with a scalar head is written as transformers' sequence classification with one label, where the
     architecture has that; what is missing there stands beside it, so that it is still a language model here.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if model.attached is not None:
+        _write_adapter(model, model.attached, folder, lineage)
+        tokenizer.save_pretrained(folder)
+        return
     dtype = dtype or model.stored_dtype or torch.float32
     config = copy.deepcopy(model.config)
     config.dtype = dtype
@@ -82,9 +91,20 @@ def write_model(
 
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:
     """Take part in the writing of a model that ranks hold together, on a rank that does not write it."""
-    if model.mesh is not None:
+    if model.attached is not None:
+        sharded_export.gathered_adapter(model)
+    elif model.mesh is not None:
         for _ in sharded_export.gathered(model, dtype or model.stored_dtype or torch.float32):
             pass
+
+
+def _write_adapter(model: LanguageModel, attached: Attached, folder: Path, lineage: dict[str, Any]) -> None:
+    tensors, scalar = sharded_export.gathered_adapter(model)
+    adapters.write(tensors, attached, folder)
+    if scalar is not None:
+        save_file({"weight": scalar}, folder / SCALAR_FILE)
+    base = {"place": attached.base.place, "sha256": adapters.digest_of(attached.base.place)}
+    (folder / "lineage.json").write_text(json.dumps({**lineage, "base": base}, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(written: PreTrainedModel, folder: Path) -> None:
@@ -92,6 +112,28 @@ def _write_config(written: PreTrainedModel, folder: Path) -> None:
     written.config.architectures = [type(written).__name__]
     written.config.save_pretrained(folder)
     written.generation_config.save_pretrained(folder)
+
+
+def write_merged(folder: str, place: str, out: Path) -> None:
+    """Write the model that an adapter in a local folder makes of its base, tensor by tensor, in the dtype of the base.
+
+    What else the artifact has beside its weights is copied.
+    """
+    config = read_config(folder, place)
+    causal = sharded.on_meta(config)
+    with sharded.open_sources(folder, place, causal) as found:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else sharded.dtype_in_files(found)
+        config.dtype = dtype
+        written: Any = causal.to(dtype)  # type: ignore[arg-type]
+        files = sharded_export.WeightFiles(written, out)
+        for name in files.names:
+            whole = found[name].read(tuple(slice(0, size) for size in found[name].shape))
+            files.add(name, whole.to(dtype) if whole.is_floating_point() else whole)
+        files.close()
+    _write_config(written, out)
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.name not in (adapters.CONFIG, adapters.WEIGHTS, storage.MARKER):
+            (out / path.name).write_bytes(path.read_bytes())
 
 
 def _on_meta(kind: Any, model: LanguageModel, config: PreTrainedConfig, dtype: torch.dtype) -> Any:

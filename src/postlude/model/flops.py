@@ -16,7 +16,7 @@ from torch import nn
 
 from postlude.data.batch import PackedBatch
 from postlude.model.anatomy import decoder_of
-from postlude.model.language_model import LanguageModel
+from postlude.model.language_model import LanguageModel, is_adapter_part
 
 
 def packed_flops(
@@ -27,7 +27,7 @@ def packed_flops(
     What is frozen is read from ``requires_grad`` now. A model that is frozen altogether is only run forward. Of those
     that are ``headless`` the language head is not used.
     """
-    counted = [(ModelFlops(model), model not in headless) for model in models]
+    counted = [(ModelFlops(model, getattr(model, "only_forward", False)), model not in headless) for model in models]
 
     def count(batch: PackedBatch) -> float:
         lengths = batch.lengths[: batch.documents].tolist()
@@ -47,14 +47,14 @@ def causal_pairs(length: int, window: int | None) -> int:
 class ModelFlops:
     """The operations of one model, as a function of document lengths and trained rows."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, only_forward: bool = False) -> None:
         layers = model.layers()
-        before_layer = _trainable_before_layer(model, layers)
+        before_layer = [False] * (len(layers) + 1) if only_forward else _trainable_before_layer(model, layers)
         head: Any = model.causal.get_output_embeddings()
-        self.per_token = sum(_products_per_token(model, layers, before_layer))
+        self.per_token = sum(_products_per_token(model, layers, before_layer, only_forward))
         """For each token, attention apart."""
         per_row = 2.0 * model.vocabulary * head.weight.shape[1]
-        self.per_row = per_row * (1 + head.weight.requires_grad + before_layer[-1])
+        self.per_row = per_row * (1 + (head.weight.requires_grad and not only_forward) + before_layer[-1])
         """For each row that the language head is applied to."""
         self.per_pair: Counter[int | None] = Counter()
         """By window: for each pair of tokens that attend, summed over the layers with this window."""
@@ -86,7 +86,7 @@ def _trainable_before_layer(model: LanguageModel, layers: Sequence[nn.Module]) -
 
 
 def _products_per_token(
-    model: LanguageModel, layers: Sequence[nn.Module], before_layer: Sequence[bool]
+    model: LanguageModel, layers: Sequence[nn.Module], before_layer: Sequence[bool], only_forward: bool = False
 ) -> Iterator[float]:
     """For each weight of the decoder's matrix products, its operations for one token, backward pass included.
 
@@ -98,6 +98,10 @@ def _products_per_token(
     started = [any(p.requires_grad and p.ndim == 1 for p in layer.parameters()) for layer in layers]
     for name, parameter in decoder.named_parameters():
         if id(parameter) in embeddings or parameter.ndim < 2 or "bias" in name.rpartition(".")[2]:
+            continue
+        if only_forward:
+            if not is_adapter_part(name):
+                yield 2.0 * parameter.numel() * (_active_share(model, parameter) if parameter.ndim == 3 else 1.0)
             continue
         layer = owner.get(id(parameter))
         for_input = before_layer[-1] if layer is None else before_layer[layer] or started[layer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,19 @@ from postlude.model.attention import Documents
 from postlude.model.mesh import Mesh
 from postlude.model.tensor_parallel import VocabularyPart, local
 
+if TYPE_CHECKING:
+    from postlude.model.adapters import Attached
+
 SCALAR_FILE = "scalar_head.safetensors"
 """Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
 
 LM_HEAD_FILE = "lm_head.safetensors"
 """Holds the head that predicts tokens where the directory is a sequence classification, which has no such head."""
+
+
+def is_adapter_part(name: str) -> bool:
+    """Whether a parameter, by its name in a model, is one that an adapter has put in."""
+    return ".lora_" in name
 
 
 class HeadParameters(NamedTuple):
@@ -67,6 +75,8 @@ class LanguageModel(nn.Module):
         self.stored_dtype = stored_dtype
         self.mesh = mesh
         self.scalar: nn.Linear | None = None
+        self.attached: Attached | None = None
+        """The adapter that is trained, with the rest of the weights frozen."""
         self.compiled = False
         self.vocabulary = vocabulary.rows(causal)
         vocabulary.pad(causal)
@@ -166,6 +176,12 @@ class LanguageModel(nn.Module):
             raise KeyError(name)
         self._gather()
         return ScalarHead(self.scalar)
+
+    def make_trainable(self, trained: bool) -> None:
+        """Say whether the model is trained: all of it, or its adapter and the head ``scalar``."""
+        for name, parameter in self.named_parameters():
+            own = self.attached is None or is_adapter_part(name) or name.startswith("scalar.")
+            parameter.requires_grad_(trained and own)
 
     def freeze_heads_except(self, used: Collection[str]) -> None:
         """Take the heads that no objective uses out of the training: without a gradient, an optimiser would hold no

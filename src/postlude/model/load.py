@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,24 +38,44 @@ from postlude.model import vocabulary
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.mesh import Mesh
 
+if TYPE_CHECKING:
+    from postlude.model.adapters import Asked
+
 
 def load_model(
-    start: ModelPlace, place: str | None, tokenizer: PreTrainedTokenizerBase | None, *, seed: int
+    start: ModelPlace,
+    place: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    seed: int,
+    adapter: Asked | None = None,
 ) -> LanguageModel:
     """The model that a stage starts from, on the CPU with fp32 weights.
 
     ``place`` is a Hugging Face directory (a path or URI) or a hub name; it is None where ``start`` asks for a new
     model, whose random weights follow from ``seed`` and whose vocabulary follows ``tokenizer`` unless the
-    manifest gives it. ManifestError for what is not there, incomplete, unknown, or does not fit the tokenizer.
+    manifest gives it. Where there is an adapter at ``place`` it is merged into its base; with an ``adapter`` that is
+    asked for, the rest of the weights is frozen. ManifestError for what is not there, incomplete, unknown, or does not
+    fit the tokenizer.
     """
     if place is None:
         config = configuration(start, None, tokenizer)
-        return LanguageModel(_random(config, seed))
+        model = LanguageModel(_random(config, seed))
+        if adapter is not None:
+            from postlude.model.adapted import attach_new
+
+            attach_new(model, adapter, f"new {config.model_type}")
+        return model
     with local_files(place) as folder:
         config = read_config(folder, place)
         if tokenizer is not None:
             vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
-        model = LanguageModel(*_read_weights(folder, place, config))
+        if adapter is None:
+            model = LanguageModel(*_read_weights(folder, place, config))
+        else:
+            from postlude.model.adapted import load_adapted
+
+            model = load_adapted(folder, place, config, adapter)
         scalar = Path(folder) / SCALAR_FILE
         if scalar.exists():
             model.add_scalar_head()
@@ -72,6 +92,7 @@ def load_divided(
     mesh: Mesh,
     device: torch.device,
     scalar: bool = False,
+    adapter: Asked | None = None,
 ) -> LanguageModel:
     """The model of :func:`load_model`, divided among the ranks of a mesh, which all call this: each reads only what is
     its own. Of a new model each draws all weights first, so that they do not depend on the mesh. ``scalar`` adds the
@@ -80,7 +101,7 @@ def load_divided(
     from postlude.model.sharded import load_sharded, shard_new
 
     if place is None:
-        return shard_new(_random(configuration(start, None, tokenizer), seed), mesh, device, scalar)
+        return shard_new(_random(configuration(start, None, tokenizer), seed), mesh, device, scalar, adapter)
     with local_files(place) as folder:
         config = read_config(folder, place)
         if tokenizer is not None:
@@ -89,7 +110,7 @@ def load_divided(
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
-        return load_sharded(folder, place, config, mesh, device, scalar)
+        return load_sharded(folder, place, config, mesh, device, scalar, adapter)
 
 
 def load_causal(
@@ -208,6 +229,14 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def read_config(folder: str, place: str) -> PreTrainedConfig:
+    """The configuration of a model; of an adapter that of its base."""
+    if Path(folder, "adapter_config.json").exists():
+        from postlude.model import adapters
+
+        if adapters.is_adapter(folder):
+            stored = adapters.StoredAdapter(folder, place)
+            with stored.base_folder((".json",)) as base:
+                return read_config(base, stored.base.place)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -234,7 +263,15 @@ def _read_weights(folder: str, place: str, config: PreTrainedConfig) -> tuple[Pr
 def read_causal(
     folder: str, place: str, config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"]
 ) -> PreTrainedModel:
-    """A transformers model from its files, every weight of it. ManifestError if they are broken or incomplete."""
+    """A transformers model from its files, every weight of it, with what is an adapter merged into its base.
+
+    ManifestError if files are broken or incomplete.
+    """
+    if Path(folder, "adapter_config.json").exists():
+        from postlude.model import adapters
+
+        if adapters.is_adapter(folder):
+            return adapters.read_merged(folder, place, config, dtype)
     try:
         with quiet() if Path(folder).exists() else nullcontext():  # a download shows how far it is
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -32,7 +32,9 @@ from transformers.core_model_loading import (
 )
 
 from postlude.manifest.errors import ManifestError
-from postlude.model import tensor_parallel
+from postlude.model import adapters, tensor_parallel
+from postlude.model.adapted import Start, sources_with_adapter, start_of
+from postlude.model.adapters import Asked
 from postlude.model.anatomy import UnsupportedModel, name_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
 from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed
@@ -49,7 +51,13 @@ Sources = Mapping[str, LazyTensor]
 
 
 def load_sharded(
-    folder: str, place: str, config: PreTrainedConfig, mesh: Mesh, device: torch.device, scalar_head: bool
+    folder: str,
+    place: str,
+    config: PreTrainedConfig,
+    mesh: Mesh,
+    device: torch.device,
+    scalar_head: bool,
+    adapter: Asked | None = None,
 ) -> LanguageModel:
     """The model in a local folder, its weights fp32 and divided among the ranks of a mesh. All ranks call it.
 
@@ -58,27 +66,29 @@ def load_sharded(
     ManifestError, on every rank alike, for files that are missing, broken or incomplete, and for an architecture that
     cannot be divided.
     """
-    stored = config.dtype
     causal = on_meta(config)
-    with open_checkpoint(folder, place) as files:
-        if not isinstance(stored, torch.dtype):
-            stored = next(iter(files.values())).dtype
-        found = named_as_in_the_model(files, causal)
-        _check_complete(found, causal, place)
+    with ExitStack() as stack:
+        start = stack.enter_context(start_of(folder, place, adapter)) if adapter else Start(folder, place, None)
+        found = stack.enter_context(open_sources(start.folder, start.place, causal))
+        _check_complete(found, causal, start.place)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(found)
         scalar = Path(folder, SCALAR_FILE)
         if scalar.exists():
             found[SCALAR] = InMemory(load_file(scalar)["weight"])
         elif scalar_head:
             found[SCALAR] = InMemory(drawn_scalar(config.get_text_config().hidden_size))
-        return _filled(causal, found, mesh, device, stored)
+        return _divided(causal, found, mesh, device, stored, start, adapter)
 
 
-def shard_new(causal: PreTrainedModel, mesh: Mesh, device: torch.device, scalar_head: bool) -> LanguageModel:
+def shard_new(
+    causal: PreTrainedModel, mesh: Mesh, device: torch.device, scalar_head: bool, adapter: Asked | None = None
+) -> LanguageModel:
     """A model with weights of its own, equal on every rank, divided among the ranks of a mesh."""
     found: dict[str, LazyTensor] = {name: InMemory(tensor.detach()) for name, tensor in causal.state_dict().items()}
     if scalar_head:
         found[SCALAR] = InMemory(drawn_scalar(causal.config.get_text_config().hidden_size))
-    return _filled(on_meta(causal.config), found, mesh, device, None)
+    start = Start("", f"new {causal.config.model_type}", None)
+    return _divided(on_meta(causal.config), found, mesh, device, None, start, adapter)
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -131,6 +141,23 @@ def open_checkpoint(folder: str, place: str) -> Iterator[dict[str, InFile]]:
                 ) from error
             tensors |= {tensor: InFile(file, tensor) for tensor in file.keys()}  # noqa: SIM118
         yield tensors
+
+
+@contextmanager
+def open_sources(folder: str, place: str, causal: PreTrainedModel) -> Iterator[dict[str, LazyTensor]]:
+    """The weights of a model out of its files, by its own names for them; of an adapter those that it is merged to."""
+    if adapters.is_adapter(folder):
+        stored = adapters.StoredAdapter(folder, place)
+        with stored.base_folder() as base, open_sources(base, stored.base.place, causal) as found:
+            yield adapters.merged_sources(found, stored)
+    else:
+        with open_checkpoint(folder, place) as files:
+            yield named_as_in_the_model(files, causal)
+
+
+def dtype_in_files(found: Sources) -> torch.dtype:
+    """The dtype of a checkpoint whose configuration does not say it."""
+    return next((tensor.dtype for tensor in found.values() if isinstance(tensor, InFile)), torch.float32)
 
 
 def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
@@ -204,10 +231,23 @@ def _check_complete(found: Sources, causal: PreTrainedModel, place: str) -> None
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def _filled(
-    causal: PreTrainedModel, found: Sources, mesh: Mesh, device: torch.device, stored: torch.dtype | None
+def _divided(
+    causal: PreTrainedModel,
+    found: Sources,
+    mesh: Mesh,
+    device: torch.device,
+    stored: torch.dtype | None,
+    start: Start,
+    adapter: Asked | None,
 ) -> LanguageModel:
+    """A model without weights, divided among the ranks and given their parts, with an adapter if one is asked for."""
+    attached, frozen = None, torch.float32
+    if adapter is not None:
+        found, attached = sources_with_adapter(start, causal, found, adapter)
+        frozen = adapter.hold(stored or torch.float32)
+
     def divide(model: LanguageModel) -> None:
+        model.attached = attached
         if SCALAR in found:
             model.add_scalar_head()
         if mesh.shape.tensor > 1:
@@ -215,7 +255,8 @@ def _filled(
             if model.scalar is not None:
                 tensor_parallel.Divided(model.scalar, mesh).place()
         _shard(model, mesh)
-        _fill(model, {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in found.items()}, device)
+        sources = {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in found.items()}
+        _fill(model, sources, device, frozen)
 
     return LanguageModel(causal, stored, mesh, divide)
 
@@ -236,11 +277,13 @@ def _shard(model: LanguageModel, mesh: Mesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _fill(model: nn.Module, sources: Sources, device: torch.device) -> None:
+def _fill(model: nn.Module, sources: Sources, device: torch.device, frozen: torch.dtype) -> None:
     """Give every parameter this rank's part of its source, on a device; what is one parameter stays one."""
     empty = dict(model.named_parameters(remove_duplicate=False))
     filled = {
-        id(parameter): _part(parameter, sources[name], device) for name, parameter in empty.items() if name in sources
+        id(parameter): _part(parameter, sources[name], device, torch.float32 if parameter.requires_grad else frozen)
+        for name, parameter in empty.items()
+        if name in sources
     }
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -251,16 +294,16 @@ def _fill(model: nn.Module, sources: Sources, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device) -> nn.Parameter:
+def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     if parameter.ndim and source.shape[0] < parameter.shape[0]:
         source = Extended(source, parameter.shape[0])  # the padding of the vocabulary
     if not isinstance(parameter, DTensor):
         whole = source.read(tuple(slice(0, size) for size in parameter.shape))
-        return nn.Parameter(_placed(whole, device), requires_grad=parameter.requires_grad)
+        return nn.Parameter(_placed(whole, device, dtype), requires_grad=parameter.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     own = source.read(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
     divided = DTensor.from_local(
-        _placed(own, device),
+        _placed(own, device, dtype),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
@@ -270,6 +313,6 @@ def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device) -> 
     return nn.Parameter(divided, requires_grad=parameter.requires_grad)
 
 
-def _placed(part: Tensor, device: torch.device) -> Tensor:
-    """A copy in fp32 that does not keep the file's memory."""
-    return part.to(device, torch.float32, copy=True).contiguous()
+def _placed(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy that does not keep the file's memory."""
+    return part.to(device, dtype, copy=True).contiguous()

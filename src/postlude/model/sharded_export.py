@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from postlude.manifest.errors import ManifestError
 from postlude.model.anatomy import name_of
-from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
+from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, is_adapter_part
 
 FILE_BYTES = 4 * 2**30
 """A file is closed before it grows beyond this."""
@@ -55,32 +55,27 @@ def gathered(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
 
 
+def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The tensors of a model's adapter by name, and its head ``scalar``, whole and on the CPU. All ranks call it."""
+    named = model.causal.named_parameters()
+    tensors = {name: _whole(tensor).to("cpu") for name, tensor in named if is_adapter_part(name)}
+    return tensors, None if model.scalar is None else _whole(model.scalar.weight).to("cpu")
+
+
 def write(
     written: PreTrainedModel, model: LanguageModel, beside: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
     """Write the weights of ``written``, a model without values, out of those that are gathered from all ranks.
 
-    Those named in ``beside`` have no place in it and go into a file of their own. ManifestError if the architecture's
-    files hold tensors that are made of several.
+    Those named in ``beside`` have no place in it and go into a file of their own.
     """
-    names = {id(tensor): name for name, tensor in reversed(list(written.state_dict(keep_vars=True).items()))}
-    plans = {
-        name: _renamed(written, name, tensor) for name, tensor in written.state_dict().items() if name in names.values()
-    }
-    planned = {name for plan in plans.values() for name in plan}
-    whole = {name: tensor for name, tensor in written.state_dict().items() if name in plans}
-    if planned != set(revert_weight_conversion(written, whole)):
-        raise ManifestError(
-            f"The files of the architecture '{name_of(written)}' join tensors that the model has apart, which cannot "
-            "be written in parts. Set parallel.shard to false."
-        )
-    files = _Files(folder, plans)
+    files = WeightFiles(written, folder)
     kept: dict[str, Tensor] = {}
     scores = [name for name in written.state_dict() if name not in model.causal.state_dict()]
     for name, tensor in gathered(model, dtype):
         target = scores[0] if name == SCALAR and scores else name
-        if target in plans:
-            files.add(_renamed(written, target, tensor))
+        if target in files.names:
+            files.add(target, tensor)
         elif target in beside:
             kept[target] = tensor
         if name == SCALAR:
@@ -88,6 +83,41 @@ def write(
     files.close()
     if kept:
         save_file(kept, folder / LM_HEAD_FILE)
+
+
+class WeightFiles:
+    """The safetensors files of a model, filled tensor by tensor in the order of :attr:`names`.
+
+    ``written`` is the model without values; it says how tensors are named in files and which are tied. ManifestError if
+    the architecture's files hold tensors that are made of several.
+    """
+
+    def __init__(self, written: PreTrainedModel, folder: Path) -> None:
+        self._written = written
+        state = written.state_dict(keep_vars=True)
+        first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
+        self.names = [name for name, tensor in state.items() if first[id(tensor)] == name]
+        """What is to be given, tied tensors once."""
+        whole = {name: state[name].detach() for name in self.names}
+        plans = {name: self._renamed(name, tensor) for name, tensor in whole.items()}
+        if {name for plan in plans.values() for name in plan} != set(revert_weight_conversion(written, whole)):
+            raise ManifestError(
+                f"The files of the architecture '{name_of(written)}' join tensors that the model has apart, which "
+                "cannot be written in parts. Set parallel.shard to false."
+            )
+        self._files = _Files(folder, plans)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        self._files.add(self._renamed(name, tensor))
+
+    def close(self) -> None:
+        """Finish the last file, and write the index where there are several."""
+        self._files.close()
+
+    def _renamed(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors of a file that one of the model becomes."""
+        return revert_weight_conversion(self._written, {name: tensor})
 
 
 class _Files:
@@ -145,11 +175,6 @@ class _Files:
             where = {name: file for file, content in zip(self.names, self.contents, strict=True) for name in content}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _renamed(written: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors of a file that one of the model becomes."""
-    return revert_weight_conversion(written, {name: tensor})
 
 
 def _whole(tensor: Tensor) -> Tensor:

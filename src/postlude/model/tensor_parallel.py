@@ -284,6 +284,9 @@ class EmbeddingRows(Divided):
         return leave(embedded.masked_fill(~here.unsqueeze(-1), 0), self.group)
 
 
+_ADAPTED = re.compile(r"(?P<path>.*)\.(?P<part>base_layer|lora_A|lora_B|lora_magnitude_vector)(\.default)?")
+"""A module inside of a layer that PEFT has adapted."""
+
 _KINDS: Mapping[str, type[Divided]] = {
     "colwise": Columns,
     "rowwise": Rows,
@@ -367,12 +370,21 @@ def _kinds(causal: PreTrainedModel) -> dict[str, tuple[nn.Module, type[Divided]]
     for name, module in causal.named_modules():
         if next(module.named_parameters(recurse=False), None) is None:
             continue
+        adapted = _ADAPTED.fullmatch(name)
+        path, part = (adapted["path"], adapted["part"]) if adapted else (name, "base_layer")
         if module is causal.get_input_embeddings():
             kind: type[Divided] = EmbeddingRows
         elif module is causal.get_output_embeddings():
             kind = GatheredColumns
         else:
-            kind = next((kind for pattern, kind in patterns if pattern.fullmatch(name)), Divided)
+            kind = next((kind for pattern, kind in patterns if pattern.fullmatch(path)), Divided)
+        if part == "lora_magnitude_vector":
+            raise ManifestError(
+                "adapter.dora needs whole rows of the weights, which parallel.tensor divides. Set parallel.tensor to 1."
+            )
+        # Of an adapter that matrix is divided which meets the divided side of its base.
+        if (part == "lora_A" and not issubclass(kind, Rows)) or (part == "lora_B" and not issubclass(kind, Columns)):
+            kind = Divided
         found[name] = (module, kind)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.data.annotations import StoredStreams
@@ -19,8 +19,10 @@ from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
 from postlude.data.tokenizer import check_same_ids, has_tokenizer, load_tokenizer, train_tokenizer
+from postlude.manifest.adapter import Adapter
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.model.adapters import Asked, WithoutAdapter
 from postlude.model.flops import packed_flops
 from postlude.model.load import load_divided, load_model
 from postlude.recipes.parts import Parts, StageTask, shapes_of
@@ -36,6 +38,7 @@ from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from postlude.model.language_model import LanguageModel
@@ -200,18 +203,30 @@ class Assembly(Parts):
             return  # nothing says what its ids mean
         check_same_ids(self.tokenizer, load_tokenizer(place), f"stages.{self.task.stage}.{name} ({place})")
 
-    def model(self, start: ModelPlace, mesh: Mesh | None = None, scalar_head: bool = False) -> LanguageModel:
+    def model(
+        self, start: ModelPlace, mesh: Mesh | None = None, scalar_head: bool = False, adapter: Adapter | None = None
+    ) -> LanguageModel:
         """A model on this rank's device, or its part of one, recomputing and compiled as the stage says."""
-        place, seed, device = self.place_of(start), self.manifest.seed, self.workers.device
+        place, device = self.place_of(start), self.workers.device
+        asked: dict[str, Any] = {"seed": self.manifest.seed, "adapter": None}
+        if adapter is not None:
+            asked["adapter"] = Asked(adapter, self.manifest.seed, self._held)
         if mesh is None:
-            model = load_model(start, place, self.tokenizer, seed=seed).to(device)
+            model = load_model(start, place, self.tokenizer, **asked).to(device)
         else:
-            model = load_divided(start, place, self.tokenizer, seed=seed, mesh=mesh, device=device, scalar=scalar_head)
+            model = load_divided(start, place, self.tokenizer, mesh=mesh, device=device, scalar=scalar_head, **asked)
         if self.config.recompute == "layer":
             model.recompute_layers()
         if self.config.compile:
             model.compile_layers()
         return model
+
+    def _held(self, stored: torch.dtype) -> torch.dtype:
+        """What weights that are not trained are held in: as they are stored, where that is what is computed in."""
+        import torch
+
+        computed = Precision.choose(self.config.precision, self.workers.device, stored).dtype
+        return stored if stored == computed else torch.float32
 
     def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> Assembly:
         """The same stage with another model to start from, and others beside it, by name. Records and tokenizer are
@@ -226,22 +241,28 @@ class Assembly(Parts):
     @cached_property
     def program(self) -> Program:
         """The recipe's objective, and every model that it needs with its heads."""
-        objective = self.config.objective()
+        objective, adapter = self.config.objective(), self.config.adapter
 
-        def made(start: ModelPlace, name: str) -> LanguageModel:
-            return self.model(start, self.workers.mesh, "scalar" in objective.heads.get(name, ()))
+        def made(start: ModelPlace, name: str, adapter: Adapter | None = None) -> LanguageModel:
+            return self.model(start, self.workers.mesh, "scalar" in objective.heads.get(name, ()), adapter)
 
-        roles = {"policy": Role(made(self.config.model, "policy"), self.config.optimizer)}  # type: ignore[arg-type]
+        policy = made(self.config.model, "policy", adapter)
+        roles = {"policy": Role(policy, self.config.optimizer)}  # type: ignore[arg-type]
         for name, companion in self.config.companions().items():
             start = self.replaced.get(name, companion.start)
             self.check_same_tokens(name, start)
-            roles[name] = Role(made(start, name), companion.optimizer)
+            is_base = start == self.config.model and companion.optimizer is None
+            if is_base and adapter is not None and not adapter.continue_:
+                roles[name] = Role(WithoutAdapter(policy), None)  # type: ignore[arg-type]
+            else:
+                roles[name] = Role(made(start, name), companion.optimizer)
         for name, heads in objective.heads.items():
             if "scalar" in heads:
                 roles[name].model.add_scalar_head()
         for name, role in roles.items():
             trained = role.optimizer is not None
-            role.model.requires_grad_(trained).train(trained)
+            role.model.make_trainable(trained)
+            role.model.train(trained)
             role.model.freeze_heads_except(objective.heads.get(name, ()))
         return Program(objective, roles)
 

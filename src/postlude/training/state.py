@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -19,17 +20,18 @@ Optimizers = Mapping[str, list[torch.optim.Optimizer]]
 
 
 def trained_state(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Any]:
-    """Weights and optimiser state of every role that has an optimiser, by role and parameter name.
+    """What is trained of the weights and optimiser state of every role that has one, by role and parameter name.
 
     The tensors are the live ones: loading into them restores the model. A tied weight is held once.
     """
     state: dict[str, Any] = {}
+    only_trained = StateDictOptions(ignore_frozen_params=True)
     for name, role in roles.items():
         if role.optimizer is None:
             continue
         seen: set[int] = set()
         weights = {}
-        for key, tensor in get_model_state_dict(role.model).items():
+        for key, tensor in get_model_state_dict(role.model, options=only_trained).items():
             if isinstance(tensor, torch.Tensor):
                 place = own_part(tensor).untyped_storage().data_ptr()
                 if place and place in seen:  # of a small tensor a rank may have nothing

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postlude import storage
@@ -13,6 +15,9 @@ from postlude.runs import artifact_of
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""Only an adapter has this file."""
 
 
 def place_of(model: str) -> str:
@@ -32,20 +37,46 @@ def generate(
 def export(place: str, out: str, merge: bool = False) -> None:
     """Copy the artifact of RUN or RUN/STAGE to ``out``: a Hugging Face directory with its lineage.
 
-    ``merge`` is for artifacts that are adapters; a whole model has nothing to merge. UserError if ``out`` is there.
+    An adapter is a directory as PEFT has it; ``merge`` makes a whole model of it and its base. UserError if ``out`` is
+    there, if there is nothing to merge, or if PEFT could not load the adapter.
     """
     artifact = artifact_of(place)
     if artifact is None:
         raise UserError(f"'{place}' is not a run or a stage of one. Give RUN or RUN/STAGE.")
-    if merge:
+    adapter = storage.exists(storage.join(artifact, ADAPTER_CONFIG))
+    if merge and not adapter:
         raise UserError(f"The model of '{place}' is whole: there is no adapter to merge. Leave --merge out.")
     if storage.exists(out):
         raise UserError(f"'{out}' is there already and is not overwritten. Remove it or give another place.")
+    if merge:
+        _export_merged(artifact, out)
+        return
+    if adapter:
+        _check_base_is_whole(artifact)
     for name in storage.list_directory(artifact):
         if name != storage.MARKER:
             copied = storage.open_file(storage.join(artifact, name), "rb")
             with copied as source, storage.open_file(storage.join(out, name), "wb") as target:
                 shutil.copyfileobj(source, target)
+
+
+def _export_merged(artifact: str, out: str) -> None:
+    from postlude.model.export import write_merged
+    from postlude.model.load import local_files
+
+    with storage.new_folder(out) as folder, local_files(artifact) as source:
+        write_merged(source, artifact, Path(storage.local_path(folder)))
+
+
+def _check_base_is_whole(artifact: str) -> None:
+    """UserError if an adapter belongs to another adapter: PEFT could not put both together."""
+    with storage.open_file(storage.join(artifact, ADAPTER_CONFIG), "rb") as stream:
+        base = json.load(stream)["base_model_name_or_path"]
+    if storage.exists(storage.join(base, ADAPTER_CONFIG)):
+        raise UserError(
+            f"The adapter of '{artifact}' belongs to a model that is itself an adapter on another, at '{base}', which "
+            "PEFT does not load. Export it with --merge."
+        )
 
 
 def verify(model: str) -> Verification:
