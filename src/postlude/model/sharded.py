@@ -6,6 +6,7 @@ out of the files the parts that are its own. What of a rank's memory this takes 
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,8 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     :class:`UnsupportedModel` for an architecture that does not say how its buffers follow from its configuration.
     """
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # A copy, since transformers notes there which dtype it was made in.
+        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     for path, module in causal.named_modules():
         if next(module.buffers(recurse=False), None) is None:
             continue
