@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from postlude.manifest.errors import DataError
+from postlude.model import recompute
 
 LENGTHS = (7, 1, 24)
 
@@ -20,11 +24,12 @@ def states_and_gradients(model, batch):
 
 
 @pytest.mark.capability("Recomputation of layers in the backward pass")
+@pytest.mark.parametrize("kind", ["layer", "selective"])
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss", "gpt2"])
-def test_recomputation_changes_no_bit(tiny, pack, architecture):
+def test_recomputation_changes_no_bit(tiny, pack, architecture, kind):
     batch = pack(LENGTHS)
     plain, recomputed = tiny(architecture).train(), tiny(architecture).train()
-    recomputed.recompute_layers()
+    recomputed.recompute_layers(kind)
     calls: list[int] = []
     attention = recomputed.layers()[0].get_submodule("attn" if architecture == "gpt2" else "self_attn")
     attention.register_forward_hook(lambda *_: calls.append(1))
@@ -36,6 +41,33 @@ def test_recomputation_changes_no_bit(tiny, pack, architecture):
         assert torch.equal(got[0], expected[0])
         assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
     assert len(calls) == 4
+
+
+class Calls(TorchDispatchMode):
+    """Counts how often operators are called that matter for time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        self.counted[str(operator)] += operator in recompute.KEPT
+        return operator(*arguments, **(named or {}))
+
+
+@pytest.mark.capability("Recomputation of layers in the backward pass")
+def test_selective_recomputation_makes_no_product_again(tiny, pack):
+    batch, counted = pack(LENGTHS), {}
+    for kind in ("none", "selective", "layer"):
+        model = tiny("qwen3").train()
+        if kind != "none":
+            model.recompute_layers(kind)
+        with Calls() as calls:
+            states_and_gradients(model, batch)
+        counted[kind] = calls.counted
+    assert counted["selective"] == counted["none"]
+    assert counted["layer"]["aten.mm.default"] > counted["none"]["aten.mm.default"]
+    assert counted["layer"]["postlude.document_attention.default"] == 2 * len(tiny("qwen3").layers())
 
 
 @pytest.mark.capability("Compiled layers that do not recompile for each pack")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.manifest.errors import ComputeError, DataError, ManifestError
 from postlude.workflow.preview import preview
 
 DIGITS = {"function": "recipes.scores:digits"}
@@ -116,3 +116,61 @@ def test_a_stage_without_prompts_has_nothing_to_preview(project):
     project.stages["kept"] = {"recipe": "filter", "data": {"asked": 1.0}}
     with pytest.raises(ManifestError, match="puts no prompts to a model"):
         preview(project.write(), [])
+
+
+def test_a_stage_that_would_not_fit_is_refused_with_what_would(project) -> None:
+    project.manifest["compute"] = {"pools": {"train": {"workers": 1, "device_memory": 64 * 2**20}}}
+    project.stages["tune"] = project.train(data={"asked": 1.0})
+    report = project.validate()
+    assert report.exit_code == 4
+    assert "by the memory plan a worker needs" in str(report.error)
+    with pytest.raises(ComputeError, match="by the memory plan a worker needs"):
+        project.run()
+
+
+def test_workers_that_cannot_share_a_model_are_refused_before_any_work(project) -> None:
+    project.manifest["compute"] = {"pools": {"train": {"workers": 3}}}
+    project.stages["tune"] = project.train(data={"asked": 1.0}, parallel={"tensor": 2})
+    assert project.validate().exit_code == 4
+    assert "parallel.tensor (2) does not divide the 3 workers" in str(project.validate().error)
+    project.manifest["compute"] = {"pools": {"train": {"workers": {"min": 2, "max": 4}}}}
+    assert "a number of workers that does not change" in str(project.validate().error)
+    project.manifest["compute"] = {"pools": {"train": {"workers": 4}}}
+    project.stages["tune"]["parallel"] = {"tensor": 4}
+    assert "parallel.tensor (4) does not divide the model's num_attention_heads (2)" in str(project.validate().error)
+    assert project.validate().exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"parallel": {"replicas": 2}}, "replicas are of sharded weights"),
+        ({"parallel": {"shard": True}, "compile": True}, "layers that workers hold together are not compiled"),
+        ({"adapter": {"rank": 4, "continue": True}}, "'continue' takes the adapter as it is"),
+        (
+            {"adapter": {}, "model": {"new": {"architecture": "llama"}}, "tokenizer": {"bytes": True}},
+            "nothing to adapt",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(project, keys, said) -> None:
+    project.stages["tune"] = {**project.train(data={"asked": 1.0}), **keys}
+    report = project.validate()
+    assert report.exit_code == 2
+    assert said in str(report.error)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gemma3_text", "gpt_oss", "phi3", "smollm3"])
+def test_a_small_model_of_an_architecture_has_its_width_and_experts(architecture) -> None:
+    from transformers import AutoConfig
+
+    from postlude.model.load import configuration, configuration_keys, count_parameters
+    from postlude.recipes.little import little_model
+
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+    known = {key: value for key, value in {**shape, **experts}.items() if key in configuration_keys(architecture)}
+    config = AutoConfig.for_model(architecture, **known, num_hidden_layers=3)
+    small = configuration(little_model(config), None, None)
+    expected = AutoConfig.for_model(architecture, **known, num_hidden_layers=2)
+    assert count_parameters(small) == count_parameters(expected)

@@ -288,8 +288,9 @@ class TrainingStage(StageConfig):
     CUDA fp16 with dynamic loss scaling, but bf16 for a checkpoint that is stored in it."""
     parallel: Parallel = Parallel()
     """How the workers hold the model together."""
-    recompute: Literal["none", "layer"] = "none"
-    """``layer`` computes each layer's activations again in the backward pass, to save memory."""
+    recompute: Literal["none", "selective", "layer"] = "none"
+    """What is computed again in the backward pass, to save memory: ``layer`` all of each layer, ``selective`` all but
+    matrix products and attention, which take most of the time."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     checkpoint: Checkpoint = Checkpoint()
@@ -298,6 +299,14 @@ class TrainingStage(StageConfig):
     """Loss on held-out data, if it is wanted."""
     max_skipped_steps: Positive = 5
     """So many steps in a row without a finite gradient stop the run."""
+
+    @model_validator(mode="after")
+    def _compiles_what_is_whole(self) -> Self:
+        if self.compile and self.parallel.divides:
+            raise ValueError(
+                "compile: layers that workers hold together are not compiled. Leave compile or parallel out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapts_what_is_there(self) -> Self:
@@ -338,6 +347,9 @@ class Pool(Config):
     """By default the machine's cores, shared out; with other providers than ``local`` one."""
     memory_per_worker: Positive | None = None
     """Bytes of its node's memory that each worker reserves."""
+    device_memory: Positive | None = None
+    """Bytes of each worker's GPU: a stage that would need more by its memory plan is refused before it begins. On the
+    CPU ``memory_per_worker`` is that bound, unless this is given."""
     labels: dict[str, str] = {}
     """Labels that a node must have."""
     placement: Literal["pack", "spread", "one_node", "node_each"] = "pack"

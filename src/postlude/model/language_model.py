@@ -21,6 +21,7 @@ from postlude.manifest.errors import DataError, ManifestError
 from postlude.model import anatomy, attention, vocabulary
 from postlude.model.attention import Documents
 from postlude.model.mesh import Mesh
+from postlude.model.recompute import checkpoint_arguments
 from postlude.model.tensor_parallel import VocabularyPart, local
 
 if TYPE_CHECKING:
@@ -215,12 +216,13 @@ class LanguageModel(nn.Module):
             )
         return found
 
-    def recompute_layers(self) -> None:
-        """Keep only each layer's input for the backward pass, and compute the rest again there."""
+    def recompute_layers(self, kind: str = "layer") -> None:
+        """Keep only each layer's input for the backward pass (``layer``), or its products and its attention, too
+        (``selective``), and compute the rest again there."""
         self.layers()
         causal = self.causal
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable(checkpoint_arguments(kind))
 
     def compile_layers(self) -> None:
         """Compile each layer; documents are data to the compiled code, so another pack needs no other code."""

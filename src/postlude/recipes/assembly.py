@@ -215,8 +215,8 @@ class Assembly(Parts):
             model = load_model(start, place, self.tokenizer, **asked).to(device)
         else:
             model = load_divided(start, place, self.tokenizer, mesh=mesh, device=device, scalar=scalar_head, **asked)
-        if self.config.recompute == "layer":
-            model.recompute_layers()
+        if self.config.recompute != "none":
+            model.recompute_layers(self.config.recompute)
         if self.config.compile:
             model.compile_layers()
         return model

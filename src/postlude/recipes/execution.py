@@ -15,6 +15,7 @@ from postlude.recipes.annotate import annotate, forget_annotations
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.portions import Portions
+from postlude.recipes.rehearsal import check_memory
 from postlude.recipes.work import Entry, Work, WorkRecipe
 from postlude.recipes.workbench import Workbench
 from postlude.runs import provenance
@@ -117,6 +118,7 @@ def _train(assembly: Assembly, recorder: Recorder, stop: Interruption) -> Summar
     workers.barrier()
     if not annotate(assembly, recorder, stop):
         return Summary(0, interrupted=True)
+    check_memory(assembly)
     trainer = assembly.trainer(recorder, stop)
     if checkpoint is not None:
         trainer.restore(checkpoint[1])

@@ -15,8 +15,15 @@ LARGEST_PARAMETERS = 300_000_000
 
 def little_model(config: PreTrainedConfig) -> ModelFrom:
     """A new model of the same architecture, width and vocabulary with at most two layers."""
-    small: dict[str, Any] = {**config.to_diff_dict(), **_shortened(config)}
-    architecture = small.pop("model_type")
+    from postlude.model.load import configuration_keys
+
+    architecture = config.model_type
+    # Some configurations write down what they do not read: a pattern that others follow from, another name for a key.
+    known = configuration_keys(architecture)
+    other_names = {stored: key for key, stored in config.attribute_map.items()}
+    named = {key if key in known else other_names.get(key, key): v for key, v in config.to_diff_dict().items()}
+    said = {key: value for key, value in named.items() if key in known}
+    small: dict[str, Any] = {**said, **_shortened(config)}
     return ModelFrom(new=NewModel(architecture=architecture, config=small))
 
 

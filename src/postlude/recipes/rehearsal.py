@@ -1,23 +1,31 @@
 """The last part of a preflight: what a stage will weigh, and one real optimiser step of it, small.
 
-The plan counts the parameters of the whole model without allocating them. The step runs the stage's own data,
-objective, optimiser and precision through the unmodified trainer, on a model of the same architecture and
-vocabulary with random weights and at most two layers.
+The plan (:mod:`postlude.model.memory`) is that of the whole model, which is never allocated. The step runs the
+stage's own data, objective, optimiser and precision through the unmodified trainer, on a model of the same
+architecture and vocabulary with random weights and at most two layers.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
 
 from postlude.data.loader import StepBlocks
-from postlude.manifest.errors import UserError
-from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.manifest.adapter import Adapter
+from postlude.manifest.errors import ComputeError, UserError
+from postlude.manifest.parallel import shape_of
+from postlude.manifest.schema import ModelFrom, ModelPlace, Pool
+from postlude.model import memory, sharded, tensor_parallel, vocabulary
 from postlude.model.load import configuration, count_parameters
+from postlude.model.memory import MIB, MemoryPlan
+from postlude.objectives.logits import Limits
 from postlude.recipes.annotate import annotated, check_annotations
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.little import LARGEST_PARAMETERS, little_model
@@ -25,23 +33,8 @@ from postlude.training.meters import Meters
 from postlude.training.precision import Precision
 from postlude.training.trainer import Trainer
 
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes of one worker, estimated: weights, gradients and optimiser state exactly, activations roughly."""
-
-    parameters: int
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
-
-    def to_json(self) -> dict[str, int]:
-        return {**vars(self), "peak_bytes": self.peak_bytes}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,21 @@ class Rehearsal:
     def render(self) -> Table:
         table = Table(title="One worker", title_justify="left", show_header=False)
         table.add_row("parameters", f"{self.plan.parameters:,}")
-        for part in ("weights", "gradients", "optimizer", "activations", "peak"):
-            table.add_row(part, f"{getattr(self.plan, f'{part}_bytes') / 2**20:,.0f} MiB")
+        if self.plan.trained != self.plan.parameters:
+            table.add_row("trained", f"{self.plan.trained:,}")
+        for part in (
+            "base",
+            "weights",
+            "gathered",
+            "gradients",
+            "optimizer",
+            "activations",
+            "head",
+            "checkpoint",
+            "peak",
+        ):
+            if size := getattr(self.plan, f"{part}_bytes"):
+                table.add_row(part, f"{size / MIB:,.0f} MiB")
         table.add_row("precision", f"{self.precision.name} ({self.precision.reason})")
         step = "not made: the model is too large for this machine"
         if self.loss is not None:
@@ -85,7 +91,9 @@ def rehearse(assembly: Assembly) -> Rehearsal:
     companions |= {name: one.start for name, one in assembly.config.annotations().items()}
     start = assembly.root(assembly.config.model)
     config = configuration(start, assembly.place_of(start), assembly.tokenizer)
-    plan = _plan(assembly, config, count_parameters(config))
+    check_mesh(assembly, config)
+    plan = plan_of(assembly, config)
+    _check_fits(assembly, config, plan)
     new = little_model(config)
     beside = {name: _companion(assembly, name, place) for name, place in companions.items()}
     little = assembly.with_models(new, beside)
@@ -149,20 +157,84 @@ def _companion(assembly: Assembly, name: str, start: ModelPlace) -> ModelFrom:
     return little_model(configuration(root, assembly.place_of(root), assembly.tokenizer))
 
 
-def _plan(assembly: Assembly, config: Any, parameters: int) -> MemoryPlan:
-    text = config.get_text_config()
-    batch = assembly.config.batch
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    key_value = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads
-    feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
-    per_layer = 8 * hidden + 2 * key_value + 4 * feed_forward
-    kept = text.num_hidden_layers * (hidden if assembly.config.recompute == "layer" else per_layer)
-    width = 4 if assembly.config.precision in ("auto", "fp32") and assembly.workers.device.type == "cpu" else 2
-    states = assembly.config.optimizer.state_per_parameter  # type: ignore[attr-defined]
-    return MemoryPlan(
-        parameters=parameters,
-        weights_bytes=4 * parameters,
-        gradients_bytes=4 * parameters,
-        optimizer_bytes=4 * states * parameters,
-        activations_bytes=width * (batch.micro or batch.block) * (kept + per_layer),
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def plan_of(assembly: Assembly, config: PreTrainedConfig) -> MemoryPlan:
+    """What one worker of the stage will need."""
+    return memory.plan(config, _setting(assembly, config), _base_bytes(assembly))
+
+
+def check_memory(assembly: Assembly) -> None:
+    """:class:`ComputeError` if the manifest says what memory a worker has, and by the plan it is not enough."""
+    if _limit(assembly) is not None:
+        start = assembly.root(assembly.config.model)
+        config = configuration(start, assembly.place_of(start), assembly.tokenizer)
+        _check_fits(assembly, config, plan_of(assembly, config))
+
+
+def _check_fits(assembly: Assembly, config: PreTrainedConfig, plan: MemoryPlan) -> None:
+    limit = _limit(assembly)
+    if limit is None or plan.peak_bytes <= limit:
+        return
+    setting, base = _setting(assembly, config), _base_bytes(assembly)
+    fits = memory.what_fits(config, setting, _pool(assembly).most, limit, base)
+    advice = (
+        f"Any of these would fit: {'; '.join(fits)}."
+        if fits
+        else (
+            "No single setting would make it fit: take more workers with 'parallel: {shard: true}', or a smaller model."
+        )
     )
+    raise ComputeError(
+        f"stages.{assembly.task.stage}: by the memory plan a worker needs {plan.peak_bytes / MIB:,.0f} MiB at its "
+        f"peak, and the pool '{assembly.config.pool}' gives each {limit / MIB:,.0f} MiB. {advice}"
+    )
+
+
+def check_mesh(assembly: Assembly, config: PreTrainedConfig) -> None:
+    """ManifestError if the model cannot be divided among the workers in the way that the stage asks for."""
+    shape = shape_of(assembly.config.parallel, _pool(assembly).most)
+    if shape is None or shape.tensor == 1:
+        return
+    causal = sharded.on_meta(config)
+    vocabulary.pad(causal)
+    tensor_parallel.check_divides(causal, shape.tensor)
+
+
+def _setting(assembly: Assembly, config: PreTrainedConfig) -> memory.Setting:
+    stage, pool = assembly.config, _pool(assembly)
+    device = torch.device("cuda" if pool.gpus_per_worker else "cpu")
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    beside = [one for one in stage.companions().values() if not (stage.adapter and one.start == stage.model)]
+    every = stage.checkpoint.every
+    return memory.Setting(
+        tokens=stage.batch.micro or stage.batch.block,
+        recompute=stage.recompute,
+        adapter=stage.adapter if stage.adapter is None or not stage.adapter.continue_ else Adapter(),
+        shape=shape_of(stage.parallel, pool.most),
+        states_per_parameter=stage.optimizer.state_per_parameter,  # type: ignore[attr-defined]
+        computed=Precision.choose(stage.precision, device, stored).dtype,
+        stored=stored,
+        frozen_models=len(beside),
+        saves_beside_training=every is not None and (stage.steps is None or every < stage.steps),
+        head_chunk_bytes=Limits.of(device).chunk_bytes,
+        device_is_host=device.type == "cpu",
+    )
+
+
+def _pool(assembly: Assembly) -> Pool:
+    return assembly.manifest.compute.pools.get(assembly.config.pool, Pool())
+
+
+def _limit(assembly: Assembly) -> int | None:
+    pool = _pool(assembly)
+    return pool.device_memory or (None if pool.gpus_per_worker else pool.memory_per_worker)
+
+
+def _base_bytes(assembly: Assembly) -> int:
+    """What a process takes that has imported everything, as this one has; beside a GPU it is another memory."""
+    if _pool(assembly).gpus_per_worker:
+        return 0
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
