@@ -147,6 +147,7 @@ def whole(tensor) -> np.ndarray:
 
 
 def measured(place: Path, workers, adapter: dict[str, Any] | None = None) -> dict[str, Any]:
+    from postlude.model.verify import verify
     from postlude.training.optimizers import SGD, AdamW
     from postlude.training.precision import LossScale, Precision
 
@@ -157,6 +158,8 @@ def measured(place: Path, workers, adapter: dict[str, Any] | None = None) -> dic
         model = model_of(place, workers, adapter)
         executor = executor_of(model, workers, kind)
         (optimizer,) = kind.build([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+        if isinstance(kind, AdamW):
+            found["verified"] = verify(model).same
         losses = []
         for step in range(3):
             result = executor.forward_backward(work, scale)
@@ -177,12 +180,14 @@ def measured(place: Path, workers, adapter: dict[str, Any] | None = None) -> dic
 
 @dataclass(frozen=True)
 class StageOnMesh:
-    """A stage of a run for the ranks to work on; ``pause`` leaves it at its first checkpoint."""
+    """A stage of a run for the ranks to work on; ``pause`` leaves it at its first checkpoint, ``dies`` kills the
+    leading rank when it has written some tensors of the artifact."""
 
     tree: dict[str, Any]
     run: str
     parallel: dict[str, Any]
     pause: bool = False
+    dies: bool = False
 
 
 def work_on_stage(task: StageOnMesh) -> int:
@@ -199,8 +204,29 @@ def work_on_stage(task: StageOnMesh) -> int:
     stop = Interruption()
     if task.pause:
         stop.request(at_checkpoint=True)
+    if task.dies:
+        _die_while_writing(3)
     with StageProgress("tune") as display:
         return run_stage(StageTask(tree, "tune", task.run, 1), stop, display).steps
+
+
+def _die_while_writing(tensors: int) -> None:
+    """Let this process be killed when it has written so many tensors."""
+    import os
+    import signal
+
+    from postlude.model.sharded_export import WeightFiles
+
+    written = []
+    add = WeightFiles.add
+
+    def last(files, name, tensor):
+        add(files, name, tensor)
+        written.append(name)
+        if len(written) == tensors:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    WeightFiles.add = last
 
 
 @dataclass(frozen=True)

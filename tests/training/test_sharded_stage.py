@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import meshes
 from postlude.manifest.load import load
@@ -124,6 +125,22 @@ def test_the_artifact_of_ranks_is_that_of_one_process(folder, undisturbed) -> No
     (one, _), (other, _) = models
     for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.capability("Models larger than one device: FSDP2 and tensor parallelism")
+def test_a_kill_while_the_artifact_is_written_leaves_none(folder, undisturbed) -> None:
+    run, tree = folder / "killed", load(json.dumps(manifest(folder)), "sharded.yaml").tree
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        run_ranks("meshes:work_on_stage", meshes.StageOnMesh(tree, str(run), {}, dies=True), 2)
+    assert list(
+        run.rglob(".model.new.unfinished/config.json")
+    )  # killed in the middle, under no name that is looked for
+    assert not Run(str(run)).stage("tune").has_artifact()
+    assert not (run / "stages/tune/model").exists()
+    work(manifest(folder), run, 2, {})
+    ours, theirs = (load_file(folder / name / "stages/tune/model/model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.capability("fp16 with a loss scale that all ranks share")

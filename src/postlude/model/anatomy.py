@@ -8,9 +8,9 @@ by chunk. Both are compared with transformers' own forward pass; what differs is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -72,15 +72,10 @@ def plain_attention(causal: PreTrainedModel, implementation: str) -> Iterator[No
         causal.set_attn_implementation(attention.NAME)
 
 
-Call = Callable[..., Any]
-"""Runs a function of a model, ``call(function, *arguments)``: a sharded one needs preparing first."""
-
-
-def examine(causal: PreTrainedModel, implementation: str, vocabulary: int, call: Call, parts: int = 1) -> Anatomy:
+def examine(causal: PreTrainedModel, implementation: str, vocabulary: int) -> Anatomy:
     """Prove that a model can be trained on packs, and learn its shape.
 
-    ``implementation`` is transformers' own attention to compare with, ``vocabulary`` the number of real tokens;
-    ``parts`` among how many ranks the heads of each layer are divided.
+    ``implementation`` is transformers' own attention to compare with, ``vocabulary`` the number of real tokens.
     :class:`UnsupportedModel` if documents leak into each other or the logits cannot be explained.
     """
     generator = torch.Generator().manual_seed(0)
@@ -88,9 +83,9 @@ def examine(causal: PreTrainedModel, implementation: str, vocabulary: int, call:
     training = causal.training
     causal.eval()
     try:
-        layers = _attention_layers(causal, call, rows[:1])
-        packed = _separated(causal, call, rows)
-        transform = _explain(causal, call, implementation, rows, packed, vocabulary)
+        layers = _attention_layers(causal, rows[:1])
+        packed = _separated(causal, rows)
+        transform = _explain(causal, implementation, rows, packed, vocabulary)
     except Refused as refusal:
         raise UnsupportedModel(
             f"The architecture '{name_of(causal)}' cannot be trained on packed documents: it {refusal}. Choose a "
@@ -98,7 +93,6 @@ def examine(causal: PreTrainedModel, implementation: str, vocabulary: int, call:
         ) from refusal
     finally:
         causal.train(training)
-    layers = tuple(replace(layer, heads=layer.heads * parts) for layer in layers)
     return Anatomy(layers, transform, _longest_document(causal))
 
 
@@ -120,20 +114,20 @@ def products(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
     return head(hidden)
 
 
-def _pack(call: Call, rows: Tensor) -> Tensor:
+def _pack(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """The hidden states [documents, tokens, hidden] of the rows [documents, tokens] laid end to end."""
     documents = Documents.of(torch.full((len(rows),), rows.shape[1]), rows.device)
     positions = torch.arange(rows.shape[1], device=rows.device).repeat(len(rows))
     try:
-        return call(run, rows.flatten(), positions, documents)[0].unflatten(0, rows.shape)
+        return run(causal, rows.flatten(), positions, documents)[0].unflatten(0, rows.shape)
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # one that reads its mask, for instance
         raise Refused(f"does not run on a pack ({' '.join(str(error).split())})") from error
 
 
-def _attention_layers(causal: PreTrainedModel, call: Call, row: Tensor) -> tuple[AttentionLayer, ...]:
+def _attention_layers(causal: PreTrainedModel, row: Tensor) -> tuple[AttentionLayer, ...]:
     """The attention layers that run on one document, each compared with the mask it was given."""
     with torch.no_grad(), attention.observed() as observer:
-        _pack(call, row)
+        _pack(causal, row)
     expected = causal.config.get_text_config().num_hidden_layers
     if len(observer.layers) < expected:
         raise Refused(
@@ -142,7 +136,7 @@ def _attention_layers(causal: PreTrainedModel, call: Call, row: Tensor) -> tuple
     return tuple(observer.layers)
 
 
-def _separated(causal: PreTrainedModel, call: Call, rows: Tensor) -> Tensor:
+def _separated(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """The packed hidden states [documents, tokens, hidden], once it is proven that documents are apart.
 
     The gradient of one token's state with respect to the embeddings of other documents, and of later tokens, is
@@ -157,7 +151,7 @@ def _separated(causal: PreTrainedModel, call: Call, rows: Tensor) -> Tensor:
     handle = causal.get_input_embeddings().register_forward_hook(detach)
     try:
         with torch.enable_grad():
-            packed = _pack(call, rows)
+            packed = _pack(causal, rows)
     finally:
         handle.remove()
     document, token = len(rows) // 2, rows.shape[1] // 2
@@ -176,7 +170,7 @@ def _separated(causal: PreTrainedModel, call: Call, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _explain(
-    causal: PreTrainedModel, call: Call, implementation: str, rows: Tensor, packed: Tensor, vocabulary: int
+    causal: PreTrainedModel, implementation: str, rows: Tensor, packed: Tensor, vocabulary: int
 ) -> LogitTransform:
     """Compare packed hidden states with plain ones, and explain the plain logits. :class:`Refused` on failure."""
     if causal.get_output_embeddings() is None:
@@ -184,7 +178,7 @@ def _explain(
     # The head is tried on large hidden states: on a model's own a soft cap may be too faint to be told.
     generator = torch.Generator().manual_seed(1)
     loud = torch.randn(packed.shape, generator=generator).to(packed)
-    largest = float(call(products, loud).abs().max())
+    largest = float(products(causal, loud).abs().max())
     if not largest:
         raise Refused("has a head of zeros, which tells nothing about what becomes of its logits")
     loud *= 60.0 / largest
@@ -198,7 +192,7 @@ def _explain(
     handle = decoder_of(causal).register_forward_hook(replace)
     try:
         with plain_attention(causal, implementation):
-            logits = call(_plain_logits, rows)[..., :vocabulary]
+            logits = plain_logits(causal, rows)[..., :vocabulary]
     finally:
         handle.remove()
     if not seen:
@@ -206,14 +200,15 @@ def _explain(
     exact = packed.dtype in (torch.float32, torch.float64)
     if _relative_error(packed, seen[0]) > (1e-3 if exact else 5e-2):
         raise Refused("computes something else on packed documents than on each document alone")
-    made = call(products, loud)[..., :vocabulary].float()
+    made = products(causal, loud)[..., :vocabulary].float()
     for transform in _candidates(causal.config.get_text_config()):
         if _relative_error(transform.apply(made), logits.float()) < (1e-4 if exact else 2e-2):
             return transform
     raise Refused("turns its last hidden states into logits in a way that is not known here")
 
 
-def _plain_logits(causal: PreTrainedModel, rows: Tensor) -> Tensor:
+def plain_logits(causal: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Logits of rows [rows, tokens] as transformers computes them."""
     return causal(input_ids=rows, use_cache=False).logits
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from postlude.data.batch import PackedBatch
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.model import anatomy, attention, vocabulary
+from postlude.model.anatomy import Anatomy
 from postlude.model.attention import Documents
 from postlude.model.mesh import Mesh
 from postlude.model.recompute import checkpoint_arguments
@@ -61,7 +62,8 @@ class LanguageModel(nn.Module):
     the checkpoint it came from.
 
     A model that is held by the ranks of a ``mesh`` together comes without weights: ``prepare`` divides it and loads
-    them. Every rank then calls it at the same time.
+    them, and what there is to know of its architecture was ``examined`` before. Every rank then calls it at the same
+    time.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class LanguageModel(nn.Module):
         stored_dtype: torch.dtype | None = None,
         mesh: Mesh | None = None,
         prepare: Callable[[LanguageModel], None] | None = None,
+        examined: Anatomy | None = None,
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -85,9 +88,7 @@ class LanguageModel(nn.Module):
         causal.set_attn_implementation(attention.NAME)
         if prepare is not None:
             prepare(self)
-        parts = 1 if mesh is None else mesh.shape.tensor
-        self.anatomy = anatomy.examine(causal, self.plain_implementation, self.vocabulary, self, parts)
-        self.release()
+        self.anatomy = examined or anatomy.examine(causal, self.plain_implementation, self.vocabulary)
 
     @property
     def config(self) -> PreTrainedConfig:

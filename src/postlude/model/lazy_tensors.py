@@ -7,11 +7,16 @@ as a view of them, and a rank reads out of it what its shard needs.
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 Region = tuple[slice, ...]
@@ -31,23 +36,57 @@ class LazyTensor(Protocol):
 
 @dataclass(frozen=True)
 class InFile:
-    """A tensor in an open safetensors file."""
+    """A tensor in a safetensors file. It is read, not mapped: pages of a mapped file would be memory of the rank."""
 
-    file: Any
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.file.get_slice(self.name)[tuple(slice(0, 0) for _ in self.shape)].dtype
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin in the file."""
 
     def read(self, region: Region) -> Tensor:
-        if not region:
-            return self.file.get_tensor(self.name)
-        return self.file.get_slice(self.name)[region]
+        rows = region[0] if region else slice(0, 1)
+        below = self.shape[1:]
+        row_bytes = math.prod(below) * self.dtype.itemsize
+        found = torch.empty((rows.stop - rows.start, *below), dtype=self.dtype)
+        if found.numel():
+            with self.path.open("rb") as stream:
+                stream.seek(self.start + rows.start * row_bytes)
+                into: Any = found.reshape(-1).view(torch.uint8).numpy()
+                read = stream.readinto(memoryview(into))
+                if read != found.nbytes:
+                    raise OSError(f"{self.path} ends before the tensor at byte {self.start}")
+        return found[(slice(None), *region[1:])] if region else found[0]
+
+
+def tensors_in(path: Path) -> dict[str, InFile]:
+    """The tensors of a safetensors file by name. SafetensorError if it is not one, or not whole."""
+    with safe_open(path, framework="pt"):  # compares the header with the size of the file
+        pass
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: InFile(path, _DTYPES[said["dtype"]], tuple(said["shape"]), 8 + length + said["data_offsets"][0])
+        for name, said in header.items()
+    }
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""As safetensors names them."""
 
 
 @dataclass(frozen=True)

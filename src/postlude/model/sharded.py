@@ -11,11 +11,12 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,9 +37,9 @@ from postlude.manifest.errors import ManifestError
 from postlude.model import adapters, tensor_parallel
 from postlude.model.adapted import Start, sources_with_adapter, start_of
 from postlude.model.adapters import Asked
-from postlude.model.anatomy import UnsupportedModel, name_of
+from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
-from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed
+from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed, tensors_in
 from postlude.model.mesh import Mesh
 
 # The hidden states that a model returns may be a view of what it computed; nothing here writes into them.
@@ -120,8 +121,7 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def open_checkpoint(folder: str, place: str) -> Iterator[dict[str, InFile]]:
+def open_checkpoint(folder: str, place: str) -> dict[str, LazyTensor]:
     """The tensors of a local folder's safetensors files, by the names that they have there. ManifestError if a file is
     missing or broken."""
     index = Path(folder, INDEX)
@@ -131,18 +131,16 @@ def open_checkpoint(folder: str, place: str) -> Iterator[dict[str, InFile]]:
         names = ["model.safetensors"]
     if Path(folder, LM_HEAD_FILE).exists():
         names.append(LM_HEAD_FILE)
-    with ExitStack() as stack:
-        tensors: dict[str, InFile] = {}
-        for name in names:
-            try:
-                file = stack.enter_context(safe_open(Path(folder, name), framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise ManifestError(
-                    f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
-                    "are sharded are read from safetensors files; fetch or write the model anew."
-                ) from error
-            tensors |= {tensor: InFile(file, tensor) for tensor in file.keys()}  # noqa: SIM118
-        yield tensors
+    tensors: dict[str, LazyTensor] = {}
+    for name in names:
+        try:
+            tensors |= tensors_in(Path(folder, name))
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise ManifestError(
+                f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
+                "are sharded are read from safetensors files; fetch or write the model anew."
+            ) from error
+    return tensors
 
 
 @contextmanager
@@ -153,8 +151,7 @@ def open_sources(folder: str, place: str, causal: PreTrainedModel) -> Iterator[d
         with stored.base_folder() as base, open_sources(base, stored.base.place, causal) as found:
             yield adapters.merged_sources(found, stored)
     else:
-        with open_checkpoint(folder, place) as files:
-            yield named_as_in_the_model(files, causal)
+        yield named_as_in_the_model(open_checkpoint(folder, place), causal)
 
 
 def dtype_in_files(found: Sources) -> torch.dtype:
@@ -260,7 +257,29 @@ def _divided(
         sources = {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in found.items()}
         _fill(model, sources, device, frozen)
 
-    return LanguageModel(causal, stored, mesh, divide)
+    return LanguageModel(causal, stored, mesh, divide, _examined(causal.config))
+
+
+def _examined(config: PreTrainedConfig) -> Anatomy:
+    """What there is to know of an architecture, found out on a model with fewer layers, one of each kind at least, and
+    a small vocabulary: without weights from elsewhere and without other ranks."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    count = text.num_hidden_layers
+    by_layer = {key: value for key, value in vars(text).items() if isinstance(value, list) and len(value) == count}
+    kinds = list(zip(*by_layer.values(), strict=True)) if by_layer else [()] * count
+    depth = min(count, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
+    text.num_hidden_layers, text.vocab_size = depth, min(text.vocab_size, 1024)
+    for key, value in by_layer.items():
+        setattr(text, key, value[:depth])
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, key, None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = LanguageModel(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).anatomy
+    each = len(found.layers) // depth
+    firsts = [kinds.index(kind) * each for kind in kinds]
+    return replace(found, layers=tuple(layer for first in firsts for layer in found.layers[first : first + each]))
 
 
 def _shard(model: LanguageModel, mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from postlude.data.batch import collate
 from postlude.data.document import Document, Unit
-from postlude.model.anatomy import name_of
+from postlude.model.anatomy import name_of, plain_logits
 from postlude.model.language_model import LanguageModel
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -90,16 +90,14 @@ def verify(model: LanguageModel, documents: Sequence[Sequence[int]] | None = Non
     model.eval()
     try:
         packed = model.hidden(batch).split(batch.lengths.tolist())
-        with model.plain() as causal:
+        with model.plain():
             errors = [
-                _errors(
-                    model.logits(hidden),
-                    causal(input_ids=ids[None], use_cache=False).logits[0, :, : model.vocabulary],
-                )
+                _errors(model.logits(hidden), model(plain_logits, ids[None])[0, :, : model.vocabulary])
                 for hidden, ids in zip(packed, batch.tokens.split(batch.lengths.tolist()), strict=True)
             ]
     finally:
         model.train(training)
+        model.release()
     dtype = packed[0].dtype
     return Verification(
         architecture=name_of(model.causal),
