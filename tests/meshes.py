@@ -307,3 +307,31 @@ def train_with_overflow(task: Overflow) -> list[dict[str, Any]]:
         return journal.lines
     finally:
         workers.leave()
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A model with new tokens for the ranks to load."""
+
+    place: str
+    tokens: Any
+    tensor: int
+
+
+def grown_rows(task: Growing) -> dict[str, np.ndarray]:
+    """The rows of embedding and head, gathered."""
+    from postlude.manifest.parallel import Shape
+    from postlude.manifest.schema import ModelFrom
+    from postlude.model.load import load_divided
+    from postlude.training.workers import Workers
+
+    workers = Workers.join(shape=lambda world: Shape.of(world, task.tensor, 1))
+    try:
+        told = {"seed": 0, "mesh": workers.mesh, "device": workers.device, "new_tokens": task.tokens}
+        model = load_divided(ModelFrom(path=task.place), task.place, None, **told)
+        return {
+            "embed_tokens": whole(model.causal.get_input_embeddings().weight),
+            "lm_head": whole(model.causal.get_output_embeddings().weight),
+        }
+    finally:
+        workers.leave()

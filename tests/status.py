@@ -15,7 +15,6 @@ import pytest
 PAGE = Path(__file__).parents[1] / "docs" / "status.md"
 
 ABSENT = {
-    "Recomputation by a memory budget": "stages.sft.recompute=0.5",
     "Online reinforcement learning": "stages.sft.recipe=grpo",
 }
 """What the design names and the project does not do yet, with an override that must be refused."""

@@ -70,6 +70,30 @@ def test_selective_recomputation_makes_no_product_again(tiny, pack):
     assert counted["layer"]["postlude.document_attention.default"] == 2 * len(tiny("qwen3").layers())
 
 
+@pytest.mark.capability("Recomputation to a share of the memory, found by the compiler")
+def test_the_smaller_the_budget_the_less_is_kept(tiny, pack, monkeypatch):
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager_decomp_partition"))
+    batch, kept, results = pack(LENGTHS, pad_to=64), {}, {}
+    for budget in (1.0, 0.5, 0.0):
+        torch._dynamo.reset()
+        model, sizes = tiny("qwen3").train(), {}
+        model.compile_layers(budget)
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results[budget] = states_and_gradients(model, batch)
+        kept[budget] = sum(sizes.values())
+    model.compile_layers()
+    assert kept[0.0] < kept[0.5] < kept[1.0]
+    for budget in (0.5, 0.0):
+        for name, gradient in results[1.0][1].items():
+            torch.testing.assert_close(results[budget][1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.capability("Compiled layers that do not recompile for each pack")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_another_pack_needs_no_other_code(tiny, pack, monkeypatch, backend):

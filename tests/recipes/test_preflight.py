@@ -146,6 +146,9 @@ def test_workers_that_cannot_share_a_model_are_refused_before_any_work(project) 
     [
         ({"parallel": {"replicas": 2}}, "replicas are of sharded weights"),
         ({"parallel": {"shard": True}, "compile": True}, "layers that workers hold together are not compiled"),
+        ({"recompute": 0.5}, "a share of the memory is kept by compiled layers"),
+        ({"recompute": 1.5, "compile": True}, "less than or equal to 1"),
+        ({"adapter": {}, "add_tokens": ["<x>"]}, "an adapter leaves as it is"),
         ({"adapter": {"rank": 4, "continue": True}}, "'continue' takes the adapter as it is"),
         (
             {"adapter": {}, "model": {"new": {"architecture": "llama"}}, "tokenizer": {"bytes": True}},

@@ -6,11 +6,15 @@ first real token is predicted, too), and bring a chat template with generation m
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken
 
 from postlude import storage
 from postlude.manifest.errors import ManifestError
@@ -77,6 +81,48 @@ def load_tokenizer(where: TokenizerFrom | str) -> PreTrainedTokenizerBase:
     if where.bytes:
         return _bytes_tokenizer()
     raise ValueError("This tokenizer has to be trained, with train_tokenizer.")
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens that a tokenizer was given."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[tuple[int, ...], ...]
+    """What each was split into before."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens a model needs to have at least."""
+        return max(self.ids) + 1
+
+
+def with_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, NewTokens]:
+    """A copy of a tokenizer that has these tokens, too, each as it is written wherever it stands.
+
+    ManifestError for one that is empty, twice in the list, in the vocabulary, or that the tokenizer would not write
+    back as it is (byte-level ones misread added tokens that are not ASCII).
+    """
+    known = tokenizer.get_vocab()
+    for place, token in enumerate(tokens):
+        wrong = "is empty" if not token.strip() else "is in the vocabulary already" if token in known else None
+        if wrong or token in tokens[:place]:
+            raise ManifestError(
+                f"add_tokens: the token {token!r} {wrong or 'is there twice'}. Take it out of the list."
+            )
+    pieces = tuple(tuple(tokenizer.encode(token, add_special_tokens=False)) for token in tokens)
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    ids = [grown.get_vocab()[token] for token in tokens]
+    for token, number in zip(tokens, ids, strict=True):
+        if (back := grown.decode([number])) != token:
+            raise ManifestError(
+                f"add_tokens: this tokenizer would write the token {token!r} back as {back!r}. Choose one of ASCII "
+                "characters without spaces at its ends."
+            )
+    return grown, NewTokens(tuple(ids), pieces)
 
 
 def has_tokenizer(folder: str) -> bool:

@@ -127,6 +127,13 @@ class TrainTokenizer(Config):
     """Between the pieces of a word tokenizer."""
 
 
+class TokensFrom(Config):
+    """Tokens in a file."""
+
+    path: str
+    """One token a line, as it is written."""
+
+
 class TokenizerFrom(Config):
     """The tokenizer, where it is not the model's own: exactly one of ``path``, ``train`` and ``bytes``."""
 
@@ -267,6 +274,9 @@ class TrainingStage(StageConfig):
     """Train a few small matrices beside the weights, which stay as they are."""
     tokenizer: TokenizerFrom | None = None
     """By default the model's own."""
+    add_tokens: list[str] | TokensFrom = []
+    """Tokens that the tokenizer does not have yet (names of things, semantic ids): each becomes one, whose row in the
+    embedding and the head begins as the mean of those of its pieces. A list, or ``{path: FILE}`` with one a line."""
     data: Mixture
     """Data set names with their weights in the mixture."""
     steps: Positive | None = None
@@ -288,9 +298,10 @@ class TrainingStage(StageConfig):
     CUDA fp16 with dynamic loss scaling, but bf16 for a checkpoint that is stored in it."""
     parallel: Parallel = Parallel()
     """How the workers hold the model together."""
-    recompute: Literal["none", "selective", "layer"] = "none"
+    recompute: Literal["none", "selective", "layer"] | Annotated[float, Field(ge=0, le=1)] = "none"
     """What is computed again in the backward pass, to save memory: ``layer`` all of each layer, ``selective`` all but
-    matrix products and attention, which take most of the time."""
+    matrix products and attention, which take most of the time. With ``compile`` also a number: the share of what would
+    be kept without, between 0 and 1; the compiler then finds what costs the least time to compute again."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     checkpoint: Checkpoint = Checkpoint()
@@ -301,10 +312,28 @@ class TrainingStage(StageConfig):
     """So many steps in a row without a finite gradient stop the run."""
 
     @model_validator(mode="after")
+    def _compiles_to_a_budget(self) -> Self:
+        if not isinstance(self.recompute, str) and not self.compile:
+            raise ValueError(
+                "recompute: a share of the memory is kept by compiled layers. Set 'compile: true', or choose "
+                "'selective' or 'layer'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles_what_is_whole(self) -> Self:
         if self.compile and self.parallel.divides:
             raise ValueError(
                 "compile: layers that workers hold together are not compiled. Leave compile or parallel out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_what_is_new(self) -> Self:
+        if self.adapter is not None and self.add_tokens:
+            raise ValueError(
+                "add_tokens: their rows are in the embedding, which an adapter leaves as it is. Train the whole model "
+                "with add_tokens first, and the adapter on that"
             )
         return self
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -225,8 +226,13 @@ class LanguageModel(nn.Module):
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
         enable(checkpoint_arguments(kind))
 
-    def compile_layers(self) -> None:
-        """Compile each layer; documents are data to the compiled code, so another pack needs no other code."""
+    def compile_layers(self, budget: float = 1.0) -> None:
+        """Compile each layer; documents are data to the compiled code, so another pack needs no other code.
+
+        ``budget`` is the share of what would be kept for the backward pass that is kept. It holds for all that this
+        process compiles from now on.
+        """
+        torch._functorch.config.activation_memory_budget = budget
         for layer in self.layers():
             layer.compile()
         self.compiled = True

@@ -32,9 +32,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from postlude import storage
+from postlude.data.tokenizer import NewTokens
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
+from postlude.model.growth import grow, grown_config
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.mesh import Mesh
 
@@ -49,6 +51,7 @@ def load_model(
     *,
     seed: int,
     adapter: Asked | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> LanguageModel:
     """The model that a stage starts from, on the CPU with fp32 weights.
 
@@ -69,9 +72,13 @@ def load_model(
     with local_files(place) as folder:
         config = read_config(folder, place)
         if tokenizer is not None:
-            vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
+            size = grown_config(config, new_tokens).get_text_config().vocab_size
+            vocabulary.check_tokenizer(tokenizer, size, place)
         if adapter is None:
-            model = LanguageModel(*_read_weights(folder, place, config))
+            causal, stored = _read_weights(folder, place, config)
+            if new_tokens is not None:
+                grow(causal, new_tokens)
+            model = LanguageModel(causal, stored)
         else:
             from postlude.model.adapted import load_adapted
 
@@ -93,6 +100,7 @@ def load_divided(
     device: torch.device,
     scalar: bool = False,
     adapter: Asked | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> LanguageModel:
     """The model of :func:`load_model`, divided among the ranks of a mesh, which all call this: each reads only what is
     its own. Of a new model each draws all weights first, so that they do not depend on the mesh. ``scalar`` adds the
@@ -105,12 +113,13 @@ def load_divided(
     with local_files(place) as folder:
         config = read_config(folder, place)
         if tokenizer is not None:
-            vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
+            size = grown_config(config, new_tokens).get_text_config().vocab_size
+            vocabulary.check_tokenizer(tokenizer, size, place)
         if not Path(folder).exists():
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors"])
-        return load_sharded(folder, place, config, mesh, device, scalar, adapter)
+        return load_sharded(folder, place, config, mesh, device, scalar, adapter, new_tokens)
 
 
 def load_causal(

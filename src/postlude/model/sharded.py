@@ -33,11 +33,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from postlude.data.tokenizer import NewTokens
 from postlude.manifest.errors import ManifestError
 from postlude.model import adapters, tensor_parallel
 from postlude.model.adapted import Start, sources_with_adapter, start_of
 from postlude.model.adapters import Asked
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
+from postlude.model.growth import Grown, grown_config
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
 from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed, tensors_in
 from postlude.model.mesh import Mesh
@@ -60,6 +62,7 @@ def load_sharded(
     device: torch.device,
     scalar_head: bool,
     adapter: Asked | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> LanguageModel:
     """The model in a local folder, its weights fp32 and divided among the ranks of a mesh. All ranks call it.
 
@@ -74,6 +77,9 @@ def load_sharded(
         found = stack.enter_context(open_sources(start.folder, start.place, causal))
         _check_complete(found, causal, start.place)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(found)
+        if new_tokens is not None:
+            found = _with_rows_for(new_tokens, found, causal)
+            causal = on_meta(grown_config(config, new_tokens))
         scalar = Path(folder, SCALAR_FILE)
         if scalar.exists():
             found[SCALAR] = InMemory(load_file(scalar)["weight"])
@@ -228,6 +234,17 @@ def _check_complete(found: Sources, causal: PreTrainedModel, place: str) -> None
 
 
 # --- parts --------------------------------------------------------------------------------------------------
+
+
+def _with_rows_for(tokens: NewTokens, found: Sources, causal: PreTrainedModel) -> dict[str, LazyTensor]:
+    """The weights with rows for new tokens in the embedding and in the head."""
+    grown = dict(found)
+    for module in (causal.get_input_embeddings(), causal.get_output_embeddings()):
+        path = next(path for path, candidate in causal.named_modules() if candidate is module)
+        for name in (f"{path}.weight", f"{path}.bias"):
+            if name in found:
+                grown[name] = Grown(found[name], tokens)
+    return grown
 
 
 def _divided(

@@ -239,8 +239,7 @@ def _files_of(place: str) -> list[list[str]]:
 
 def _vocabulary(assembly: Assembly, start: ModelPlace) -> int:
     """How many tokens a model has, without loading it."""
-    root = assembly.root(start)
-    return configuration(root, assembly.place_of(root), assembly.tokenizer).get_text_config().vocab_size
+    return assembly.configuration(start).get_text_config().vocab_size
 
 
 def _remove_others(assembly: Assembly, kept: set[str]) -> None:

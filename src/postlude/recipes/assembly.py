@@ -18,13 +18,21 @@ from postlude.data.encode import Encoder
 from postlude.data.encoded import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
-from postlude.data.tokenizer import check_same_ids, has_tokenizer, load_tokenizer, train_tokenizer
+from postlude.data.tokenizer import (
+    NewTokens,
+    check_same_ids,
+    has_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    with_new_tokens,
+)
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.errors import ManifestError
-from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.manifest.schema import ModelFrom, ModelPlace, TokensFrom
 from postlude.model.adapters import Asked, WithoutAdapter
 from postlude.model.flops import packed_flops
-from postlude.model.load import load_divided, load_model
+from postlude.model.growth import grown_config
+from postlude.model.load import configuration, load_divided, load_model
 from postlude.recipes.parts import Parts, StageTask, shapes_of
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.runs import Run
@@ -39,7 +47,7 @@ from postlude.training.workers import Workers
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from postlude.model.language_model import LanguageModel
     from postlude.model.mesh import Mesh
@@ -155,7 +163,27 @@ class Assembly(Parts):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The stage's tokenizer. One that is trained is trained once, by the leading rank, and kept in the stage."""
+        """The stage's tokenizer, with the tokens that are added to it."""
+        return self._tokens[0]
+
+    @property
+    def new_tokens(self) -> NewTokens | None:
+        """The tokens that the stage adds to those of its model."""
+        return self._tokens[1]
+
+    @cached_property
+    def _tokens(self) -> tuple[PreTrainedTokenizerBase, NewTokens | None]:
+        asked = self.config.add_tokens
+        if isinstance(asked, TokensFrom):
+            lines = storage.read_text(asked.path).splitlines()
+            asked = [line for line in lines if line.strip()]
+        if not asked:
+            return self._own_tokenizer, None
+        return with_new_tokens(self._own_tokenizer, asked)
+
+    @cached_property
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """One that is trained is trained once, by the leading rank, and kept in the stage."""
         asked = self.config.tokenizer
         if asked is None:
             return self.tokenizer_of(self.config.model)
@@ -196,6 +224,13 @@ class Assembly(Parts):
 
     # --- models ---------------------------------------------------------------------------------------------
 
+    def configuration(self, start: ModelPlace) -> PreTrainedConfig:
+        """The configuration of a model of the stage, or of what it will be made from; with the stage's new tokens, if
+        it is the model that training starts from."""
+        root = self.root(start)
+        config = configuration(root, self.place_of(root), self.tokenizer)
+        return grown_config(config, self.new_tokens) if start == self.config.model else config
+
     def check_same_tokens(self, name: str, start: ModelPlace) -> None:
         """ManifestError if a model that gets the stage's tokens takes its ids for other tokens."""
         place = self.place_of(start)
@@ -211,14 +246,17 @@ class Assembly(Parts):
         asked: dict[str, Any] = {"seed": self.manifest.seed, "adapter": None}
         if adapter is not None:
             asked["adapter"] = Asked(adapter, self.manifest.seed, self._held)
+        if start == self.config.model:
+            asked["new_tokens"] = self.new_tokens
         if mesh is None:
             model = load_model(start, place, self.tokenizer, **asked).to(device)
         else:
             model = load_divided(start, place, self.tokenizer, mesh=mesh, device=device, scalar=scalar_head, **asked)
-        if self.config.recompute != "none":
-            model.recompute_layers(self.config.recompute)
+        recompute = self.config.recompute
+        if isinstance(recompute, str) and recompute != "none":
+            model.recompute_layers(recompute)
         if self.config.compile:
-            model.compile_layers()
+            model.compile_layers(1.0 if isinstance(recompute, str) else recompute)
         return model
 
     def _held(self, stored: torch.dtype) -> torch.dtype:

@@ -89,8 +89,7 @@ def rehearse(assembly: Assembly) -> Rehearsal:
     check_annotations(assembly)
     companions = {name: one.start for name, one in assembly.config.companions().items()}
     companions |= {name: one.start for name, one in assembly.config.annotations().items()}
-    start = assembly.root(assembly.config.model)
-    config = configuration(start, assembly.place_of(start), assembly.tokenizer)
+    config = assembly.configuration(assembly.config.model)
     check_mesh(assembly, config)
     plan = plan_of(assembly, config)
     _check_fits(assembly, config, plan)
@@ -154,7 +153,7 @@ def _companion(assembly: Assembly, name: str, start: ModelPlace) -> ModelFrom:
     root = assembly.root(start)
     if assembly.place_of(root) is not None:
         assembly.check_same_tokens(name, root)
-    return little_model(configuration(root, assembly.place_of(root), assembly.tokenizer))
+    return little_model(assembly.configuration(start))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -168,8 +167,7 @@ def plan_of(assembly: Assembly, config: PreTrainedConfig) -> MemoryPlan:
 def check_memory(assembly: Assembly) -> None:
     """:class:`ComputeError` if the manifest says what memory a worker has, and by the plan it is not enough."""
     if _limit(assembly) is not None:
-        start = assembly.root(assembly.config.model)
-        config = configuration(start, assembly.place_of(start), assembly.tokenizer)
+        config = assembly.configuration(assembly.config.model)
         _check_fits(assembly, config, plan_of(assembly, config))
 
 
@@ -210,7 +208,7 @@ def _setting(assembly: Assembly, config: PreTrainedConfig) -> memory.Setting:
     every = stage.checkpoint.every
     return memory.Setting(
         tokens=stage.batch.micro or stage.batch.block,
-        recompute=stage.recompute,
+        recompute=stage.recompute if isinstance(stage.recompute, str) else "selective",
         adapter=stage.adapter if stage.adapter is None or not stage.adapter.continue_ else Adapter(),
         shape=shape_of(stage.parallel, pool.most),
         states_per_parameter=stage.optimizer.state_per_parameter,  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from postlude.manifest.errors import UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
-from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom
+from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
 from postlude.runs import Identity, Run, artifact_of
 
 WHOLE_BYTES = 2**30
@@ -110,7 +110,7 @@ def _existing(path: str) -> list[str]:
 
 def _places(part: Any, key: str) -> Iterator[tuple[str, str]]:
     """The keys below a part of the manifest that say where a model or a tokenizer is, with the path each says."""
-    if isinstance(part, ModelPlace | TokenizerFrom) and part.path is not None:
+    if isinstance(part, ModelPlace | TokenizerFrom | TokensFrom) and part.path is not None:
         yield f"{key}.path", part.path
     for name, below in _below(part):
         yield from _places(below, f"{key}.{name}")
