@@ -1,10 +1,10 @@
-"""A step's time and a worker's memory: in full, with an adapter, recomputed, sharded, and divided by tensor parallelism.
+"""A step's time and a worker's memory: in full, with an adapter, recomputed, sharded, and with layers divided.
 
     python benchmarks/sharding.py [--quick]
 
-A Qwen3 of 8 layers and hidden 512, vocabulary 32,768, fp32, steps of 4,096 tokens in blocks of 1,024. Every row is the same stage
-with other keys, run under torchrun; a step's time is the median of those after the first few, and ratios are against
-the same number of ranks that hold everything. Ranks have one thread each.
+A Qwen3 of 8 layers and hidden 512, vocabulary 32,768, fp32, steps of 4,096 tokens in blocks of 1,024. Every row is the
+same stage with other keys, run under torchrun; a step's time is the median of those after the first few, and ratios are
+against the same number of ranks that hold everything. Ranks have one thread each.
 """
 
 from __future__ import annotations
