@@ -63,11 +63,6 @@ class Mesh:
         """The ranks that differ in their part of each layer alone."""
         return self.tensor.get_group()
 
-    def sum_over_data(self, numbers: torch.Tensor) -> torch.Tensor:
-        """In place."""
-        dist.all_reduce(numbers, group=self.data_group)
-        return numbers
-
     def sum_over_tensor(self, numbers: torch.Tensor) -> torch.Tensor:
         """In place."""
         if self.shape.tensor > 1:
