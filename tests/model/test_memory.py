@@ -123,13 +123,13 @@ def test_less_is_kept_the_more_is_computed_again() -> None:
 
 
 def test_what_is_frozen_has_no_gradient_and_no_state() -> None:
-    whole = plan(config(), Setting(512))
-    adapted = plan(config(), Setting(512, adapter=Adapter(rank=2)))
+    whole = plan(config(vocab_size=1024), Setting(512))
+    adapted = plan(config(vocab_size=1024), Setting(512, adapter=Adapter(rank=2)))
     assert whole.trained == whole.parameters
     assert adapted.gradients_bytes == 4 * adapted.trained < whole.gradients_bytes / 10
     assert adapted.optimizer_bytes == 8 * adapted.trained
     held = Setting(512, adapter=Adapter(rank=2), computed=torch.bfloat16, stored=torch.bfloat16)
-    assert plan(config(), held).weights_bytes < 0.6 * adapted.weights_bytes
+    assert plan(config(vocab_size=1024), held).weights_bytes < 0.6 * adapted.weights_bytes
 
 
 def test_ranks_share_weights_gradients_and_state() -> None:

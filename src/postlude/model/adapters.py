@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,8 @@ def digest_of(place: str) -> str:
     if storage.is_committed(place):
         files = {name: digest.sha256 for name, digest in storage.read_marker(place).files.items()}
     elif storage.is_directory(place):
-        files = {name: _sha256(storage.join(place, name)) for name in storage.list_directory(place) if _counts(name)}
+        uris = {name: storage.join(place, name) for name in storage.list_directory(place) if _counts(name)}
+        files = {name: _sha256(uri, storage.modified_fingerprint(uri)) for name, uri in uris.items()}
     else:
         from transformers import AutoConfig
 
@@ -210,7 +211,9 @@ def _counts(name: str) -> bool:
     return name.endswith((".safetensors", ".bin")) or name in ("config.json", CONFIG)
 
 
-def _sha256(uri: str) -> str:
+@cache
+def _sha256(uri: str, stamp: str) -> str:
+    """Of a file that has not changed since it had this stamp."""
     with storage.open_file(uri, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 

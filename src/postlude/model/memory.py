@@ -109,7 +109,9 @@ class Kept:
 def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> MemoryPlan:
     """The memory of one worker. Nothing is allocated."""
     causal = sharded.on_meta(config)
+    padding = -sum(parameter.numel() for parameter in causal.parameters())
     vocabulary.pad(causal)
+    padding += sum(parameter.numel() for parameter in causal.parameters())
     adapted: list[str] = []
     if setting.adapter is not None:
         adapted = adapters.inject(causal, adapters.new_config(setting.adapter, causal))
@@ -137,8 +139,8 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
     if tensor > 1 and not adapted:
         head += 4 * columns * hidden  # of a part of the rows the gradient is made apart, and added then
     return MemoryPlan(
-        parameters=sum(sizes.values()),
-        trained=trained,
+        parameters=sum(sizes.values()) - padding,
+        trained=trained if adapted else trained - padding,
         base_bytes=base_bytes,
         weights_bytes=weights // parts,
         gathered_bytes=gathered,
