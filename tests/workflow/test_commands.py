@@ -45,7 +45,8 @@ def test_validate_tells_of_data_memory_and_a_step(trained) -> None:
     assert stage["step"]["loss"] == pytest.approx(stage["step"]["log_vocabulary"], rel=0.05)
     memory = stage["step"]["memory"]
     assert memory["parameters"] == AutoModelForCausalLM.from_pretrained(trained.sft.artifact).num_parameters()
-    assert memory["weights_bytes"] == 4 * memory["parameters"]
+    padding = memory["weights_bytes"] // 4 - memory["parameters"]  # of embedding and head, to a multiple of 64 rows
+    assert 0 <= padding < 2 * 64 * 16
 
 
 def test_validate_shows_tables(trained) -> None:
