@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from postlude.data.document import Block
@@ -39,6 +39,8 @@ class StepBlocks:
     """Of all ranks."""
     tokens: int
     """Of all ranks, without padding."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What whoever made the step has to tell of it."""
 
 
 class Loader:

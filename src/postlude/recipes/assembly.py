@@ -327,11 +327,16 @@ class Assembly(Parts):
             journal=recorder,
             meters=Meters(packed_flops(models, headless), self.workers, self.precision, self.task.threads),
             evaluations=self.evaluations,
+            examine=self.examine,
             checkpoint_uri=self.stage.checkpoint_uri,
             on_commit=lambda uri, step: self._committed(recorder, uri, step),
             amendments=Amendments(self.stage),
             stop=stop,
         )
+
+    def examine(self) -> Mapping[str, Mapping[str, float]]:
+        """What is measured of the model on held-out data beside the loss, by name."""
+        return {}
 
     def _committed(self, recorder: Recorder, uri: str, step: int) -> None:
         recorder.event("checkpoint_saved", step=step, uri=uri)

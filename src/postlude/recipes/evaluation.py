@@ -16,8 +16,9 @@ from postlude.data.example import Conversation, Ranked, Text, Tokens
 from postlude.data.records import record_json
 from postlude.manifest.errors import DataError
 from postlude.recipes.evaluate import Evaluate
+from postlude.recipes.forward import ASKING
 from postlude.recipes.generation import counted
-from postlude.recipes.prompting import ASKING, Asking, Left, PromptSource, count_left, said
+from postlude.recipes.prompting import Asking, Left, PromptSource, count_left, said
 from postlude.recipes.work import Entry, Work
 from postlude.rollout.likelihood import Likelihood, likelihoods
 

@@ -13,6 +13,8 @@ from postlude.manifest.lock import manifest_hash, versions
 from postlude.model.export import send_model, write_model
 from postlude.recipes.annotate import annotate, forget_annotations
 from postlude.recipes.assembly import Assembly
+from postlude.recipes.online import OnlineRecipe
+from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.portions import Portions
 from postlude.recipes.rehearsal import check_memory
@@ -31,14 +33,21 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
     parts = Parts(task, Workers())
     workers = Workers.join(parts.gpus_per_worker, parts.mesh_shape)
     try:
-        trains = not isinstance(parts.stage_config, WorkRecipe)
-        parts = Assembly(task, workers) if trains else Workbench(task, workers)
+        parts = assembled(task, workers)
         with recorder_of(parts, display) as recorder:
             if isinstance(parts, Assembly):
                 return _train(parts, recorder, stop)
             return _work(parts, recorder, stop)
     finally:
         workers.leave()
+
+
+def assembled(task: StageTask, workers: Workers) -> Assembly | Workbench:
+    """The parts of a stage, as its recipe needs them."""
+    config = Parts(task, workers).stage_config
+    if isinstance(config, WorkRecipe):
+        return Workbench(task, workers)
+    return (OnlineAssembly if isinstance(config, OnlineRecipe) else Assembly)(task, workers)
 
 
 def run_stage_here(task: StageTask) -> Summary:

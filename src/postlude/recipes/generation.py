@@ -12,9 +12,9 @@ from postlude.data.document import Document
 from postlude.data.records import record_json
 from postlude.data.sources.stage import RECORDS
 from postlude.manifest.errors import DataError
+from postlude.recipes.forward import ASKING
 from postlude.recipes.generate import Generate, KeepSome
 from postlude.recipes.prompting import (
-    ASKING,
     Asking,
     Left,
     PromptSource,

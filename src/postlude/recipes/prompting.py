@@ -12,18 +12,15 @@ import numpy as np
 
 from postlude.data.dataset import BAD_RECORD, Dataset
 from postlude.data.document import WEIGHT, Document
-from postlude.data.example import Conversation, Judged, Ranked, Text
 from postlude.manifest.errors import DataError
 from postlude.manifest.schema import ModelPlace
+from postlude.recipes.forward import stop_ids_of
 from postlude.recipes.workbench import Workbench
 from postlude.rollout.engine import Completion, Request, Sampling
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.reward import Reward
 from postlude.rollout.scoring import Score, Scorer
-
-ASKING = (Conversation, Text, Ranked, Judged)
-"""The shapes of examples that have a prompt."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ class Asking:
         for source, places in by_source.items():
             sampling = Sampling(
                 max_tokens=self._max_tokens,
-                stop_ids=self._bench.stop_ids(self._model, self.encoder(source), self._engine),
+                stop_ids=stop_ids_of(self._engine.causal, self.encoder(source)),
                 temperature=self._temperature,
                 top_p=self._top_p,
                 seed=self._seed,

@@ -14,8 +14,9 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from postlude.recipes.execution import finish
+from postlude.recipes.forward import TooLarge
 from postlude.recipes.parts import StageTask
-from postlude.recipes.workbench import TooLarge, Workbench
+from postlude.recipes.workbench import Workbench
 from postlude.training.workers import Workers
 
 

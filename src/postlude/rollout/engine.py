@@ -49,6 +49,8 @@ class Completion:
     log_probabilities: tuple[float, ...]
     """Of each sampled token, at the temperature it was sampled with (at 1 for temperature 0), before ``top_p``."""
     ended: Ended
+    version: int = 0
+    """Of the weights that sampled it."""
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Record, Text, Tokens, answers_of
+from postlude.rollout.reward import REFERENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,11 @@ class Prompt:
     """What the data answer, where they do."""
     record: Record
     """The whole record that it comes from."""
+
+    @property
+    def rewarded_record(self) -> Record:
+        """The record as a reward gets it: with what the data answer, unless a column has that name."""
+        return {REFERENCE: self.reference, **self.record}
 
     def answered(self, completion: str) -> Answer:
         """The prompt with an answer to it, the answer trained."""

@@ -12,12 +12,15 @@ def polite(prompt, completion, record):
 
 from __future__ import annotations
 
+import math
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.errors import DataError, UserError
 from postlude.manifest.schema import ModelPlace
 
 REFERENCE = "reference"
@@ -103,3 +106,37 @@ def part_names(rewards: Sequence[Reward]) -> list[str]:
             name, number = f"{reward.name}_{number}", number + 1
         names.append(name)
     return names
+
+
+def call(
+    function: RewardFunction,
+    name: str,
+    example_id: str,
+    asked: str | Sequence[Mapping[str, Any]],
+    completion: str,
+    record: Mapping[str, Any],
+) -> float:
+    """What a function says of a completion. DataError, naming the record, if it raises or returns no number."""
+    try:
+        value: Any = function.score(asked, completion, record)
+    except UserError:
+        raise
+    except Exception as error:  # somebody else's code: whatever it raises is told with the record that it met
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"The reward '{name}' failed at the record '{example_id}': {what} "
+            f"({frame.filename}:{frame.lineno}). Mend the function or the record, or leave such records "
+            "out with a filter."
+        ) from error
+    try:
+        number = math.nan if isinstance(value, str | bytes) or value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+        raise DataError(
+            f"The reward '{name}' returned {shown} for the record '{example_id}', which is no finite number. "
+            "Return a number from it for every record."
+        )
+    return number

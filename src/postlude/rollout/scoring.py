@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from postlude.manifest.errors import DataError, UserError
+from postlude.manifest.errors import DataError
 from postlude.rollout.judge import Judge
+from postlude.rollout.pool import RewardPool, Unscored
 from postlude.rollout.prompts import Prompt
-from postlude.rollout.reward import REFERENCE, Reward, RewardFunction, part_names
+from postlude.rollout.reward import Reward, RewardFunction, call, part_names
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,33 @@ class Scorer:
         columns: dict[str, list[float]] = {}
         for name, reward in self._parts:
             if reward.function is not None:
-                columns[name] = [_called(reward.function, name, *completion) for completion in completions]
+                columns[name] = self.called(reward.function, name, completions)
             else:
                 columns[name] = self._judged(name, reward, completions)
+        return [self._sum({name: values[row] for name, values in columns.items()}) for row in range(len(completions))]
+
+    def score_each(self, completions: Sequence[tuple[Prompt, str]], pool: RewardPool) -> list[Score | Unscored]:
+        """The same for whoever can do without some: functions run in the pool, and where one fails or takes too long
+        it is told of that completion alone."""
+        columns: dict[str, Sequence[float | Unscored]] = {}
+        for name, reward in self._parts:
+            if reward.function is not None:
+                columns[name] = pool.score(reward.function, name, completions)
+            else:
+                columns[name] = self._judged(name, reward, completions)
+        rows = [{name: values[row] for name, values in columns.items()} for row in range(len(completions))]
+        return [_first_unscored(row) or self._sum(row) for row in rows]  # type: ignore[arg-type]
+
+    @staticmethod
+    def called(function: RewardFunction, name: str, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """A function's rewards, computed here."""
         return [
-            Score(
-                math.fsum(reward.weight * columns[name][row] for name, reward in self._parts),
-                {name: columns[name][row] for name, _ in self._parts},
-            )
-            for row in range(len(completions))
+            call(function, name, prompt.example_id, prompt.asked, text, prompt.rewarded_record)
+            for prompt, text in completions
         ]
+
+    def _sum(self, parts: Mapping[str, float]) -> Score:
+        return Score(math.fsum(reward.weight * parts[name] for name, reward in self._parts), parts)
 
     def _judged(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
         if name not in self._judges:
@@ -72,29 +88,5 @@ class Scorer:
         return scores
 
 
-def _called(function: RewardFunction, name: str, prompt: Prompt, completion: str) -> float:
-    record = {**prompt.record}
-    record.setdefault(REFERENCE, prompt.reference)
-    try:
-        value: Any = function.score(prompt.asked, completion, record)
-    except UserError:
-        raise
-    except Exception as error:  # somebody else's code: whatever it raises is told with the record that it met
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise DataError(
-            f"The reward '{name}' failed at the record '{prompt.example_id}': {what} "
-            f"({frame.filename}:{frame.lineno}). Mend the function or the record, or leave such records "
-            "out with a filter."
-        ) from error
-    try:
-        number = math.nan if isinstance(value, str | bytes) or value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        raise DataError(
-            f"The reward '{name}' returned {shown} for the record '{prompt.example_id}', which is no finite number. "
-            "Return a number from it for every record."
-        )
-    return number
+def _first_unscored(parts: Mapping[str, float | Unscored]) -> Unscored | None:
+    return next((value for value in parts.values() if isinstance(value, Unscored)), None)

@@ -57,6 +57,8 @@ class Stage:
         self._is_held = is_held
         self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"))
         """One entry for each optimiser step."""
+        self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"))
+        """What a policy answered, and what became of it, by the optimiser step that it was trained in."""
         self.readings = storage.Journal(storage.join(uri, "readings.jsonl"))
         """What was read of each rank, at intervals."""
         self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
@@ -210,6 +212,7 @@ class Stage:
                 storage.discard(checkpoint.uri)
         examples.cut_back(self._examples, step)
         self.metrics.cut(lambda line: line["step"] <= step)
+        self.rollouts.cut(lambda line: line["step"] <= step)
 
     # --- what frozen models said of the data ----------------------------------------------------------------
 

@@ -116,12 +116,13 @@ class StepSkipped(BaseEvent):
 
 
 class Evaluation(BaseEvent):
-    """The loss on one held-out data set, and what else the objective measures there."""
+    """The loss on one held-out data set, and what else is measured there."""
 
     kind: Literal["evaluation"] = "evaluation"
     step: int
     name: str
-    loss: float
+    loss: float | None = None
+    """None where answers are measured."""
     metrics: Mapping[str, float] = {}
 
 

@@ -141,7 +141,8 @@ class StageProgress:
 def _worth_telling(event: Event) -> str | None:
     match event.kind:
         case "evaluation":
-            return f"step {event.step}, loss {event.loss:.4f} on {event.name}"
+            numbers = event.metrics if event.loss is None else {"loss": event.loss}
+            return f"step {event.step}, {', '.join(f'{k} {v:.4f}' for k, v in numbers.items())} on {event.name}"
         case "alarm":
             return f"ALARM: {event.what}: {event.reason}"
         case "checkpoint_skipped":
@@ -188,7 +189,7 @@ def waiting(what: str) -> Iterator[None]:
 def stage_table(run: Run, names: Sequence[str] | None = None) -> None:
     """Print the summary of each stage to standard error."""
     table = Table(title=run.name, title_justify="left")
-    for heading in ("stage", "state", "steps", "loss", "held-out loss", "tokens", "time", "tokens/s"):
+    for heading in ("stage", "state", "steps", "loss", "held out", "tokens", "time", "tokens/s"):
         table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
     for summary in summarize(run, names):
         table.add_row(
@@ -196,7 +197,12 @@ def stage_table(run: Run, names: Sequence[str] | None = None) -> None:
             summary.state,
             f"{summary.steps:,}",
             _change(summary.first_loss, summary.last_loss),
-            "\n".join(f"{name} {_change(*losses)}" for name, losses in summary.held_out_losses.items()),
+            "\n".join(
+                [
+                    *(f"{name} {_change(*losses)}" for name, losses in summary.held_out_losses.items()),
+                    *(f"{name} reward {_change(*rewards)}" for name, rewards in summary.held_out_rewards.items()),
+                ]
+            ),
             f"{summary.tokens:,}",
             duration(summary.seconds),
             f"{summary.tokens_per_second:,.0f}" if summary.tokens_per_second else "",

@@ -62,6 +62,13 @@ class Recorder:
         """This rank's losses by example: (example id, source, summed loss, tokens it runs over) each."""
         self._examples.write(step, epoch, rows)
 
+    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """What a policy answered, told with the step that trains on it."""
+        if self._leads and lines:
+            with self._turn:
+                for line in lines:
+                    self._stage.rollouts.append({"step": step, **line})
+
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened in the stage; ``fields`` are the kind's in :mod:`postlude.telemetry.events`."""
         if not self._leads:
@@ -79,6 +86,7 @@ class Recorder:
         if self._leads:
             with self._turn:
                 self._stage.metrics.flush()
+                self._stage.rollouts.flush()
                 self._run.events.flush()
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ class StageSummary:
     last_loss: float | None = None
     held_out_losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     """The first and the last loss on each held-out data set."""
+    held_out_rewards: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """The first and the last mean reward on each held-out data set whose prompts are answered."""
     tokens: int = 0
     seconds: float = 0.0
 
@@ -39,10 +41,12 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
     lines = stage.metrics.read()
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     held_out: dict[str, tuple[float, float]] = {}
+    rewards: dict[str, tuple[float, float]] = {}
     for event in happened:
         if isinstance(event, events.Evaluation) and event.stage == name:
-            first, _ = held_out.get(event.name, (event.loss, event.loss))
-            held_out[event.name] = (first, event.loss)
+            found, value = (rewards, event.metrics.get("reward")) if event.loss is None else (held_out, event.loss)
+            if value is not None:
+                found[event.name] = (found.get(event.name, (value,))[0], value)
     return StageSummary(
         stage=name,
         state=stage.status().state,
@@ -50,6 +54,7 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         held_out_losses=held_out,
+        held_out_rewards=rewards,
         tokens=sum(line.get("tokens", 0) for line in lines),
         seconds=sum(line.get("seconds", 0.0) for line in lines),
     )

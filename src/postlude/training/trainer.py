@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from postlude import storage
 from postlude.data.batch import PackedBatch, collate
 from postlude.data.document import Block
-from postlude.data.loader import Loader, StepBlocks
+from postlude.data.loader import StepBlocks
 from postlude.manifest.amend import amended
 from postlude.manifest.errors import UserError
 from postlude.manifest.schema import TrainingStage
@@ -54,10 +54,29 @@ class Journal(Protocol):
         """Return when all of the above is on the disk."""
 
 
+class Steps(Protocol):
+    """What is trained on: an iterator over steps that can be stopped and continued."""
+
+    def __iter__(self) -> Iterator[StepBlocks]: ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the next step begins, as JSON: the same on every rank."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue with the step that comes after a state."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing at work."""
+        ...
+
+
 class Trainer:
     """One stage's training on one rank.
 
-    ``evaluations`` maps a name to this rank's held-out blocks, the same number on every rank. ``stop`` is asked
+    ``evaluations`` maps a name to this rank's held-out blocks, the same number on every rank; ``examine`` measures
+    otherwise, and returns numbers by name of what is held out. ``stop`` is asked
     between steps whether to checkpoint and leave, and told whether the last step has a checkpoint already.
     ``checkpoint_uri`` gives the place of the checkpoint of a step.
     """
@@ -66,7 +85,7 @@ class Trainer:
         self,
         config: TrainingStage,
         program: Program,
-        loader: Loader,
+        loader: Steps,
         workers: Workers,
         *,
         seed: int,
@@ -74,6 +93,7 @@ class Trainer:
         journal: Journal,
         meters: Meters,
         evaluations: Mapping[str, Sequence[Block]] | None = None,
+        examine: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
         checkpoint_uri: Callable[[int], str] | None = None,
         on_commit: Callable[[str, int], None] = lambda uri, step: None,
         amendments: Amendments | None = None,
@@ -81,7 +101,7 @@ class Trainer:
     ) -> None:
         self.config, self.program, self.loader, self.workers = config, program, loader, workers
         self.seed, self.precision, self.journal, self.meters = seed, precision, journal, meters
-        self.evaluations = evaluations or {}
+        self.evaluations, self.examine = evaluations or {}, examine
         self.checkpoint_uri, self.amendments, self.stop = checkpoint_uri, amendments, stop
         self.optimizers = {
             name: role.optimizer.build([(n, p) for n, p in role.model.named_parameters() if p.requires_grad])
@@ -124,6 +144,7 @@ class Trainer:
             self.save(background=False)
         finally:
             self.checkpointer.close()
+            self.loader.close()
         summary.steps = self.step
         return summary
 
@@ -166,6 +187,7 @@ class Trainer:
             "progress": work.progress,
             "loss": result.loss,
             **result.metrics,
+            **work.metrics,
             "lr": rate,
             "grad_norm": result.grad_norms.get("policy"),
             **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items() if name != "policy"},
@@ -240,6 +262,9 @@ class Trainer:
                 line |= {f"eval_{name}_{metric}": value for metric, value in result.metrics.items()}
                 self.summary.evaluations.setdefault(name, []).append(result.loss)
                 self.journal.event("evaluation", step=self.step, name=name, loss=result.loss, metrics=result.metrics)
+            for name, found in self.examine().items():
+                line |= {f"eval_{name}_{metric}": value for metric, value in found.items()}
+                self.journal.event("evaluation", step=self.step, name=name, metrics=dict(found))
             for role in self.program.roles.values():
                 role.model.train(role.optimizer is not None)
         return line

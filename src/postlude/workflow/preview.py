@@ -14,6 +14,8 @@ from postlude.data.loader import StepBlocks
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
 from postlude.recipes.assembly import Assembly
+from postlude.recipes.online import OnlineRecipe
+from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.recipes.parts import StageTask
 from postlude.recipes.work import WorkRecipe
 from postlude.recipes.workbench import Workbench
@@ -46,6 +48,10 @@ def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = No
                     "preview. Name another stage with --stage."
                 )
             return packed.preview(_as_steps(shown), bench.tokenizer_of(start), blocks)
+        if isinstance(config, OnlineRecipe):
+            online = OnlineAssembly(task, Workers(), artifacts=run)
+            asked = list(islice(online.prompts(), blocks * PROMPTS_SHOWN))
+            return packed.preview(_as_steps(asked), online.tokenizer, blocks)
         assembly = Assembly(task, Workers(), artifacts=run)
         with assembly.loader as loader:
             return packed.preview(loader, assembly.tokenizer, blocks)

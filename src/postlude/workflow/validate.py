@@ -25,6 +25,8 @@ from postlude.manifest.errors import DataError, UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
 from postlude.recipes.assembly import Assembly
+from postlude.recipes.online import OnlineRecipe
+from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.recipes.parts import Parts, StageTask
 from postlude.recipes.rehearsal import Rehearsal, rehearse
 from postlude.recipes.trial import Trial, try_out
@@ -45,7 +47,7 @@ class StageReport:
     """Of the data that a stage trains on; None for another, and where none are there yet."""
     rehearsal: Rehearsal | None = None
     trial: Trial | None = None
-    """Of a stage that does something else than train."""
+    """Of a stage that does something else than train, or that answers prompts."""
     awaited: dict[str, str] = field(default_factory=dict)
     """Data sets that are not there yet, with the stage that makes each."""
     held_out: dict[str, int] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class Report:
             parts += stage.statistics.tables() if stage.statistics else []
             parts += [Text(f"Held out: {name}, documents {n:,}") for name, n in stage.held_out.items()]
             parts += [_synthetic_table(name, verdicts) for name, verdicts in stage.synthetic.items()]
-            parts += [found.render() for found in (stage.rehearsal, stage.trial) if found]
+            parts += [found.render() for found in (stage.trial, stage.rehearsal) if found]
             parts += [Text(f"Not there yet: {name}, which '{maker}' makes.") for name, maker in stage.awaited.items()]
             parts += [Text(f"Note: {remark}", "yellow") for remark in stage.remarks]
         parts += [Text(str(self.error), "red") if self.error else Text("Everything is in order.", "green")]
@@ -138,6 +140,12 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     report.awaited = Parts(task, Workers()).makers(datasets_used(config).values())
     if isinstance(config, WorkRecipe):
         report.trial = try_out(task, sample)
+        return report
+    if isinstance(config, OnlineRecipe):
+        online = OnlineAssembly(task, Workers(), sample=sample)
+        online.is_preflight = True
+        report.trial = Trial(online.counts(), None, "the small step below answers two of the prompts")
+        report.rehearsal = rehearse(online)
         return report
     assembly = Assembly(task, Workers(), sample=sample)
     assembly.is_preflight = True

@@ -1,0 +1,50 @@
+"""On-policy distillation (Agarwal et al., 2024): the student answers, and learns at each token that it sampled the
+distribution of a teacher, by the reverse divergence KL(student || teacher)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from postlude.manifest.schema import ModelPlace, Positive
+from postlude.recipes.online import OnlineRecipe
+
+if TYPE_CHECKING:
+    from postlude.objectives.objective import Objective
+    from postlude.rollout.algorithm import Algorithm
+    from postlude.training.program import Companion
+
+
+class OnPolicyDistill(OnlineRecipe):
+    """Distillation on the student's own answers."""
+
+    needs_reward: ClassVar[bool] = False
+
+    recipe: Literal["on_policy_distill"]
+    group: Positive = 1
+    teacher: ModelPlace
+    """The model that is learned from, with the student's tokenizer."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    """What is minimised at each token; see the recipe ``distill``."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With ``jsd`` the teacher's share in the mixture that both are compared with."""
+
+    def algorithm(self) -> Algorithm:
+        from postlude.rollout.algorithm import NoAdvantages
+
+        return NoAdvantages()
+
+    def objective(self) -> Objective:
+        from postlude.objectives.distillation import Distillation
+        from postlude.objectives.divergence import Measure
+        from postlude.objectives.nll import WeightedLikelihood
+
+        measure = Measure(self.divergence, self.beta, self.rollout.temperature, 0.0)
+        return Distillation(measure, WeightedLikelihood("token"), None)
+
+    def companions(self) -> Mapping[str, Companion]:
+        from postlude.training.program import Companion
+
+        return {"teacher": Companion(self.teacher)}

@@ -1,0 +1,155 @@
+"""Online reinforcement learning: a policy is trained on its own answers to prompts, and on what rewards say of them.
+
+This is what all its algorithms share: how prompts are answered and scored, and how many of them make a round. An
+algorithm is a short recipe that derives from :class:`OnlineRecipe` and says which loss, which advantages and which
+other models it has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from postlude.manifest.component import Config
+from postlude.manifest.schema import Evaluate, ModelPlace, Positive
+from postlude.recipes.recipe import TrainingRecipe
+from postlude.rollout.reward import Reward
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from postlude.objectives.policy import PolicyGradient
+    from postlude.rollout.algorithm import Algorithm
+    from postlude.training.program import Companion
+
+REHEARSED_TOKENS = 8
+
+
+class Rollout(Config):
+    """How prompts are answered."""
+
+    engine: Literal["native"] = "native"
+    """What answers: ``native`` is the policy itself, in the process that trains it."""
+    prompts: Positive = 16
+    """Prompts of a round, over all workers."""
+    max_tokens: Positive = 256
+    """The longest completion, in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by it, where tokens are sampled and where they are trained."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that together have this probability are drawn from."""
+    concurrency: Positive = 256
+    """Completions that a worker makes at a time."""
+    correction: Annotated[float, Field(gt=0)] = 2.0
+    """Where the engine is not the trainer's own model, each token counts in proportion to how likely the trainer finds
+    it against how likely the engine found it, at most so much (truncated importance sampling)."""
+    reward_workers: Positive = 2
+    """Processes of each worker in which reward functions run."""
+    reward_seconds: Annotated[float, Field(gt=0)] | Positive = 60
+    """How long a reward function may take for one completion. One that takes longer, or fails, leaves the completion
+    without a reward: it is not trained on, and counted."""
+
+
+class OnlineEvaluate(Evaluate):
+    """Answers to held-out prompts."""
+
+    samples: Positive = 1
+    """Completions of each prompt; with several, pass@k is told for the powers of two up to their number."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token."""
+    solved: float = 1.0
+    """A reward from which on a completion counts as right."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("several samples at temperature 0 are all the same: set 'temperature', or 'samples' to 1")
+        return self
+
+
+class OnlineRecipe(TrainingRecipe):
+    """Base of the recipes of online reinforcement learning."""
+
+    needs_reward: ClassVar[bool] = True
+    measures_reference: ClassVar[bool] = False
+    """Whether the samples are compared with the reference in any case."""
+
+    rollout: Rollout = Rollout()
+    """How prompts are answered."""
+    group: Positive = 8
+    """Samples of each prompt."""
+    reward: list[Reward] = []
+    """What says how good a completion is: the sum of these parts."""
+    updates: Positive = 1
+    """Optimiser steps of one pass over a round: its prompts are divided among them. More than ``batch.tokens`` tokens
+    are never in one step."""
+    passes: Positive = 1
+    """How often each round is trained on."""
+    reference: ModelPlace | None = None
+    """The frozen model that the policy is compared with; by default the model that the stage starts from."""
+    evaluate: OnlineEvaluate | None = None
+    """Answers to held-out prompts, if they are wanted."""
+
+    @model_validator(mode="after")
+    def _has_a_reward(self) -> Self:
+        if self.needs_reward and not self.reward:
+            raise ValueError("'reward' is needed: a list of functions and models that say how good a completion is")
+        if self.rollout.max_tokens >= self.batch.block:
+            raise ValueError(
+                f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in batch.block "
+                f"({self.batch.block}). Raise batch.block, or lower rollout.max_tokens"
+            )
+        if self.parallel.divides:
+            raise ValueError("the native engine answers with the whole model on each worker: leave 'parallel' out")
+        return self
+
+    @property
+    def accepts(self) -> tuple[type, ...]:
+        from postlude.recipes.forward import ASKING
+
+        return ASKING
+
+    # --- what an algorithm says -----------------------------------------------------------------------------
+
+    def algorithm(self) -> Algorithm:
+        """How rewards become advantages."""
+        raise NotImplementedError
+
+    resample: bool = False
+    """Prompts whose samples are all rewarded alike teach nothing: drop them, and issue others in their place."""
+
+    @property
+    def critic(self) -> str | None:
+        """The model of the step that says what was to be expected."""
+        return None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the reference is asked about each sample."""
+        return False
+
+    def companions(self) -> Mapping[str, Companion]:
+        from postlude.training.program import Companion
+
+        return {"reference": Companion(self.reference or self.model)} if self.compares else {}
+
+    def policy_gradient(self, **keys: Any) -> PolicyGradient:
+        """The loss of the policy, with what follows from the keys that all algorithms share."""
+        from postlude.objectives.policy import PolicyGradient
+
+        return PolicyGradient(
+            longest=self.rollout.max_tokens,
+            temperature=self.rollout.temperature,
+            measures_reference=self.compares,
+            **keys,
+        )
+
+    def rehearsed(self) -> Self:
+        """The same with so little of everything that a preflight can do a step of it."""
+        shorter = self.rollout.model_copy(
+            update={"prompts": 2, "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS)}
+        )
+        return self.model_copy(
+            update={"rollout": shorter, "group": min(self.group, 2), "resample": False, "steps": 1, "epochs": None}
+        )

@@ -1,0 +1,287 @@
+"""From a stage of online reinforcement learning to its trainer: the policy answers, and the loop makes the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from postlude.data.dataset import Dataset
+from postlude.data.document import WEIGHT, Document
+from postlude.manifest.errors import DataError, ManifestError
+from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.recipes.assembly import Assembly
+from postlude.recipes.forward import ForwardModels, stop_ids_of
+from postlude.recipes.online import OnlineRecipe
+from postlude.recipes.parts import StageTask
+from postlude.recipes.prompting import count_left
+from postlude.rollout.answers import Answerer
+from postlude.rollout.assess import Assessor
+from postlude.rollout.colocated import PolicyEngine
+from postlude.rollout.engine import Sampling
+from postlude.rollout.ledger import Issue, Ledger
+from postlude.rollout.pool import RewardPool
+from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
+from postlude.rollout.rounds import Plan, Rounds
+from postlude.rollout.scoring import Score, Scorer
+from postlude.runs import Run
+from postlude.telemetry.recorder import Recorder
+from postlude.training.interruption import Interruption
+from postlude.training.timing import Phases
+from postlude.training.trainer import Trainer
+from postlude.training.workers import Workers
+
+
+class Silent:
+    """Rollouts are told nowhere."""
+
+    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class OnlineAssembly(Assembly, ForwardModels):
+    """The parts of one stage of online reinforcement learning on one rank."""
+
+    config: OnlineRecipe
+
+    def __init__(
+        self, task: StageTask, workers: Workers, sample: int | None = None, artifacts: Run | None = None
+    ) -> None:
+        super().__init__(task, workers, sample, artifacts)
+        if not isinstance(self.config, OnlineRecipe):
+            raise ManifestError(f"stages.{task.stage}: the recipe '{self.config.recipe}' answers no prompts.")
+        self.journal: Any = Silent()
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def loader(self) -> Rounds:  # type: ignore[override]
+        """The loop, which makes steps of the policy's own answers."""
+        config, batch = self.config, self.config.batch
+        plan = Plan(
+            prompts=config.rollout.prompts,
+            group=config.group,
+            updates=config.updates,
+            passes=config.passes,
+            block=batch.block,
+            tokens=batch.tokens,
+            steps=config.steps,
+            resample=config.resample,
+            longest_correction=config.rollout.correction,
+            reference="reference" if config.compares else None,
+            critic=config.critic,
+        )
+        return Rounds(
+            plan,
+            Ledger(self.datasets, config.data, self.manifest.seed, config.epochs),
+            self.read_prompts,
+            self.answerer,
+            self.assessor,
+            config.algorithm(),
+            self.journal,
+            update=self.policy_engine.update,
+        )
+
+    @cached_property
+    def policy_engine(self) -> PolicyEngine:
+        """What answers: the policy itself."""
+        return PolicyEngine(self.program.roles["policy"].model, self.precision, self.config.rollout.concurrency)
+
+    @cached_property
+    def assessor(self) -> Assessor:
+        batch = self.config.batch
+        return Assessor(
+            self.program.roles,
+            self.workers,
+            self.precision,
+            batch.block,
+            batch.micro or batch.block,
+            self.config.rollout.temperature,
+        )
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        return self._answerer(self.config.rollout.temperature, self.config.rollout.top_p)
+
+    def _answerer(self, temperature: float, top_p: float) -> Answerer:
+        rollout = self.config.rollout
+
+        def sampling(source: str) -> Sampling:
+            stops = self._stops(source)
+            return Sampling(rollout.max_tokens, stops, temperature, top_p, self.manifest.seed)
+
+        return Answerer(
+            engine=self.policy_engine,
+            encoder=self.prompt_encoder_of,
+            sampling=sampling,
+            scorer=self.scorer,
+            pool=self.pool,
+            workers=self.workers,
+            phases=self.phases,
+            room=self.config.batch.block,
+        )
+
+    def _stops(self, source: str) -> frozenset[int]:
+        if source not in self._stops_of:
+            self._stops_of[source] = stop_ids_of(self.policy_engine.policy.causal, self.prompt_encoder_of(source))
+        return self._stops_of[source]
+
+    @cached_property
+    def phases(self) -> Phases:
+        return Phases(synchronize=self.workers.device.type == "cuda")
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self.config.reward, self.judge)
+
+    @cached_property
+    def pool(self) -> RewardPool:
+        return RewardPool(self.config.rollout.reward_workers, float(self.config.rollout.reward_seconds))
+
+    @cached_property
+    def _stops_of(self) -> dict[str, frozenset[int]]:
+        return {}
+
+    @cached_property
+    def _prompt_encoders(self) -> dict[str, PromptEncoder]:
+        return {}
+
+    def prompt_encoder_of(self, source: str) -> PromptEncoder:
+        """How the prompts of a data set are put to the policy."""
+        if source not in self._prompt_encoders:
+            template = self.manifest.data[source].template
+            self._prompt_encoders[source] = PromptEncoder(self.tokenizer, template, self.begun)
+        return self._prompt_encoders[source]
+
+    # --- prompts --------------------------------------------------------------------------------------------
+
+    def read_prompts(self, issues: Sequence[Issue]) -> list[list[Prompt | str]]:
+        """The prompts in each issued record, or why there is none."""
+        found: dict[int, list[Prompt | str]] = {}
+        by_group: dict[tuple[str, int], list[Issue]] = {}
+        for issue in issues:
+            by_group.setdefault((issue.source, issue.group), []).append(issue)
+        for (source, group), some in by_group.items():
+            dataset = self.datasets[source]
+            for issue, (record, examples) in zip(
+                some, dataset.read(group, [issue.position for issue in some]), strict=True
+            ):
+                found[issue.number] = [_prompt(one, name, source, record) for name, one in examples]
+        return [found[issue.number] for issue in issues]
+
+    def counts(self) -> dict[str, Any]:
+        """How many prompts there are and how long, and how many records have none that can be asked."""
+        left: dict[str, Any] = {}
+        lengths: list[int] = []
+        for prompt, _ in self._every_prompt(self.datasets):
+            begun = prompt if isinstance(prompt, str) else self._begun(prompt)
+            if isinstance(begun, str):
+                count_left(left, begun, prompt.example_id if isinstance(prompt, Prompt) else "")
+            else:
+                lengths.append(begun)
+        if not lengths:
+            why = ", ".join(f"{one['count']} because {reason}" for reason, one in left.items())
+            raise DataError(f"The data of the stage '{self.task.stage}' hold no prompt that can be asked: {why}.")
+        return {
+            "prompts": len(lengths),
+            "prompt_tokens": {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
+            "nothing_of": left,
+        }
+
+    def prompts(self) -> Iterator[Document]:
+        """The prompts as documents in which nothing is trained, for a preview."""
+        for prompt, _ in self._every_prompt(self.datasets):
+            if isinstance(prompt, Prompt):
+                tokens = np.array(self.prompt_encoder_of(prompt.source).tokens(prompt), np.int64)
+                if len(tokens):
+                    streams = {WEIGHT.name: np.zeros(len(tokens), np.float32)}
+                    yield Document(prompt.example_id, prompt.source, tokens, streams)
+
+    def _begun(self, prompt: Prompt) -> int | str:
+        """How many tokens a prompt has, or why it cannot be asked."""
+        tokens = len(self.prompt_encoder_of(prompt.source).tokens(prompt))
+        longest = self.config.batch.block - self.config.rollout.max_tokens
+        return tokens if 0 < tokens <= longest else f"it has none or more than {longest} tokens"
+
+    @staticmethod
+    def _every_prompt(datasets: Mapping[str, Dataset]) -> Any:
+        """Every prompt of data sets with its number, in the order they stand there."""
+        number = 0
+        for name, dataset in datasets.items():
+            for group, rows in enumerate(dataset.groups):
+                for start in range(0, rows, 256):
+                    some = range(start, min(start + 256, rows))
+                    for position, (record, examples) in zip(some, dataset.read(group, list(some)), strict=True):
+                        for example_id, example in examples:
+                            yield _prompt(example, example_id, name, record), Issue(number, 0, name, group, position)
+                            number += 1
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    @property
+    def evaluations(self) -> dict[str, Any]:
+        """Nothing is held out for the loss."""
+        return {}
+
+    def examine(self) -> Mapping[str, Mapping[str, float]]:
+        """The rewards of answers to held-out prompts."""
+        evaluate = self.config.evaluate
+        if evaluate is None:
+            return {}
+        answerer = self._answerer(evaluate.temperature, self.config.rollout.top_p)
+        found = {}
+        for name, dataset in self.held_out.items():
+            groups = [
+                begun
+                for prompt, issue in self._every_prompt({name: dataset})
+                if isinstance(prompt, Prompt)
+                and not isinstance(begun := answerer.begin(issue, prompt, evaluate.samples), str)
+            ]
+            if not groups:
+                raise DataError(f"The held-out data '{name}' of the stage '{self.task.stage}' hold no prompt.")
+            answered = answerer.answer(groups)
+            rewards = [[one.reward for one in group if isinstance(one.score, Score)] for group in answered]
+            found[name] = measured(rewards, evaluate.solved, evaluate.samples) | {
+                "completion_tokens": _mean([one.sampled_tokens for group in answered for one in group])
+            }
+        return found
+
+    # --- the trainer ----------------------------------------------------------------------------------------
+
+    def trainer(self, recorder: Recorder, stop: Callable[[bool], bool] | Interruption) -> Trainer:
+        self.journal = recorder
+        return super().trainer(recorder, stop)
+
+    def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> OnlineAssembly:
+        other = super().with_models(start, companions)
+        assert isinstance(other, OnlineAssembly)
+        other.config = other.config.rehearsed()
+        other.rehearses = True
+        for built in ("policy_engine", "assessor", "answerer", "phases", "scorer", "pool"):
+            other.__dict__.pop(built, None)
+        return other
+
+
+def measured(rewards: Sequence[Sequence[float]], solved: float, samples: int) -> dict[str, float]:
+    """What the rewards of each prompt's answers come to: their mean, and pass@k for the powers of two up to
+    ``samples``, the probability that one of k answers reaches ``solved`` (Chen et al., 2021)."""
+    told = {"reward": _mean([reward for group in rewards for reward in group])}
+    k = 1
+    while k <= samples:
+        counts = [(len(group), sum(reward >= solved for reward in group)) for group in rewards if len(group) >= k]
+        told[f"pass@{k}"] = _mean([1 - comb(n - right, k) / comb(n, k) for n, right in counts])
+        k *= 2
+    return told
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _prompt(example: Any, example_id: str, source: str, record: Mapping[str, Any]) -> Prompt | str:
+    try:
+        return prompt_of(example, example_id, source, record)
+    except NoPrompt as error:
+        return str(error)

@@ -1,0 +1,20 @@
+"""REINFORCE++ (Hu, 2025): one sample of a prompt is enough, since advantages are those over the mean of the whole round
+and scaled by its deviation, with PPO's clipping and the divergence from the reference in the reward."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from postlude.manifest.schema import Positive
+from postlude.recipes.group_relative import Coefficient, GroupRelative
+
+
+class ReinforcePlusPlus(GroupRelative):
+    """REINFORCE with the round as the baseline."""
+
+    recipe: Literal["reinforce++"]
+    group: Positive = 1
+    baseline: Literal["group", "leave_one_out", "batch"] = "batch"
+    scale: Literal["group", "batch", "none"] = "batch"
+    normalize: Literal["token", "document", "length"] = "token"
+    kl_in_reward: Coefficient = 0.01

@@ -1,0 +1,45 @@
+"""The policy as an engine: the very weights that are trained, answering where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from postlude.model.language_model import LanguageModel
+from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.native import NativeEngine
+from postlude.training.precision import Precision
+
+
+class PolicyEngine:
+    """Answers with a model that is trained in this process, ``batch`` completions at a time, in its precision.
+
+    Nothing is copied: the weights are those of the last step.
+    """
+
+    def __init__(self, policy: LanguageModel, precision: Precision, batch: int) -> None:
+        self.policy, self._precision, self._batch = policy, precision, batch
+        self._version = 0
+        self._native = NativeEngine(policy.causal, policy.vocabulary, batch)
+
+    @property
+    def context(self) -> int | None:
+        return self._native.context
+
+    def update(self, version: int) -> None:
+        """Note that the weights are now those after ``version`` steps."""
+        self._version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See :meth:`postlude.rollout.engine.Engine.generate`."""
+        if not requests:
+            return []
+        with (
+            self.policy.plain(),
+            self._precision.autocast(self.policy.device),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            made = self._native.generate(requests, sampling)
+        return [replace(completion, version=self._version) for completion in made]

@@ -1,0 +1,152 @@
+"""The prompt ledger: which prompts were issued, and what became of each. Every one is trained or dropped, once.
+
+Notable:
+
+- Prompts are drawn from the data sets' order, which is a pure function of seed, epoch and position; so the ledger is a
+  count of draws, and the few that are open. A draw is a record; its number in the order is what it is known by.
+- What is open when the state is saved is issued again, first and in the same order, by whoever continues from there.
+- The outcome of each stands in the stage's rollouts, too, which a resume cuts back to the step that it continues from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Protocol
+
+from postlude.data.mixture import Mixture
+from postlude.data.order import SourceOrder
+from postlude.manifest.errors import DataError
+
+
+class Rows(Protocol):
+    """What is drawn from: rows in groups in files."""
+
+    @property
+    def groups(self) -> Sequence[int]: ...
+
+    @property
+    def files(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def seekable(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Issue:
+    """A record that was drawn for its prompt."""
+
+    number: int
+    """How many draws came before it in this stage."""
+    epoch: int
+    source: str
+    """The name of the data set."""
+    group: int
+    position: int
+    """Where in the data set it is."""
+
+
+class Ledger:
+    """Issues the prompts of a mixture of data sets, for so many ``epochs`` or without end, and keeps account of them.
+
+    DataError for a data set without records.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int, epochs: int | None
+    ) -> None:
+        self.rows = {name: sum(source.groups) for name, source in sources.items()}
+        for name, rows in self.rows.items():
+            if not rows:
+                raise DataError(f"The data set '{name}' has no records to ask with. Look at its source and filters.")
+        self._mixture = Mixture(seed, self.rows, weights)
+        self._orders = {
+            name: SourceOrder(seed, name, source.groups, source.files, source.seekable)
+            for name, source in sources.items()
+        }
+        self.end = None if epochs is None else self._mixture.epoch_end(epochs - 1)
+        """The number of draws after which the stage is over."""
+        self._draws, self._epoch, self._epoch_end = 0, 0, self._mixture.epoch_end(0)
+        self._cursors = dict.fromkeys(self._mixture.names, 0)
+        self._again: list[Issue] = []
+        """What was open in the state that this continues from."""
+        self._open: dict[int, Issue] = {}
+        self.trained = 0
+        """Prompts."""
+        self.dropped: Counter[str] = Counter()
+        """Prompts, by the reason."""
+
+    @property
+    def issued(self) -> int:
+        """Draws so far."""
+        return self._draws
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is nothing left to issue."""
+        return not self._again and self._draws == self.end
+
+    @property
+    def progress(self) -> float | None:
+        """The share of the draws that are settled, 0 to 1; None without an end."""
+        waiting = len(self._open) + len(self._again)
+        return None if self.end is None else (self._draws - waiting) / self.end
+
+    def issue(self, count: int) -> list[Issue]:
+        """The next draws; fewer at the end."""
+        issues = self._again[:count]
+        self._again = self._again[count:]
+        while len(issues) < count and self._draws != self.end:
+            issues.append(self._draw())
+        self._open.update({issue.number: issue for issue in issues})
+        return issues
+
+    def settle(self, issue: Issue, reason: str | None = None) -> None:
+        """Note that a draw was trained, or dropped for a ``reason``. KeyError for one that is not open."""
+        del self._open[issue.number]
+        if reason is None:
+            self.trained += 1
+        else:
+            self.dropped[reason] += 1
+
+    def state(self, but: Sequence[Issue] = ()) -> dict[str, Any]:
+        """Where to continue, as JSON: what is open will be issued again, except ``but`` those that are kept elsewhere
+        and count as settled when they are continued from."""
+        kept = {issue.number for issue in but}
+        again = [*self._open.values(), *self._again]
+        return {
+            "draws": self._draws,
+            "epoch": self._epoch,
+            "cursors": dict(self._cursors),
+            "again": [astuple(issue) for issue in sorted(again, key=lambda i: i.number) if issue.number not in kept],
+            "open": [astuple(issue) for issue in but],
+            "trained": self.trained,
+            "dropped": dict(self.dropped),
+            "rows": self.rows,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. DataError if the data sets hold other rows than then."""
+        if state["rows"] != self.rows:
+            raise DataError(
+                f"The data are not those that the run was stopped with: then records by data set were {state['rows']}, "
+                f"now they are {self.rows}, so the prompts cannot be continued. Restore the data, or start a new run."
+            )
+        self._draws, self._epoch = state["draws"], state["epoch"]
+        self._epoch_end = self._mixture.epoch_end(self._epoch)
+        self._cursors = dict(state["cursors"])
+        self._again = [Issue(*issue) for issue in state["again"]]
+        self._open = {issue[0]: Issue(*issue) for issue in state["open"]}
+        self.trained, self.dropped = state["trained"], Counter(state["dropped"])
+
+    def _draw(self) -> Issue:
+        source = self._mixture.names[int(self._mixture.choices(self._draws, 1)[0])]
+        [(group, positions)] = self._orders[source].draws(self._cursors[source], 1)
+        issue = Issue(self._draws, self._epoch, source, group, int(positions[0]))
+        self._draws += 1
+        self._cursors[source] += 1
+        if self._draws == self._epoch_end:
+            self._epoch += 1
+            self._epoch_end = self._mixture.epoch_end(self._epoch)
+        return issue

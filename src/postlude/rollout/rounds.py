@@ -1,0 +1,397 @@
+"""The loop of online reinforcement learning: a loader whose steps are made of what the policy itself answers.
+
+One turn of the loop, :meth:`Rounds.turn`, is a round: prompts are issued, answered, scored and assessed, and become a
+few optimiser steps; the trainer takes them as it takes any others. Every rank runs the loop with the same ledger, does
+its share of the work and knows the outcome of all of it.
+
+Notable:
+
+- What a round contains follows from the ledger and the weights alone, so a resume repeats it to the last bit.
+- A checkpoint between two steps of a round holds the documents of the steps that are left.
+- What becomes of each prompt is told with the step that trains it, or before which it was dropped.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from postlude.data.document import WEIGHT, Block, Document, Unit, stream
+from postlude.data.loader import StepBlocks
+from postlude.data.packing import best_fit
+from postlude.manifest.errors import DataError
+from postlude.objectives.policy import BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
+from postlude.rollout.algorithm import Algorithm, Scored
+from postlude.rollout.answers import Answerer, Group
+from postlude.rollout.assess import Assessor
+from postlude.rollout.ledger import Issue, Ledger
+from postlude.rollout.pool import Unscored
+from postlude.rollout.prompts import Prompt
+from postlude.rollout.trajectory import PlannedStep, packed_documents, unpacked_documents
+
+ALIKE = "all samples have the same reward"
+UNSCORED = "fewer samples than needed have a reward"
+MOST_TRIES = 8
+"""How often prompts are issued anew in a round, where some of them are of no use."""
+
+
+class Journal(Protocol):
+    """Where the rollouts are told."""
+
+    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rounds are made."""
+
+    prompts: int
+    """Of a round."""
+    group: int
+    """Samples of each prompt."""
+    updates: int
+    """Optimiser steps of one pass over a round, at least."""
+    passes: int
+    """Over a round."""
+    block: int
+    tokens: int
+    """Of an optimiser step, at most."""
+    steps: int | None
+    """Optimiser steps of the stage; None if the ledger's epochs end it."""
+    resample: bool = False
+    """Whether prompts whose samples are all rewarded alike are dropped, and others issued in their place."""
+    recompute_old: bool = False
+    """Whether the trainer's own log-probabilities stand for the engine's, with a correction for the difference."""
+    longest_correction: float = 2.0
+    reference: str | None = None
+    """The model that the policy is compared with."""
+    critic: str | None = None
+    """The model that says what was to be expected."""
+
+
+class Rounds:
+    """An iterator over steps (:class:`postlude.data.loader.StepBlocks`), as the trainer takes it.
+
+    ``prompts`` reads the prompts of issued records, or why there are none. Iterating raises DataError if nothing that
+    was answered can be trained on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        prompts: Callable[[Sequence[Issue]], list[list[Prompt | str]]],
+        answerer: Answerer,
+        assessor: Assessor,
+        algorithm: Algorithm,
+        journal: Journal,
+        update: Callable[[int], None] = lambda version: None,
+    ) -> None:
+        self.plan, self.ledger, self.algorithm, self.assessor = plan, ledger, algorithm, assessor
+        self.answerer, self.workers, self.phases = answerer, answerer.workers, answerer.phases
+        self._prompts, self._journal, self._update = prompts, journal, update
+        self._step = 0
+        self._planned: deque[PlannedStep] = deque()
+        self._documents: list[Document] = []
+        """Those of the round in progress."""
+        self._lines: list[Mapping[str, Any]] = []
+        """What is to be told with the next step."""
+
+    def __iter__(self) -> Iterator[StepBlocks]:
+        return self
+
+    def __next__(self) -> StepBlocks:
+        while not self._planned:
+            if self._step == self.plan.steps or self.ledger.exhausted:
+                self._tell()
+                raise StopIteration
+            self.turn()
+        if self._step == self.plan.steps:
+            raise StopIteration
+        return self._take()
+
+    def turn(self) -> None:
+        """One round: the loop itself."""
+        with self.phases.measure("sync"):
+            self._update(self._step)
+        groups = self._collect()
+        documents, metrics = self._assess(groups)
+        self._divide(groups, documents, metrics)
+
+    # --- a round --------------------------------------------------------------------------------------------
+
+    def _collect(self) -> list[Group]:
+        """Issue, answer and score prompts until there are enough that can be learned from."""
+        kept: list[Group] = []
+        for _ in range(MOST_TRIES):
+            issued = self.ledger.issue(self.plan.prompts - len({group[0].issue for group in kept}))
+            if not issued:
+                break
+            asked = self._ask(issued)
+            answered = self.answerer.answer([group for groups in asked.values() for group in groups])
+            kept += self._keep(answered)
+        return kept
+
+    def _ask(self, issued: Sequence[Issue]) -> dict[int, list[Group]]:
+        """The prompts of these records, as trajectories without answers; records without any are dropped."""
+        asked: dict[int, list[Group]] = {}
+        for issue, prompts in zip(issued, self._prompts(issued), strict=True):
+            reason = "the record has no prompt"
+            for prompt in prompts:
+                begun = self.answerer.begin(issue, prompt, self.plan.group) if isinstance(prompt, Prompt) else prompt
+                if isinstance(begun, str):
+                    reason = begun
+                else:
+                    asked.setdefault(issue.number, []).append(begun)
+            if issue.number not in asked:
+                self._drop(issue, reason, [{"issue": issue.number, "epoch": issue.epoch}])
+        return asked
+
+    def _keep(self, answered: Sequence[Group]) -> list[Group]:
+        """The groups that can be learned from, with the samples that have a reward; records without any are dropped."""
+        kept: list[Group] = []
+        by_issue: dict[Issue, list[Group]] = {}
+        for group in answered:
+            by_issue.setdefault(group[0].issue, []).append(group)
+        for issue, groups in by_issue.items():
+            reasons = [self._useless(group) for group in groups]
+            if all(reasons):
+                lines = [one.line() for group in groups for one in group]
+                self._drop(issue, str(reasons[0]), lines)
+                continue
+            for group, reason in zip(groups, reasons, strict=True):
+                useful = [one for one in group if reason is None and not isinstance(one.score, Unscored)]
+                kept += [useful] if useful else []
+                self._lines += [one.line() for one in group if one not in useful]
+        self._check_some_scored(answered)
+        return kept
+
+    def _useless(self, group: Group) -> str | None:
+        scored = [one for one in group if not isinstance(one.score, Unscored)]
+        if len(scored) < max(self.algorithm.least, 1):
+            return UNSCORED
+        if self.plan.resample and len({one.reward for one in scored}) == 1:
+            return ALIKE
+        return None
+
+    def _check_some_scored(self, answered: Sequence[Group]) -> None:
+        """DataError where every single sample failed: that is no accident of a few records."""
+        samples = [one for group in answered for one in group]
+        failed = [one.score for one in samples if isinstance(one.score, Unscored)]
+        if failed and len(failed) == len(samples):
+            raise DataError(
+                f"Not one of {len(samples)} samples has a reward. The first: {failed[0].detail} Mend the function, "
+                "or raise rollout.reward_seconds."
+            )
+
+    def _drop(self, issue: Issue, reason: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.ledger.settle(issue, reason)
+        self._lines += [{**line, "outcome": "dropped", "reason": reason} for line in lines]
+
+    # --- assessment -----------------------------------------------------------------------------------------
+
+    def _assess(self, groups: Sequence[Group]) -> tuple[list[Document], dict[str, float]]:
+        """The samples as documents with all the streams that are trained on, and the metrics of the round."""
+        samples = [one for group in groups for one in group]
+        numbers = [number for number, group in enumerate(groups) for _ in group]
+        documents = [one.document(number) for one, number in zip(samples, numbers, strict=True)]
+        sampled = [{BEHAVIOUR_LOGP.name: d.streams[BEHAVIOUR_LOGP.name][d.streams[WEIGHT.name] > 0]} for d in documents]
+        if documents:
+            with self.phases.measure("assess"):
+                self._ask_models(documents, sampled)
+        rewards = [one.reward if one.score is not None else 0.0 for one in samples]
+        made, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
+        whole = [
+            _with_streams(document, {**before, **after})
+            for document, before, after in zip(documents, sampled, made, strict=True)
+        ]
+        return whole, {**self._measured(groups), **metrics}
+
+    def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
+        """Add to the streams of the sampled tokens what the models of the step say of them."""
+        plan = self.plan
+        if plan.recompute_old:
+            for streams, old in zip(sampled, self.assessor.log_probabilities("policy", documents), strict=True):
+                ratio = np.exp(old - streams[BEHAVIOUR_LOGP.name])
+                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, plan.longest_correction)}
+        else:
+            for streams in sampled:
+                streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
+        if plan.reference is not None:
+            for streams, said in zip(sampled, self.assessor.log_probabilities(plan.reference, documents), strict=True):
+                streams["reference_logp"] = said
+        if plan.critic is not None:
+            for streams, said in zip(sampled, self.assessor.values(plan.critic, documents), strict=True):
+                streams["value"] = said
+
+    def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
+        samples = [one for group in groups for one in group]
+        if not samples:
+            return {}
+        lengths = [one.sampled_tokens for one in samples]
+        measured = {
+            "completion_tokens": float(np.mean(lengths)),
+            "longest_completion": float(max(lengths)),
+            "stopped": float(np.mean([one.ended == "stop" for one in samples])),
+            "staleness": float(np.mean([self._step - one.oldest_version for one in samples])),
+        }
+        if samples[0].score is not None:
+            rewards = [one.reward for one in samples]
+            alike = [len({one.reward for one in group}) == 1 for group in groups]
+            measured |= {
+                "reward": float(np.mean(rewards)),
+                "reward_deviation": float(np.std(rewards)),
+                "groups_alike": float(np.mean(alike)),
+            }
+            for name in samples[0].score.parts:  # type: ignore[union-attr]
+                measured[f"reward_{name}"] = float(np.mean([one.score.parts[name] for one in samples]))  # type: ignore[union-attr]
+        return measured
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def _divide(self, groups: Sequence[Group], documents: list[Document], metrics: Mapping[str, float]) -> None:
+        """Plan the optimiser steps of the round: in each pass every document once, prompts left whole."""
+        plan = self.plan
+        bundles: dict[Issue, list[int]] = {}
+        lines: dict[Issue, list[Mapping[str, Any]]] = {}
+        place = 0
+        for group in groups:
+            for one in group:
+                bundles.setdefault(one.issue, []).append(place)
+                advantage = documents[place].streams.get("advantage")
+                told = {} if advantage is None else {"advantage": float(advantage[documents[place].trained].mean())}
+                lines.setdefault(one.issue, []).append({**one.line(), **told, "outcome": "trained"})
+                place += 1
+        tokens = sum(len(document) for document in documents)
+        parts = max(min(plan.updates, len(bundles)), -(-tokens // plan.tokens)) if bundles else 0
+        issues = list(bundles)
+        for turn in range(plan.passes):
+            for some in (issues[part::parts] for part in range(parts)):
+                if not some:
+                    continue
+                self._planned.append(
+                    PlannedStep(
+                        documents=[number for issue in some for number in bundles[issue]],
+                        epoch=some[0].epoch,
+                        issues=some if turn == 0 else (),
+                        lines=[line for issue in some for line in lines[issue]] if turn == 0 else (),
+                        metrics=metrics,
+                    )
+                )
+        self._documents = documents
+
+    def _take(self) -> StepBlocks:
+        """The next planned step, as this rank's blocks."""
+        step = self._planned.popleft()
+        documents = [self._documents[number] for number in step.documents]
+        blocks: list[Block] = [
+            tuple(Unit((documents[i],)) for i in pack)
+            for pack in best_fit([len(document) for document in documents], self.plan.block)
+        ]
+        for issue in step.issues:
+            self.ledger.settle(issue)
+        self._lines += step.lines
+        self._tell()
+        self._step += 1
+        share: list[Block] = blocks[self.workers.data_rank :: self.workers.data_world]
+        empty: Block = ()
+        return StepBlocks(
+            blocks=share + [empty] * (-(-len(blocks) // self.workers.data_world) - len(share)),
+            epoch=step.epoch,
+            progress=self._step / self.plan.steps if self.plan.steps else self.ledger.progress or 0.0,
+            documents=len(documents),
+            tokens=sum(len(document) for document in documents),
+            metrics={**step.metrics, **self._account()},
+        )
+
+    def _account(self) -> dict[str, float]:
+        """The ledger, and where the time of the round went, as keys of a line of metrics."""
+        return {
+            "prompts_issued": float(self.ledger.issued),
+            "prompts_trained": float(self.ledger.trained),
+            "prompts_dropped": float(self.ledger.dropped.total()),
+            **{f"seconds_{phase}": spent for phase, spent in self.phases.take().items()},
+        }
+
+    def _tell(self) -> None:
+        self._journal.rollouts(self._step + 1, self._lines)
+        self._lines = []
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Where the next step begins, as JSON: the same on every rank and for every number of them."""
+        left = list(self._planned)
+        issues = [issue for step in left for issue in step.issues]
+        state: dict[str, Any] = {
+            "step": self._step,
+            "ledger": self.ledger.state(issues),
+            "algorithm": self.algorithm.state(),
+        }
+        if left:
+            numbers = sorted({number for step in left for number in step.documents})
+            index = {number: place for place, number in enumerate(numbers)}
+            documents = packed_documents([self._documents[number] for number in numbers])
+            state["documents"] = base64.b64encode(documents).decode()
+            state["planned"] = [
+                {
+                    "documents": [index[number] for number in step.documents],
+                    "epoch": step.epoch,
+                    "issues": [issue.number for issue in step.issues],
+                    "lines": list(step.lines),
+                    "metrics": dict(step.metrics),
+                }
+                for step in left
+            ]
+        return state
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue with the step that comes after ``state``. DataError if the data hold other rows than then."""
+        self.ledger.load(state["ledger"])
+        self.algorithm.load(state["algorithm"])
+        self._step, self._lines = state["step"], []
+        known = {issue[0]: Issue(*issue) for issue in state["ledger"]["open"]}
+        self._documents = unpacked_documents(base64.b64decode(state["documents"])) if "planned" in state else []
+        self._planned = deque(
+            PlannedStep(**{**step, "issues": [known[number] for number in step["issues"]]})
+            for step in state.get("planned", [])
+        )
+
+    def close(self) -> None:
+        """Leave no process at work."""
+        self.answerer.pool.close()
+
+    def __enter__(self) -> Rounds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _with_streams(document: Document, sampled: Mapping[str, np.ndarray]) -> Document:
+    """The document with streams given over its sampled tokens."""
+    places = document.streams[WEIGHT.name] > 0
+    streams = dict(document.streams)
+    for name, values in sampled.items():
+        row = np.full(len(document), stream(name).fill, stream(name).dtype)
+        row[places] = values
+        streams[name] = row
+    return replace(document, streams=streams)
+
+
+def outcomes(lines: Sequence[Mapping[str, Any]]) -> dict[int, Counter[str]]:
+    """What the rollouts of a stage tell of each issued prompt, by its number: how often it was trained or dropped."""
+    found: dict[int, Counter[str]] = {}
+    seen: set[tuple[int, int, str]] = set()
+    for line in lines:
+        if "outcome" in line:
+            key = (line["issue"], line["step"], line["outcome"])
+            if key not in seen:
+                seen.add(key)
+                found.setdefault(line["issue"], Counter())[line["outcome"]] += 1
+    return found

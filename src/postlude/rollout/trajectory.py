@@ -1,0 +1,155 @@
+"""Trajectories: what was asked and what was answered, as the very token ids that an engine saw and sampled.
+
+A trajectory only grows at its end. It is never tokenised again, so what is trained is what was sampled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from postlude.data.document import WEIGHT, Document
+from postlude.objectives.policy import BEHAVIOUR_LOGP
+from postlude.rollout.engine import Completion, Ended
+from postlude.rollout.ledger import Issue
+from postlude.rollout.pool import Unscored
+from postlude.rollout.prompts import Prompt
+from postlude.rollout.scoring import Score
+
+
+@dataclass
+class Trajectory:
+    """One sample of a prompt, and what was found out about it."""
+
+    issue: Issue
+    prompt: Prompt
+    sample: int
+    """Which of the prompt's samples it is."""
+    tokens: list[int]
+    sampled: list[bool]
+    """Of each token, whether the engine sampled it; the others were given to it, and are not trained."""
+    logp: list[float]
+    """Of each token its log-probability, where it was sampled; else 0."""
+    versions: list[int]
+    """Of each token the version of the weights that sampled it; -1 where it was given."""
+    text: str = ""
+    """What the sampled tokens say."""
+    ended: Ended = "length"
+    score: Score | Unscored | None = None
+
+    @classmethod
+    def begin(cls, issue: Issue, prompt: Prompt, sample: int, tokens: Sequence[int]) -> Trajectory:
+        """A prompt to which nothing has been answered."""
+        count = len(tokens)
+        return cls(issue, prompt, sample, list(tokens), [False] * count, [0.0] * count, [-1] * count)
+
+    def answer(self, completion: Completion) -> None:
+        """Append what an engine sampled."""
+        count = len(completion.tokens)
+        self.tokens += completion.tokens
+        self.sampled += [True] * count
+        self.logp += completion.log_probabilities
+        self.versions += [completion.version] * count
+        self.ended = completion.ended
+
+    def give(self, tokens: Sequence[int]) -> None:
+        """Append what somebody else said: a tool, an environment."""
+        count = len(tokens)
+        self.tokens += tokens
+        self.sampled += [False] * count
+        self.logp += [0.0] * count
+        self.versions += [-1] * count
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(self.sampled)
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of the weights that its first token was sampled with."""
+        return min((version for version in self.versions if version >= 0), default=-1)
+
+    @property
+    def reward(self) -> float:
+        """ValueError where it has none."""
+        if not isinstance(self.score, Score):
+            raise ValueError(f"The sample {self.sample} of '{self.prompt.example_id}' has no reward.")
+        return self.score.total
+
+    def document(self, group: int) -> Document:
+        """As a document, its sampled tokens trained."""
+        weight = np.array(self.sampled, np.float32)
+        streams = {WEIGHT.name: weight, BEHAVIOUR_LOGP.name: np.array(self.logp, np.float32)}
+        tokens = np.array(self.tokens, np.int64)
+        return Document(self.prompt.example_id, self.prompt.source, tokens, streams, group=group)
+
+    def line(self) -> dict[str, Any]:
+        """As the rollouts of a stage tell it."""
+        line: dict[str, Any] = {
+            "prompt_id": self.prompt.example_id,
+            "issue": self.issue.number,
+            "epoch": self.issue.epoch,
+            "sample": self.sample,
+            "prompt": self.prompt.asked,
+            "completion": self.text,
+            "ended": self.ended,
+            "tokens": self.sampled_tokens,
+            "versions": [self.oldest_version, max(self.versions)],
+        }
+        if isinstance(self.score, Score):
+            line |= {"reward": self.score.total, "rewards": dict(self.score.parts)}
+        elif self.score is not None:
+            line["unscored"] = self.score.detail
+        return line
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What one optimiser step trains on."""
+
+    documents: Sequence[int]
+    """Which of the round's documents."""
+    epoch: int
+    issues: Sequence[Issue] = ()
+    """The prompts that count as trained with it."""
+    lines: Sequence[Mapping[str, Any]] = ()
+    """What the rollouts of the stage are told with it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def packed_documents(documents: Sequence[Document]) -> bytes:
+    """Documents as bytes, all bits of their streams kept."""
+    arrays: dict[str, np.ndarray] = {"lengths": np.array([len(document) for document in documents], np.int64)}
+    names = sorted({name for document in documents for name in document.streams})
+    arrays["tokens"] = np.concatenate([document.tokens for document in documents])
+    arrays["groups"] = np.array([document.group for document in documents], np.int64)
+    for name in names:
+        arrays[f"stream {name}"] = np.concatenate([document.streams[name] for document in documents])
+    ids = json.dumps([[document.source, document.example_id] for document in documents])
+    arrays["ids"] = np.frombuffer(ids.encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpacked_documents(data: bytes) -> list[Document]:
+    """What :func:`packed_documents` was given."""
+    with np.load(io.BytesIO(data)) as arrays:
+        ends = arrays["lengths"].cumsum()[:-1]
+        tokens = np.split(arrays["tokens"], ends)
+        streams = {
+            name.removeprefix("stream "): np.split(arrays[name], ends)
+            for name in arrays.files
+            if name.startswith("stream ")
+        }
+        ids = json.loads(arrays["ids"].tobytes())
+        groups = arrays["groups"].tolist()
+    return [
+        Document(example_id, source, tokens[place], {n: s[place] for n, s in streams.items()}, group=groups[place])
+        for place, (source, example_id) in enumerate(ids)
+    ]
