@@ -8,8 +8,9 @@ for samples of another policy than the old one, the loss of a token is
 - ``cispo``:  -w_t [min(r_t, 1 + high)] A_t log p(t)                    (MiniMax-M1, 2025)
 - ``plain``:  -w_t r_t A_t
 
-in which nothing in brackets has a gradient. To it come ``kl_coefficient`` times e^d - d - 1 with d the logarithm of
-p_reference(t) / p(t) (Schulman, 2020), and less ``entropy_coefficient`` times the entropy. The loss of a step is
+in which nothing in brackets has a gradient. To it come ``kl_coefficient`` times r_t (e^d - d - 1) with d the logarithm
+of p_reference(t) / p(t) (Schulman, 2020; with the ratio before it, whose gradient counts, the gradient is that of the
+divergence: DeepSeek-V3.2, 2025), and less ``entropy_coefficient`` times the entropy. The loss of a step is
 
 - ``token``:     the mean over all its sampled tokens                   (DAPO)
 - ``document``:  the mean over each document's, then over documents     (GRPO)
@@ -98,7 +99,7 @@ class PolicyGradient:
         total = float(len(rows))
         if REFERENCE_LOGP.name in streams:
             apart = divergence(streams[REFERENCE_LOGP.name] - logp)
-            losses = losses + self.kl_coefficient * apart
+            losses = losses + self.kl_coefficient * (logp - streams[OLD_LOGP.name]).exp() * apart
             metrics["kl"] = (apart.detach().sum(), total)
         losses = losses - self.entropy_coefficient * entropy
         moved = (logp - streams[OLD_LOGP.name]).detach()

@@ -40,6 +40,11 @@ def relative(
         advantages /= np.sqrt(squares / np.maximum(sizes - 1, 1))[index] + SMALLEST
     elif scale == "batch" and len(values) > 1:
         advantages /= values.std(ddof=1) + SMALLEST
+    if baseline != "batch":  # what is left where all are alike is rounding, and the scale would make it count
+        highest, lowest = np.full(len(sizes), -np.inf), np.full(len(sizes), np.inf)
+        np.maximum.at(highest, index, values)
+        np.minimum.at(lowest, index, values)
+        advantages[(highest == lowest)[index]] = 0.0
     return advantages
 
 

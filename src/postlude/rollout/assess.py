@@ -73,7 +73,7 @@ class Assessor:
             with self._precision.autocast(device):
                 values = said(batch, rows).float().cpu().numpy()
             ends = torch.bincount(batch.document[rows], minlength=batch.documents).cumsum(0).tolist()
-            for place, start, end in zip(places, [0, *ends[:-1]], ends, strict=True):
+            for place, start, end in zip(places, [0, *ends][: len(ends)], ends, strict=True):
                 found[place] = values[start:end]
         role.release()
         role.train(was_training)

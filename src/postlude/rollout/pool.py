@@ -1,7 +1,9 @@
 """Rewards that are computed beside the work: in processes of their own, with a deadline for each sample.
 
-A function that hangs is killed with its process, one that raises, returns no number or takes its process down is told;
-either way its sample has no reward, and the others have theirs.
+A function that hangs is killed with its process; one that raises or returns no number is told. Either way its sample
+has no reward, and the others have theirs. Where a process dies, its sample is tried once more in a new one: a kill from
+outside changes nothing, and a function that takes its process down is told at the second time. Each process has a pipe
+of its own, so that none can die with a lock that others need.
 """
 
 from __future__ import annotations
@@ -10,17 +12,23 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as OverTime
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from pebble import ProcessExpired, ProcessPool
-
+from postlude.manifest.errors import UserError
 from postlude.rollout.reward import RewardFunction, call
 
 if TYPE_CHECKING:  # the processes of the pool need no torch
     from postlude.rollout.prompts import Prompt
+
+TRIES = 2
+"""How many processes may die under one sample."""
+START_SECONDS = 60.0
+"""How long a process may take to start."""
 
 
 @dataclass(frozen=True)
@@ -34,51 +42,62 @@ class Unscored:
 
 
 class RewardPool:
-    """Calls reward functions in ``workers`` processes. ``seconds`` is how long one call may take.
+    """Calls reward functions in ``workers`` processes, which start with the first call. ``seconds`` is how long one
+    call may take.
 
-    A context manager: on leaving, no process is left.
+    A context manager: on leaving, no process is left. Nor is one when this process dies, however it dies.
     """
 
     def __init__(self, workers: int, seconds: float) -> None:
-        self._seconds = seconds
-        self._pool = ProcessPool(
-            max_workers=workers,
-            context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=[os.getpid()],
-        )
+        self._workers, self._seconds = workers, seconds
+        self._processes: list[_Process] = []
 
     def score(
         self, function: RewardFunction, name: str, completions: Sequence[tuple[Prompt, str]]
     ) -> list[float | Unscored]:
         """The function's reward of each completion of a prompt, or why there is none."""
-        futures: list[Any] = [
-            self._pool.schedule(
-                call,
-                args=(function, name, prompt.example_id, prompt.asked, text, dict(prompt.rewarded_record)),
-                timeout=self._seconds,
-            )
+        tasks = [
+            (function, name, prompt.example_id, prompt.asked, text, dict(prompt.rewarded_record))
             for prompt, text in completions
         ]
-        return [self._result(future, name, prompt) for future, (prompt, _) in zip(futures, completions, strict=True)]
-
-    def _result(self, future: Any, name: str, prompt: Prompt) -> float | Unscored:
-        at = f"at the record '{prompt.example_id}'"
-        try:
-            return future.result()
-        except OverTime:
-            late = f"the reward '{name}' took longer than {self._seconds:g} seconds"
-            return Unscored(late, f"{late} {at}")
-        except ProcessExpired as error:
-            died = f"the reward '{name}' ended its process"
-            return Unscored(died, f"{died} {at} (exit code {error.exitcode})")
-        except Exception as error:  # somebody else's code: whatever it raises is told with the record that it met
-            return Unscored(f"the reward '{name}' failed", str(error))
+        found: dict[int, float | Unscored] = {}
+        waiting = deque(range(len(tasks)))
+        deaths = [0] * len(tasks)
+        for process in self._processes:
+            process.task = None
+        while len(found) < len(tasks):
+            self._give(waiting, tasks)
+            busy = {process.connection: process for process in self._processes if process.task is not None}
+            left = min(process.deadline for process in busy.values()) - time.monotonic()
+            for connection in wait(list(busy), max(left, 0.0)):
+                process = busy.pop(connection)  # type: ignore[call-overload]
+                try:
+                    kind, value = process.connection.recv()
+                    if kind == "stands":
+                        process.stands, process.deadline = True, time.monotonic() + self._seconds
+                        continue
+                    place, process.task = process.task, None
+                except (EOFError, OSError):
+                    place, process.task = process.task, None
+                    self._remove(process)
+                    deaths[place] += 1
+                    if deaths[place] < TRIES:
+                        waiting.appendleft(place)
+                    else:
+                        found[place] = _unscored(f"the reward '{name}' ended its process", tasks[place])
+                    continue
+                found[place] = value if kind == "value" else Unscored(f"the reward '{name}' failed", value)
+            for process in busy.values():
+                if time.monotonic() > process.deadline:
+                    late = f"the reward '{name}' took longer than {self._seconds:g} seconds"
+                    found[process.task] = _unscored(late, tasks[process.task])  # type: ignore[index]
+                    self._remove(process)
+        return [found[place] for place in range(len(tasks))]
 
     def close(self) -> None:
         """Kill what is at work, and wait until it is gone."""
-        self._pool.stop()
-        self._pool.join()
+        for process in list(self._processes):
+            self._remove(process)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -86,10 +105,66 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _give(self, waiting: deque[int], tasks: Sequence[Any]) -> None:
+        """Give every process that has nothing to do something to do."""
+        while waiting and len(self._processes) < min(self._workers, len(waiting)):
+            self._processes.append(_Process())
+        for process in list(self._processes):
+            if waiting and process.task is None:
+                try:
+                    process.connection.send(tasks[waiting[0]])
+                except OSError:  # it died while it had nothing to do
+                    self._remove(process)
+                    continue
+                process.task = waiting.popleft()
+                process.deadline = time.monotonic() + (self._seconds if process.stands else START_SECONDS)
+        if waiting and not self._processes:
+            self._give(waiting, tasks)
 
-def _begin(parent: int) -> None:
-    """Die with the parent, however it dies; leave interrupts to it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    def _remove(self, process: _Process) -> None:
+        self._processes.remove(process)
+        process.end()
+
+
+class _Process:
+    """One process that computes rewards."""
+
+    def __init__(self) -> None:
+        self.connection: Connection
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid()), name="rewards", daemon=True)
+        self._process.start()
+        theirs.close()
+        self.task: int | None = None
+        self.deadline = 0.0
+        self.stands = False
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _unscored(reason: str, task: Any) -> Unscored:
+    return Unscored(reason, f"{reason}, at the record '{task[2]}'.")
+
+
+def _serve(connection: Connection, parent: int) -> None:
+    """Compute rewards until nobody asks any more."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection.send(("stands", None))
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("value", call(*task))
+        except UserError as error:
+            answer = ("failed", str(error))
+        connection.send(answer)
