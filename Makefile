@@ -1,4 +1,4 @@
-# make demo: install, then train a small model on this machine's CPU. make test: install, then run every quick test.
+# make demo: install, then take a small model through all of post-training on this machine's CPU. make test: install, then run every quick test.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -21,13 +21,13 @@ $(INSTALLED): pyproject.toml constraints.txt tests/plugin/pyproject.toml
 
 demo: install
 	env -u OMP_NUM_THREADS $(BIN)/postlude run examples/demo.yaml
-	$(BIN)/postlude generate build/runs/demo/sft --prompt "Turn 4713 round." --max-tokens 48
+	$(BIN)/postlude generate build/runs/demo/rl --prompt "4711>" --max-tokens 6
 
 test: install
-	$(BIN)/pytest -m "not long and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile --durations 15 -m "not long and not gpu"
 
 test-long: install
-	$(BIN)/pytest -m "long and not gpu"
+	$(BIN)/pytest --durations 25 -m "long and not gpu"
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -236,6 +236,38 @@ def test_a_preflight_answers_and_learns_a_little(project):
     assert report.stages[-1].rehearsal.grad_norm > 0
 
 
+# --- real input -----------------------------------------------------------------------------------------------
+
+NOUNS = ("cat", "dog", "boy", "girl", "bird", "tree", "fish", "bear", "frog", "king", "cow", "mouse", "duck", "fox")
+
+
+@pytest.mark.long
+@pytest.mark.capability("Online reinforcement learning raises a real model's held-out reward, whatever the seed")
+@pytest.mark.parametrize(("recipe", "seed"), [("grpo", 1), ("grpo", 2), ("grpo", 3), ("ppo", 4)])
+def test_a_model_of_stories_learns_to_tell_happy_ones(project, shared_data, recipe, seed):
+    begun = [
+        {"text": f"Once upon a time there was a {size} {noun}."} for noun in NOUNS for size in ("little", "big", "red")
+    ]
+    project.data["asked"] = project.written("openings", begun[:30], "text")
+    project.data["unseen"] = project.written("unseen", begun[30:], "text")
+    project.manifest["seed"] = seed
+    project.stages["rl"] = online(
+        project,
+        recipe,
+        model={"path": str(shared_data / "models" / "stories260K_hf")},
+        steps=16 if recipe == "grpo" else 40,  # PPO makes four of a round
+        optimizer={"name": "adamw", "lr": 1e-3},
+        rollout={"prompts": 8, "max_tokens": 20},
+        group=8,
+        reward=[{"function": {"name": "contains", "texts": ["happy"]}}],
+        evaluate={"data": {"unseen": 1.0}, "samples": 8, "temperature": 1.0},
+    )
+    assert project.run() == 0
+    events: list[dict[str, Any]] = [e["metrics"] for e in project.directory.events.read() if e["kind"] == "evaluation"]
+    assert events[-1]["reward"] > events[0]["reward"] + 0.2
+    assert events[-1]["pass@8"] >= events[-1]["pass@1"]
+
+
 # --- chaos --------------------------------------------------------------------------------------------------
 
 
@@ -247,8 +279,7 @@ def start(project, name: str) -> subprocess.Popen:
 
 @pytest.mark.long
 @pytest.mark.capability("Chaos: reinforcement learning killed at random ends bitwise as if undisturbed")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_loop_is_bitwise_the_undisturbed_one(project, workers):
+def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
     """Killed are a rank, a process that computes rewards, and the controller with all its processes."""
     import psutil
 
@@ -259,15 +290,15 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project, workers):
         "batch": {"tokens": 16384, "block": 256},
     }
     project.manifest["compute"] = {
-        "pools": {"train": {"workers": workers}},
+        "pools": {"train": {"workers": 2}},
         "supervision": {"failures": 20, "silence_seconds": 60},
     }
     process = start(project, "calm")
     output, _ = process.communicate()
     assert process.returncode == 0, output.decode()
     calm, said = lines(project), rollouts(project)
-    rng, hits = random.Random(workers), Counter()
-    left = ["controller", "rank", "reward", "rank", "controller"]
+    rng, hits = random.Random(2), Counter()
+    left = ["rank", "reward", "controller", "rank"]
     while True:
         process = start(project, "shaken")
         while process.poll() is None and left:
@@ -297,7 +328,7 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project, workers):
             break
         assert process.returncode == -signal.SIGKILL, output.decode()
     print(f"survived: {dict(hits)}")
-    assert hits.total() >= 4
+    assert hits.total() >= 3
     assert lines(project) == calm
     assert rollouts(project) == said
     found = outcomes(said)

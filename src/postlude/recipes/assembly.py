@@ -263,7 +263,7 @@ class Assembly(Parts):
         """What weights that are not trained are held in: as they are stored, where that is what is computed in."""
         import torch
 
-        computed = Precision.choose(self.config.precision, self.workers.device, stored).dtype
+        computed = Precision.choose(self.config.precision, self.workers.device, stored, self.config.half).dtype
         return stored if stored == computed else torch.float32
 
     def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> Assembly:
@@ -308,7 +308,7 @@ class Assembly(Parts):
     def precision(self) -> Precision:
         """The compute dtype, with the reason for it."""
         stored = self.program.roles["policy"].model.stored_dtype
-        return Precision.choose(self.config.precision, self.workers.device, stored)
+        return Precision.choose(self.config.precision, self.workers.device, stored, self.config.half)
 
     # --- the trainer ----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from postlude.rollout.reward import Reward
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from postlude.manifest.starter import Starter
     from postlude.objectives.policy import PolicyGradient
     from postlude.rollout.algorithm import Algorithm
     from postlude.training.program import Companion
@@ -71,9 +72,8 @@ class OnlineEvaluate(Evaluate):
 class OnlineRecipe(TrainingRecipe):
     """Base of the recipes of online reinforcement learning."""
 
+    half: ClassVar[str] = "bf16"
     needs_reward: ClassVar[bool] = True
-    measures_reference: ClassVar[bool] = False
-    """Whether the samples are compared with the reference in any case."""
 
     rollout: Rollout = Rollout()
     """How prompts are answered."""
@@ -95,6 +95,8 @@ class OnlineRecipe(TrainingRecipe):
     def _has_a_reward(self) -> Self:
         if self.needs_reward and not self.reward:
             raise ValueError("'reward' is needed: a list of functions and models that say how good a completion is")
+        if self.evaluate is not None and not self.reward:
+            raise ValueError("'evaluate' needs 'reward', which says how good the answers to held-out prompts are")
         if self.rollout.max_tokens >= self.batch.block:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in batch.block "
@@ -144,6 +146,12 @@ class OnlineRecipe(TrainingRecipe):
             measures_reference=self.compares,
             **keys,
         )
+
+    @classmethod
+    def starter(cls, stem: str) -> Starter:
+        from postlude.recipes.online_starter import starter
+
+        return starter(stem, cls.component_name)
 
     def rehearsed(self) -> Self:
         """The same with so little of everything that a preflight can do a step of it."""

@@ -8,7 +8,7 @@ data before the first one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from postlude.data.example import Conversation, Text, Tokens
 from postlude.manifest.schema import TrainingStage
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 class TrainingRecipe(TrainingStage):
     """Base of the kind ``recipes`` for stages that train a model."""
+
+    half: ClassVar[str] = "fp16"
+    """What ``precision: auto`` computes in on CUDA where the checkpoint does not say bf16."""
 
     @property
     def accepts(self) -> tuple[type, ...]:

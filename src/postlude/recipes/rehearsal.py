@@ -98,7 +98,7 @@ def rehearse(assembly: Assembly) -> Rehearsal:
     little = assembly.with_models(new, beside)
     sizes = [count_parameters(configuration(one, None, assembly.tokenizer)) for one in (new, *beside.values())]
     fits = sum(sizes) <= LARGEST_PARAMETERS
-    precision = Precision.choose(assembly.config.precision, assembly.workers.device, None)
+    precision = Precision.choose(assembly.config.precision, assembly.workers.device, None, assembly.config.half)
     chance = math.log(config.get_text_config().vocab_size)
     if not fits:
         return Rehearsal(plan, precision, None, None, chance)
@@ -212,7 +212,7 @@ def _setting(assembly: Assembly, config: PreTrainedConfig) -> memory.Setting:
         adapter=stage.adapter if stage.adapter is None or not stage.adapter.continue_ else Adapter(),
         shape=shape_of(stage.parallel, pool.most),
         states_per_parameter=stage.optimizer.state_per_parameter,  # type: ignore[attr-defined]
-        computed=Precision.choose(stage.precision, device, stored).dtype,
+        computed=Precision.choose(stage.precision, device, stored, stage.half).dtype,
         stored=stored,
         frozen_models=len(beside),
         saves_beside_training=every is not None and (stage.steps is None or every < stage.steps),

@@ -25,14 +25,16 @@ class Precision:
         return DTYPES[self.name]
 
     @staticmethod
-    def choose(asked: str, device: torch.device, stored: torch.dtype | None) -> Precision:
-        """Resolve ``auto``: fp32 on a CPU; on CUDA fp16, except that a checkpoint stored in bf16 trains in bf16."""
+    def choose(asked: str, device: torch.device, stored: torch.dtype | None, half: str = "fp16") -> Precision:
+        """Resolve ``auto``: fp32 on a CPU; on CUDA ``half``, except that a checkpoint stored in bf16 trains in bf16."""
         if asked != "auto":
             return Precision(asked, "the manifest asks for it")
         if device.type == "cpu":
             return Precision("fp32", "auto: a CPU computes in fp32")
         if stored == torch.bfloat16:
             return Precision("bf16", "auto: the checkpoint is stored in bf16")
+        if half == "bf16":
+            return Precision("bf16", "auto: on CUDA a policy answers and is trained in bf16")
         return Precision("fp16", "auto: supervised training on CUDA, the checkpoint is not stored in bf16")
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
