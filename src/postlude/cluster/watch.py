@@ -144,6 +144,8 @@ class Watch:
         if self._failed_at is None:
             return False
         kinds = {outcome.kind for outcome in self._outcomes.values()} - {None}
+        if Kind.NODE in kinds:  # nothing that the others may say explains that
+            return True
         seconds = LOST_SECONDS if kinds == {Kind.COLLECTIVE} else GRACE_SECONDS
         return time.monotonic() - self._failed_at > seconds
 

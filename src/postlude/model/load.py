@@ -303,12 +303,14 @@ def read_causal(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While this is open, transformers shows no progress bars: a run has a display of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """While this is open, transformers shows no progress bars and reports no weights: a run has its own display."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 
