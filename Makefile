@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/postlude generate build/runs/demo/rl --prompt "4711>" --max-tokens 6
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile --durations 15 -m "not long and not gpu"
+	$(BIN)/pytest --durations 15 -m "not long and not gpu"
 
 test-long: install
 	$(BIN)/pytest --durations 25 -m "long and not gpu"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +26,6 @@ class Status:
     def __init__(self) -> None:
         self.tests: dict[str, set[str]] = defaultdict(set)
         self.needs_gpu: dict[str, set[str]] = defaultdict(set)
-        self.page = ""
 
     @pytest.hookimpl(tryfirst=True)  # before marks deselect any
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -36,20 +34,12 @@ class Status:
                 where = self.needs_gpu if item.get_closest_marker("gpu") else self.tests
                 where[mark.args[0]].add(item.nodeid.split("[")[0])
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """A process that ran a share of the tests has ended: it collected all of them."""
-        self.page = getattr(node, "workeroutput", {}).get("status", self.page)
-
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        config: Any = session.config
-        if hasattr(config, "workeroutput"):
-            config.workeroutput["status"] = self.render()
-            return
+        config = session.config
         partial = config.option.keyword or config.args_source.name != "TESTPATHS"
         if exitstatus != pytest.ExitCode.OK or partial:
             return
-        page = self.page or self.render()
+        page = self.render()
         if not PAGE.exists() or PAGE.read_text() != page:
             PAGE.write_text(page)
             print("\ndocs/status.md was written anew: commit it.")

@@ -14,7 +14,16 @@ MANIFEST = {
     "name": "whole",
     "data": {"chats": {"source": {"path": "chats.jsonl"}, "format": "messages"}},
     "compute": {"pools": {"train": {"workers": 1}}},
-    "stages": {"sft": {"recipe": "sft", "model": {"path": "somewhere"}, "data": {"chats": 1.0}, "steps": 1}},
+    "stages": {
+        "sft": {"recipe": "sft", "model": {"path": "somewhere"}, "data": {"chats": 1.0}, "steps": 1},
+        "rl": {
+            "recipe": "grpo",
+            "model": {"from": "sft"},
+            "data": {"chats": 1.0},
+            "reward": [{"function": "exact_match"}],
+            "steps": 1,
+        },
+    },
 }
 
 

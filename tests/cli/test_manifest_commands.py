@@ -43,7 +43,7 @@ def test_every_recipe_has_a_starter_that_is_right(recipe):
     jsonschema.Draft202012Validator(schema()).validate(YAML(typ="safe", pure=True).load(begun.text))
     assert begun.text.count("#") >= 10
     sources = [dataset["source"] for dataset in resolved.tree["data"].values()]
-    paths = {source["path"] for source in sources if "from" not in source}
+    paths = {source["path"] for source in sources if "path" in source}
     assert paths == set(begun.files)
     assert all(path.startswith("folder/my run") for path in paths)
 

@@ -202,7 +202,7 @@ def test_a_plain_surrogate_and_its_correction_are_the_formula():
     losses = [-(s["correction"] * (logp - s["old_logp"]).exp() * s["advantage"]).mean() for logp, _, s in _each(alone)]
     loss = torch.stack(losses).mean()
     loss.backward()
-    assert result.loss == pytest.approx(float(loss), rel=1e-4)
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-4)
     close(policy, {n: p.grad for n, p in alone.causal.named_parameters() if p.grad is not None})
 
 
@@ -223,8 +223,8 @@ def test_actor_and_critic_are_the_formula():
         count += len(logp)
     loss = (actor + 0.7 * value) / count
     loss.backward()
-    assert result.loss == pytest.approx(float(loss), rel=1e-4)
-    assert result.metrics["value_loss"] == pytest.approx(float(value) / count, rel=1e-4)
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert result.metrics["value_loss"] == pytest.approx(float(value.detach()) / count, rel=1e-4)
     assert 0 < result.metrics["value_clip_share"] < 1
     close(policy, {n: p.grad for n, p in alone.causal.named_parameters() if p.grad is not None})
     theirs = {n: p.grad for n, p in other.causal.named_parameters() if p.grad is not None}

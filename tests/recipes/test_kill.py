@@ -16,8 +16,8 @@ import pytest
 MEASURED = ("step", "progress", "tokens", "prompts", "completions", "records", "completion_tokens", "stopped", "reward")
 
 
-def start(manifest: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "postlude", "run", manifest]
+def start(manifest: str, inline: bool = True) -> subprocess.Popen:
+    command = [sys.executable, "-m", "postlude", "run", manifest, *(["--inline"] if inline else [])]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -61,13 +61,14 @@ def long_work(project):
 @pytest.mark.capability("Stages that do not train go on after SIGKILL, bitwise as if undisturbed")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_work_ends_as_if_undisturbed(long_work, workers):
-    finished(start(prepare(long_work, "calm", workers)))
+    inline = workers == 1
+    finished(start(prepare(long_work, "calm", workers), inline))
     calm, lines = (long_work.artifact("answers") / "data.jsonl").read_bytes(), metrics(long_work)
     assert len(lines) == 30
     manifest, rng, hits = prepare(long_work, "shaken", workers), random.Random(workers), 0
     while True:
         before = portions(long_work)
-        process = start(manifest)
+        process = start(manifest, inline)
         if hits < 4:
             aim = len(before) + rng.randrange(1, 6)
             while process.poll() is None and len(portions(long_work)) < aim:

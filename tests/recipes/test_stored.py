@@ -399,7 +399,8 @@ def test_what_the_values_follow_from_is_in_the_fingerprint(lessons, what):
 
 
 def start(project) -> subprocess.Popen:
-    command = [sys.executable, "-m", "postlude", "run", project.write()]
+    alone = project.manifest["compute"]["pools"]["train"]["workers"] == 1
+    command = [sys.executable, "-m", "postlude", "run", project.write(), *(["--inline"] if alone else [])]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -34,7 +34,7 @@ def started(tmp_path, monkeypatch):
 def test_rejection_sampling_makes_a_model_better(started):
     path, directory = started("generate")
     assert validate(str(path), []).error is None
-    assert run(str(path), []) == 0
+    assert run(str(path), [], inline=True) == 0
     artifact = directory.stage("answers").artifact
     records = [json.loads(line) for line in Path(artifact, "data.jsonl").read_text().splitlines()]
     report = json.loads(Path(artifact, "report.json").read_text())
@@ -53,7 +53,7 @@ def test_rejection_sampling_makes_a_model_better(started):
 def test_the_starter_of_an_evaluation_shows_a_model_that_learned(started):
     path, directory = started("evaluate")
     assert validate(str(path), []).error is None
-    assert run(str(path), []) == 0
+    assert run(str(path), [], inline=True) == 0
     models = json.loads(Path(directory.stage("report").artifact, "report.json").read_text())["models"]
     assert models["later"]["generation"]["sums"]["reward"] > models["early"]["generation"]["sums"]["reward"]
     assert models["later"]["choice"]["choices"]["accuracy"] > models["early"]["choice"]["choices"]["accuracy"]
@@ -62,7 +62,7 @@ def test_the_starter_of_an_evaluation_shows_a_model_that_learned(started):
 def test_the_starter_of_a_filter_keeps_what_is_right(started):
     path, directory = started("filter")
     assert validate(str(path), []).error is None
-    assert run(str(path), []) == 0
+    assert run(str(path), [], inline=True) == 0
     artifact = directory.stage("right").artifact
     records = [json.loads(line) for line in Path(artifact, "data.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == [n for n in range(60) if n % 3]
@@ -72,7 +72,7 @@ def test_the_starter_of_a_filter_keeps_what_is_right(started):
 def test_the_starter_of_a_merge_runs(started):
     path, directory = started("merge")
     assert validate(str(path), []).error is None
-    assert run(str(path), []) == 0
+    assert run(str(path), [], inline=True) == 0
     models = json.loads(Path(directory.stage("report").artifact, "report.json").read_text())["models"]
     losses = {name: found["held_out"]["even"]["loss"] for name, found in models.items()}
     assert losses["one"] < losses["base"]

@@ -94,9 +94,9 @@ def actions(manifest: str, *overrides: str, **selection: Any) -> dict[str, str]:
 @pytest.mark.capability("A killed pipeline keeps what is finished, resumes what is not, and ends bitwise undisturbed")
 def test_a_pipeline_killed_in_its_third_stage_ends_as_if_undisturbed(pipeline, tmp_path):
     calm = {**pipeline, "run_dir": str(tmp_path / "calm")}
-    assert run(written(tmp_path, calm), []) == 0
+    assert run(written(tmp_path, calm), [], inline=True) == 0
     manifest, there = written(tmp_path, pipeline), opened(pipeline)
-    command = [sys.executable, "-m", "postlude", "run", manifest]
+    command = [sys.executable, "-m", "postlude", "run", manifest, "--inline"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     aim = random.Random(5).randrange(6, 20)
     while process.poll() is None and len(list(there.stage("third").metrics.read())) < aim:
@@ -108,7 +108,7 @@ def test_a_pipeline_killed_in_its_third_stage_ends_as_if_undisturbed(pipeline, t
     assert [told[name] for name in STAGES[:2]] == ["keep", "keep"]
     assert told["third"].startswith("resume from step ")
     assert [told[name] for name in STAGES[3:]] == ["run", "run"]
-    assert run(manifest, []) == 0
+    assert run(manifest, [], inline=True) == 0
     assert kept == {name: Path(there.stage(name).artifact, "lineage.json").stat().st_mtime_ns for name in STAGES[:2]}
     assert result(there) == result(opened(calm))
 
@@ -119,7 +119,7 @@ def test_a_pipeline_killed_in_its_third_stage_ends_as_if_undisturbed(pipeline, t
 def test_a_changed_stage_and_what_hangs_on_it_run_again(pipeline, tmp_path):
     pipeline["stages"]["third"]["steps"] = 4
     manifest, there = written(tmp_path, pipeline), opened(pipeline)
-    assert run(manifest, []) == 0
+    assert run(manifest, [], inline=True) == 0
     assert set(actions(manifest).values()) == {"keep"}
     before, lock = result(there), storage.read_text(there.manifest_lock)
     change = "fourth.optimizer.lr=2e-3"
@@ -132,7 +132,7 @@ def test_a_changed_stage_and_what_hangs_on_it_run_again(pipeline, tmp_path):
     assert plan["fifth"].reasons == ["the input fourth is a new revision"]
     assert json.loads(json.dumps(plan.to_json()))["stages"][3]["action"] == "run again"
     assert storage.read_text(there.manifest_lock) == lock, "a dry run writes nothing"
-    assert run(manifest, [change]) == 0
+    assert run(manifest, [change], inline=True) == 0
     after = result(there)
     assert [before[name] == after[name] for name in STAGES] == [True, True, True, False, False]
     aside = Path(there.uri, "revisions", "fourth", "0001")
