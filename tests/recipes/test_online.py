@@ -121,6 +121,26 @@ def test_a_stage_that_stopped_goes_on_bitwise(project, monkeypatch, every):
     assert lines(project) == calm
     assert rollouts(project) == said
     assert all(outcome.total() == 1 for outcome in outcomes(said).values())
+    assert sorted(outcomes(said)) == list(range(int(calm[-1]["prompts_issued"])))  # nine steps end within a round
+
+
+def test_a_correction_of_an_engine_that_is_the_policy_is_one(project):
+    project.stages["plain"] = online(project)
+    project.stages["corrected"] = online(project, rollout={"prompts": 4, "max_tokens": 6, "correction": 2.0})
+    assert project.run() == 0
+    plain, corrected = lines(project, "plain"), lines(project, "corrected")
+    for without, with_it in zip(plain, corrected, strict=True):
+        assert with_it["correction"] == pytest.approx(1, abs=1e-5)
+        assert with_it["reward"] == without["reward"]
+        assert with_it["grad_norm"] == pytest.approx(without["grad_norm"], rel=1e-3)
+
+
+def test_prompts_of_which_none_can_be_asked_end_the_run(project):
+    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
+    project.data["asked"] = project.written("asked", [long] * 3)
+    project.stages["rl"] = online(project)
+    with pytest.raises(DataError, match=r"nothing to train on.*because the prompt is longer than 122 tokens"):
+        project.run()
 
 
 def test_prompts_that_cannot_be_asked_are_dropped_and_told(project):

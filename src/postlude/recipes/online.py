@@ -42,9 +42,10 @@ class Rollout(Config):
     """Only the likeliest tokens that together have this probability are drawn from."""
     concurrency: Positive = 256
     """Completions that a worker makes at a time."""
-    correction: Annotated[float, Field(gt=0)] = 2.0
-    """Where the engine is not the trainer's own model, each token counts in proportion to how likely the trainer finds
-    it against how likely the engine found it, at most so much (truncated importance sampling)."""
+    correction: Annotated[float, Field(gt=0)] | None = None
+    """The trainer finds out itself how likely each sampled token was, and it counts in proportion to that against how
+    likely the engine found it, at most so much (truncated importance sampling). By default the engine is believed: on a
+    CPU it differs by rounding alone, in bf16 by more (``behaviour_gap`` in the metrics tells)."""
     reward_workers: Positive = 2
     """Processes of each worker in which reward functions run."""
     reward_seconds: Annotated[float, Field(gt=0)] | Positive = 60

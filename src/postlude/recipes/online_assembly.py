@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import comb
 from typing import Any
@@ -69,7 +70,7 @@ class OnlineAssembly(Assembly, ForwardModels):
             tokens=batch.tokens,
             steps=config.steps,
             resample=config.resample,
-            longest_correction=config.rollout.correction,
+            correction=config.rollout.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
@@ -230,7 +231,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         evaluate = self.config.evaluate
         if evaluate is None:
             return {}
-        answerer = self._answerer(evaluate.temperature, self.config.rollout.top_p)
+        answerer = replace(self._answerer(evaluate.temperature, self.config.rollout.top_p), phases=Phases())
         found = {}
         for name, dataset in self.held_out.items():
             groups = [

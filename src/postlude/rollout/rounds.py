@@ -35,6 +35,7 @@ from postlude.rollout.prompts import Prompt
 from postlude.rollout.trajectory import PlannedStep, packed_documents, unpacked_documents
 
 ALIKE = "all samples have the same reward"
+ENDED = "the stage has made its steps"
 UNSCORED = "fewer samples than needed have a reward"
 MOST_TRIES = 8
 """How often prompts are issued anew in a round, where some of them are of no use."""
@@ -65,9 +66,8 @@ class Plan:
     """Optimiser steps of the stage; None if the ledger's epochs end it."""
     resample: bool = False
     """Whether prompts whose samples are all rewarded alike are dropped, and others issued in their place."""
-    recompute_old: bool = False
-    """Whether the trainer's own log-probabilities stand for the engine's, with a correction for the difference."""
-    longest_correction: float = 2.0
+    correction: float | None = None
+    """The bound of the correction for an engine that is not quite the policy; None takes it for the policy."""
     reference: str | None = None
     """The model that the policy is compared with."""
     critic: str | None = None
@@ -101,19 +101,36 @@ class Rounds:
         """Those of the round in progress."""
         self._lines: list[Mapping[str, Any]] = []
         """What is to be told with the next step."""
+        self._told_last: list[Mapping[str, Any]] = []
+        """What was told after the last step: a resume from there has cut it away."""
 
     def __iter__(self) -> Iterator[StepBlocks]:
         return self
 
     def __next__(self) -> StepBlocks:
-        while not self._planned:
-            if self._step == self.plan.steps or self.ledger.exhausted:
-                self._tell()
-                raise StopIteration
+        begin = self.ledger.issued
+        while not self._planned and self._step != self.plan.steps and not self.ledger.exhausted:
+            self._check_fruitful(begin)
             self.turn()
-        if self._step == self.plan.steps:
-            raise StopIteration
-        return self._take()
+        if self._planned and self._step != self.plan.steps:
+            return self._take()
+        for step in self._planned:
+            for issue in step.issues:
+                own = [line for line in step.lines if line["issue"] == issue.number]
+                self._drop(issue, ENDED, own)
+        self._planned.clear()
+        self._told_last = list(self._lines)
+        self._tell()
+        raise StopIteration
+
+    def _check_fruitful(self, begin: int) -> None:
+        """DataError where a whole pass over the prompts, since draw ``begin``, has given nothing to train on."""
+        if self.ledger.issued - begin > sum(self.ledger.rows.values()):
+            why = "; ".join(f"{count} because {reason}" for reason, count in self.ledger.dropped.most_common())
+            raise DataError(
+                f"A whole pass over the prompts has given nothing to train on. Dropped so far were {why}. Look at the "
+                "prompts, at batch.block and rollout.max_tokens, and at the reward."
+            )
 
     def turn(self) -> None:
         """One round: the loop itself."""
@@ -215,10 +232,10 @@ class Rounds:
     def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
         """Add to the streams of the sampled tokens what the models of the step say of them."""
         plan = self.plan
-        if plan.recompute_old:
+        if plan.correction is not None:
             for streams, old in zip(sampled, self.assessor.log_probabilities("policy", documents), strict=True):
                 ratio = np.exp(old - streams[BEHAVIOUR_LOGP.name])
-                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, plan.longest_correction)}
+                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, plan.correction)}
         else:
             for streams in sampled:
                 streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
@@ -332,6 +349,7 @@ class Rounds:
             "step": self._step,
             "ledger": self.ledger.state(issues),
             "algorithm": self.algorithm.state(),
+            "lines": self._told_last,
         }
         if left:
             numbers = sorted({number for step in left for number in step.documents})
@@ -354,7 +372,7 @@ class Rounds:
         """Continue with the step that comes after ``state``. DataError if the data hold other rows than then."""
         self.ledger.load(state["ledger"])
         self.algorithm.load(state["algorithm"])
-        self._step, self._lines = state["step"], []
+        self._step, self._lines = state["step"], list(state["lines"])
         known = {issue[0]: Issue(*issue) for issue in state["ledger"]["open"]}
         self._documents = unpacked_documents(base64.b64decode(state["documents"])) if "planned" in state else []
         self._planned = deque(
