@@ -200,16 +200,16 @@ def raises(prompt, completion, record):
 
 
 @pytest.fixture
-def own_rewards(tmp_path, monkeypatch):
-    (tmp_path / "own_rewards.py").write_text(REWARDS)
+def unreliable_rewards(tmp_path, monkeypatch):
+    (tmp_path / "unreliable_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.mark.capability("A reward that fails, hangs or is no number leaves its sample out, and is counted")
 @pytest.mark.parametrize("function", ["flaky", "hangs"])
-def test_a_reward_that_fails_is_never_zero(project, own_rewards, function):
+def test_a_reward_that_fails_is_never_zero(project, unreliable_rewards, function):
     keys = {"rollout": {"prompts": 4, "max_tokens": 6, "reward_seconds": 2}}
-    project.stages["rl"] = online(project, "grpo", reward=[{"function": f"own_rewards:{function}"}], **keys)
+    project.stages["rl"] = online(project, "grpo", reward=[{"function": f"unreliable_rewards:{function}"}], **keys)
     project.stages["rl"]["steps"] = 2
     assert project.run() == 0
     told = rollouts(project)
@@ -222,9 +222,9 @@ def test_a_reward_that_fails_is_never_zero(project, own_rewards, function):
     assert any(kind in reason for kind in kinds[function] for reason in unscored)
 
 
-def test_a_reward_that_never_works_ends_the_run_with_its_reason(project, own_rewards):
-    project.stages["rl"] = online(project, reward=[{"function": "own_rewards:raises"}])
-    with pytest.raises(DataError, match=r"Not one of 16 samples has a reward.*never any idea.*own_rewards.py"):
+def test_a_reward_that_never_works_ends_the_run_with_its_reason(project, unreliable_rewards):
+    project.stages["rl"] = online(project, reward=[{"function": "unreliable_rewards:raises"}])
+    with pytest.raises(DataError, match=r"Not one of 16 samples has a reward.*never any idea.*unreliable_rewards.py"):
         project.run()
 
 
