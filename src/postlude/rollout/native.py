@@ -1,15 +1,17 @@
-"""The native engine: any transformers causal language model, through its own forward pass and its own cache.
+"""The native engine: any transformers causal language model, through its own forward pass.
 
 Notable:
 
-- Requests of similar length share a batch, the longest first; shorter prompts are padded on the left.
-- Samples of one prompt share its forward pass: the cache is copied to each afterwards.
-- A row that has ended leaves the batch and the cache at once, so nothing is computed for it any more.
+- Requests are answered in a number of rows, the longest prompts first. A row whose completion has ended takes up the
+  next request (:mod:`postlude.rollout.rows`), so a long completion does not hold up the others.
+- Samples of one prompt share its forward pass: its keys and values are copied to each afterwards.
+- Once nothing waits, rows that have ended are taken out a few at a time, so nothing is computed for them any more.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from postlude.manifest.errors import ManifestError
 from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.rows import Rows, new_cache
 from postlude.rollout.sampling import choose, stream_key, uniforms
 
 
@@ -48,43 +52,15 @@ class NativeEngine:
                     f"The prompt '{request.prompt_id}' has {len(request.tokens)} tokens and leaves no room in a "
                     f"context of {self.context}."
                 )
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].tokens), i))
-        done: list[Completion | None] = [None] * len(requests)
+        answers = [_Answer(request, sampling, self.context) for request in requests]
+        queue = deque(sorted(answers, key=lambda answer: -len(answer.request.tokens)))
         with torch.no_grad(), _evaluating(self.causal):
-            for start in range(0, len(order), self.batch):
-                places = order[start : start + self.batch]
-                batch = _Batch([requests[place] for place in places], sampling, self.context)
-                self._run(batch)
-                for place, completion in zip(places, batch.completions(), strict=True):
-                    done[place] = completion
-        return [completion for completion in done if completion is not None]
+            while queue:
+                _Table(self, sampling, queue).run()
+        return [answer.completion(sampling) for answer in answers]
 
-    def _run(self, batch: _Batch) -> None:
-        prompts, owners = _shared([request.tokens for request in batch.requests])
-        tokens, mask = _left_padded(prompts)
-        tokens, mask = tokens.to(self.causal.device), mask.to(self.causal.device)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        logits, cache = self._forward(tokens, mask, positions, None)
-        rows = torch.tensor(owners, device=mask.device)
-        if len(prompts) < len(owners):
-            cache.batch_select_indices(rows)
-        logits, mask, positions = logits[rows], mask[rows], positions[rows, -1:]
-        while True:
-            chosen = batch.choose(logits)
-            left = batch.left()
-            if not len(left):
-                return
-            if len(left) < len(chosen):
-                rows = torch.tensor(left, device=mask.device)
-                cache.batch_select_indices(rows)
-                chosen, mask, positions = chosen[rows], mask[rows], positions[rows]
-            batch.keep(left)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = positions + 1
-            logits, cache = self._forward(chosen[:, None], mask, positions, cache)
-
-    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """The logits [rows, vocabulary] after the last token of each row, and the cache with these tokens in it."""
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """The logits [rows, vocabulary] after the last token of each row; the cache then has these tokens in it."""
         also: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         output = self.causal(
             input_ids=tokens,
@@ -93,54 +69,117 @@ class NativeEngine:
             use_cache=True,
             **{name: value for name, value in also.items() if name in self._takes},
         )
-        cache = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "batch_select_indices"):
+        if getattr(output, "past_key_values", None) is not cache or not len(cache):
             raise ManifestError(
                 f"The architecture '{self.causal.config.model_type}' keeps no cache of keys and values, which this "
                 "engine generates with. Choose a model of attention layers."
             )
-        return output.logits[:, -1, : self.vocabulary], cache
+        return output.logits[:, -1, : self.vocabulary]
 
 
-class _Batch:
-    """Requests that are answered together, and what was sampled for each so far."""
+class _Answer:
+    """What was sampled for a request so far."""
 
-    def __init__(self, requests: Sequence[Request], sampling: Sampling, context: int | None) -> None:
-        self.requests, self.sampling = requests, sampling
-        self._keys = [stream_key(sampling.seed, request.prompt_id, request.sample) for request in requests]
-        room = [sampling.max_tokens if context is None else context - len(request.tokens) for request in requests]
-        self._limits = [min(sampling.max_tokens, tokens) for tokens in room]
-        self._tokens: list[list[int]] = [[] for _ in requests]
-        self._log_probabilities: list[list[float]] = [[] for _ in requests]
-        self._live = list(range(len(requests)))
-        """The request of each row that is left."""
-        self._position = 0
+    def __init__(self, request: Request, sampling: Sampling, context: int | None) -> None:
+        self.request, self._sampling = request, sampling
+        self.key = stream_key(sampling.seed, request.prompt_id, request.sample)
+        room = sampling.max_tokens if context is None else context - len(request.tokens)
+        self._limit = min(sampling.max_tokens, room)
+        self.tokens: list[int] = []
+        self.log_probabilities: list[float] = []
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token of every row that is left, [rows], on the device of the logits [rows, vocabulary]."""
-        numbers = uniforms([self._keys[row] for row in self._live], self._position)
-        chosen, log_probabilities = choose(logits, numbers, self.sampling.temperature, self.sampling.top_p)
-        for row, token, value in zip(self._live, chosen.tolist(), log_probabilities.tolist(), strict=True):
-            self._tokens[row].append(token)
-            self._log_probabilities[row].append(value)
-        self._position += 1
-        return chosen
+    def add(self, token: int, log_probability: float) -> None:
+        self.tokens.append(token)
+        self.log_probabilities.append(log_probability)
 
-    def left(self) -> list[int]:
-        """Which of the rows go on."""
-        return [
-            place
-            for place, row in enumerate(self._live)
-            if self._tokens[row][-1] not in self.sampling.stop_ids and len(self._tokens[row]) < self._limits[row]
-        ]
+    @property
+    def ended(self) -> bool:
+        return self.tokens[-1] in self._sampling.stop_ids or len(self.tokens) >= self._limit
 
-    def keep(self, rows: Sequence[int]) -> None:
-        self._live = [self._live[row] for row in rows]
+    def completion(self, sampling: Sampling) -> Completion:
+        ended = "stop" if self.tokens[-1] in sampling.stop_ids else "length"
+        return Completion(self.request, tuple(self.tokens), tuple(self.log_probabilities), ended)  # type: ignore[arg-type]
 
-    def completions(self) -> Iterator[Completion]:
-        for request, tokens, values in zip(self.requests, self._tokens, self._log_probabilities, strict=True):
-            ended = tokens[-1] in self.sampling.stop_ids
-            yield Completion(request, tuple(tokens), tuple(values), "stop" if ended else "length")
+
+class _Table:
+    """Rows at work on a queue of answers, which none longer joins than those that were there first."""
+
+    def __init__(self, engine: NativeEngine, sampling: Sampling, queue: deque[_Answer]) -> None:
+        self._engine, self._sampling, self._queue = engine, sampling, queue
+        self._device = engine.causal.device
+        self._owners: list[_Answer | None] = []
+        """Of each row what it answers; None for one that has ended."""
+
+    def run(self) -> None:
+        """Answer the queue."""
+        answers, begun = self._admitted(self._engine.batch)
+        if begun is None:
+            return
+        self._rows, self._owners = begun, list(answers)
+        while live := [row for row, owner in enumerate(self._owners) if owner is not None]:
+            self._rows.advance()
+            tokens = [0 if owner is None else owner.tokens[-1] for owner in self._owners]
+            logits = self._engine.forward(
+                torch.tensor(tokens, device=self._device)[:, None],
+                self._rows.mask,
+                self._rows.positions[:, None],
+                self._rows.cache,
+            )
+            owners = [owner for owner in self._owners if owner is not None]
+            self._choose(owners, logits if len(live) == len(self._owners) else logits[live])
+            self._leave()
+            self._refill()
+
+    def _leave(self) -> None:
+        """Take out of their rows the answers that have ended."""
+        ended = [row for row, owner in enumerate(self._owners) if owner is not None and owner.ended]
+        for row in ended:
+            self._owners[row] = None
+        self._rows.idle(ended)
+
+    def _refill(self) -> None:
+        """Give free rows to what waits, some at a time; without anything that waits, take them out."""
+        free = [row for row, owner in enumerate(self._owners) if owner is None]
+        few = len(free) * 8 < len(self._owners)
+        if not free or (few and len(free) < len(self._owners)):
+            return
+        if self._queue and len(self._queue[0].request.tokens) <= self._rows.columns:
+            answers, begun = self._admitted(len(free))
+            if begun is not None:
+                rows = free[: len(answers)]
+                everyone = torch.arange(len(answers), device=self._device)
+                self._rows.put(torch.tensor(rows, device=self._device), begun, everyone)
+                for row, answer in zip(rows, answers, strict=True):
+                    self._owners[row] = answer
+        elif not self._queue:
+            live = [row for row, owner in enumerate(self._owners) if owner is not None]
+            if live:
+                self._rows.select(torch.tensor(live, device=self._device))
+            self._owners = [self._owners[row] for row in live]
+
+    def _admitted(self, count: int) -> tuple[list[_Answer], Rows | None]:
+        """The next answers of the queue with their first token, as far as they go on, and rows for them."""
+        answers = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+        if not answers:
+            return [], None
+        prompts, owners = _shared([answer.request.tokens for answer in answers])
+        tokens, mask = (tensor.to(self._device) for tensor in _left_padded(prompts))
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache = new_cache()
+        logits = self._engine.forward(tokens, mask, positions, cache)
+        self._choose(answers, logits[owners])
+        kept = [place for place, answer in enumerate(answers) if not answer.ended]
+        if not kept:
+            return [], None
+        rows = torch.tensor([owners[place] for place in kept], device=self._device)
+        return [answers[place] for place in kept], Rows.begin(cache, mask, positions[:, -1], rows)
+
+    def _choose(self, answers: Sequence[_Answer], logits: Tensor) -> None:
+        """Sample the next token of each answer from logits [answers, vocabulary]."""
+        numbers = uniforms([answer.key for answer in answers], [len(answer.tokens) for answer in answers])
+        chosen, values = choose(logits, numbers, self._sampling.temperature, self._sampling.top_p)
+        for answer, token, value in zip(answers, chosen.tolist(), values.tolist(), strict=True):
+            answer.add(token, value)
 
 
 def _shared(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

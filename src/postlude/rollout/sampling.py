@@ -22,13 +22,13 @@ def stream_key(seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def uniforms(keys: Sequence[int], position: int) -> np.ndarray:
-    """Numbers in [0, 1), float64 [keys]: those at one position of the streams with these keys.
+def uniforms(keys: Sequence[int], position: int | Sequence[int]) -> np.ndarray:
+    """Numbers in [0, 1), float64 [keys]: those at one position of the streams with these keys, or at one of each.
 
     SplitMix64 (Steele, Lea and Flood, 2014), whose n-th output needs none of those before it.
     """
     with np.errstate(over="ignore"):
-        state = np.asarray(keys, dtype=np.uint64) + _GOLDEN * np.uint64(position + 1)
+        state = np.asarray(keys, dtype=np.uint64) + _GOLDEN * (np.asarray(position, dtype=np.uint64) + np.uint64(1))
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)
