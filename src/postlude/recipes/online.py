@@ -83,8 +83,8 @@ class OnlineRecipe(TrainingRecipe):
     reward: list[Reward] = []
     """What says how good a completion is: the sum of these parts."""
     updates: Positive = 1
-    """Optimiser steps of one pass over a round: its prompts are divided among them. More than ``batch.tokens`` tokens
-    are never in one step."""
+    """Optimiser steps of one pass over a round: its prompts are divided among them; among more
+    where a round has more than ``batch.tokens`` tokens."""
     passes: Positive = 1
     """How often each round is trained on."""
     reference: ModelPlace | None = None

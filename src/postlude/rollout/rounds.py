@@ -61,7 +61,7 @@ class Plan:
     """Over a round."""
     block: int
     tokens: int
-    """Of an optimiser step, at most."""
+    """Of an optimiser step, about at most: a round that has more is divided into more steps."""
     steps: int | None
     """Optimiser steps of the stage; None if the ledger's epochs end it."""
     resample: bool = False
