@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from sides import WARM_UP, Words
 
-STEPS, ROUNDS, CALLS = 24, 3, 300
+STEPS, ROUNDS, CALLS = 24, 5, 300
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 1024,

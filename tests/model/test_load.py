@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.export import write_model
-from postlude.model.load import configuration, count_parameters, load_model
+from postlude.model.load import configuration, count_parameters, load_causal, load_model
 
 SMALL = {
     "hidden_size": 64,
@@ -162,3 +162,16 @@ def test_a_remote_model_is_the_same_as_a_local_one(checkpoint):
 def test_a_configuration_alone_can_be_read(checkpoint):
     config = configuration(ModelFrom(path=str(checkpoint)), str(checkpoint), None)
     assert (config.model_type, config.vocab_size) == ("qwen3", 90)
+
+
+LITTLE = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+
+
+def test_weights_in_half_precision_leave_positions_as_they_are() -> None:
+    start = ModelFrom(new=NewModel(architecture="llama", config={"hidden_size": 16, **LITTLE}))
+    half = load_causal(start, None, None, seed=0, dtype=torch.bfloat16)
+    whole = load_causal(start, None, None, seed=0)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    buffers = dict(whole.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in half.named_buffers())

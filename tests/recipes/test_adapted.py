@@ -111,6 +111,33 @@ def test_a_scoring_head_is_trained_beside_an_adapter(project) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.parametrize(("kind", "recipe"), [("int8", "dpo"), ("nf4", "sft")])
+def test_an_adapter_on_a_packed_base_resumes_bitwise_and_is_one_of_the_base_itself(
+    project, tmp_path, kind, recipe
+) -> None:
+    if recipe == "dpo":
+        prefer(project)
+    data = {"asked": 1.0} if recipe == "sft" else {"pairs": 1.0}
+    keys = {"recipe": recipe, "data": data, "optimizer": {"lr": 1e-2}, "steps": 4, "checkpoint": {"every": 2}}
+    project.stages["tune"] = project.train(adapter={**LORA, "base": kind}, **keys)
+    tree = load(Path(project.write()).read_text(), "small.yaml").tree
+    for run, pauses in (("calm", [False]), ("paused", [True, False])):
+        for pause in pauses:
+            run_ranks("meshes:work_on_stage", meshes.StageOnMesh(tree, str(tmp_path / run), {}, pause), 1)
+    calm, paused = (
+        [json.loads(line) for line in (tmp_path / run / "stages/tune/metrics.jsonl").open()]
+        for run in ("calm", "paused")
+    )
+    exact = ("loss", "grad_norm", "step", "tokens")
+    assert [[line[key] for key in exact] for line in paused] == [[line[key] for key in exact] for line in calm]
+    assert calm[-1]["loss"] < calm[0]["loss"]
+    adapter = tmp_path / "calm/stages/tune/model"
+    assert [path.name for path in adapter.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    base, merged = weights(project.models["one"]), weights(adapter)
+    assert merged.keys() == base.keys()
+    assert torch.equal(merged["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reward"])
 def test_ranks_that_share_a_model_adapt_it_as_one_and_resume_bitwise(project, recipe, tmp_path) -> None:

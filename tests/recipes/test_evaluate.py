@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postlude.manifest.errors import DataError, ManifestError
-from postlude.recipes.evaluation import pass_at_k
+from postlude.rollout.scoring import pass_at_k
 
 DIGITS = {"function": "recipes.scores:digits"}
 QUESTIONS = [

@@ -285,7 +285,7 @@ def test_a_model_of_stories_learns_to_tell_happy_ones(project, shared_data, reci
     assert project.run() == 0
     events: list[dict[str, Any]] = [e["metrics"] for e in project.directory.events.read() if e["kind"] == "evaluation"]
     assert events[-1]["reward"] > events[0]["reward"] + 0.2
-    assert events[-1]["pass@8"] >= events[-1]["pass@1"]
+    assert events[-1]["pass_at_8"] >= events[-1]["pass_at_1"]
 
 
 # --- chaos --------------------------------------------------------------------------------------------------

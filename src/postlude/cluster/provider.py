@@ -32,8 +32,8 @@ _LONGEST_PLACE = 32
 """Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
 
 _ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""Ranks work in a thread that is not the first of its process, and glibc gives such threads heaps of 64 MiB, where every
-large tensor is mapped, cleared and unmapped again: a fifth of a step. It has to be said before a process begins."""
+"""Ranks work in a thread that is not the first of its process. glibc gives such threads heaps of 64 MiB, where large
+tensors are mapped, cleared and unmapped again and again: a fifth of a step. It is read when a process begins."""
 
 _QUIET = {
     **_ONE_HEAP,

@@ -10,6 +10,10 @@ from postlude.manifest.component import Config
 
 Positive = Annotated[int, Field(gt=0)]
 
+Held = Literal["int8", "nf4"]
+"""How the weights of frozen linear layers are packed: 8 bits with a scale for each row, or 4 bits of a normal
+distribution with a scale for each 64."""
+
 
 class Adapter(Config):
     """Low-rank adaptation (Hu et al., 2021): beside each weight W that is adapted ``alpha / rank * B @ A`` is learned,
@@ -29,6 +33,9 @@ class Adapter(Config):
     """Whether to scale by ``alpha / sqrt(rank)`` (Kalajdzievski, 2023)."""
     dora: bool | None = None
     """Whether to learn the length of each row of the weight apart from its direction (Liu et al., 2024)."""
+    base: Held | None = None
+    """Hold the linear layers of the base in 8 or 4 bits; each product unpacks its weight. By default they stay as they
+    are stored. Needs torchao."""
     continue_: Annotated[bool, Field(alias="continue")] = False
     """Whether to train the adapter on that the model is, instead of a new one. Its shape is then given already."""
 
@@ -38,6 +45,12 @@ class Adapter(Config):
         given = [name for name in shape if getattr(self, name) is not None]
         if self.continue_ and given:
             raise ValueError(f"'continue' takes the adapter as it is: leave out {', '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
+    def _needs_no_lengths_of_packed_rows(self) -> Self:
+        if self.base is not None and self.dora:
+            raise ValueError("'dora' learns from the weights of the base what 'base' packs away: leave one of them out")
         return self
 
     @property

@@ -343,6 +343,15 @@ class TrainingStage(StageConfig):
             raise ValueError("adapter: a new model has nothing to adapt. Leave adapter out, or start from a model")
         return self
 
+    @model_validator(mode="after")
+    def _packs_what_is_whole(self) -> Self:
+        if self.adapter is not None and self.adapter.base is not None and (self.parallel.divides or self.compile):
+            raise ValueError(
+                "adapter.base: packed weights are neither divided among workers nor compiled. Leave base out, or "
+                "parallel and compile"
+            )
+        return self
+
     def base_model(self) -> ModelPlace | None:
         return self.model
 

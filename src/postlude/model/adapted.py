@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.errors import ManifestError
-from postlude.model import adapters
+from postlude.model import adapters, held
 from postlude.model.adapters import Asked, Attached, Base, StoredAdapter
 from postlude.model.language_model import LanguageModel
 from postlude.model.lazy_tensors import InMemory, LazyTensor
-from postlude.model.load import read_causal
+from postlude.model.load import read_causal, with_weights_in
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ def load_adapted(folder: str, place: str, config: PreTrainedConfig, asked: Asked
     with start_of(folder, place, asked) as start:
         causal = read_causal(start.folder, start.place, config, "auto")
         stored_dtype = causal.dtype
-        model = LanguageModel(causal.to(asked.hold(stored_dtype)), stored_dtype)  # type: ignore[arg-type]
+        model = LanguageModel(with_weights_in(causal, asked.hold(stored_dtype)), stored_dtype)
         lora = start.config(asked, causal)
         adapted = adapters.inject(causal, lora)
         adapters.fill(causal, _weights(start, causal, adapted, asked, adapters.weights_of(causal, adapted)))
+        if asked.adapter.base is not None:
+            held.hold(causal, asked.adapter.base)
     model.attached = Attached(lora, Base(start.place, None))
     return model
 

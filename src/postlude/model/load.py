@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -42,6 +42,8 @@ from postlude.model.mesh import Mesh
 
 if TYPE_CHECKING:
     from postlude.model.adapters import Asked
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def load_model(
@@ -142,7 +144,15 @@ def load_causal(
             if tokenizer is not None:
                 vocabulary.check_tokenizer(tokenizer, config.get_text_config().vocab_size, place)
             causal = read_causal(folder, place, config, "auto")
-    return (causal if dtype is None else causal.to(dtype)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return (causal if dtype is None else with_weights_in(causal, dtype)).eval().requires_grad_(False)
+
+
+def with_weights_in(model: Model, dtype: torch.dtype) -> Model:
+    """The model with its weights in another dtype. Buffers keep theirs: of rotary frequencies in bf16 come wrong
+    positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:

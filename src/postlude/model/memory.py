@@ -6,6 +6,7 @@ tensors that have shapes and no memory, and what autograd would keep is counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.parallel import Shape
-from postlude.model import adapters, anatomy, attention, recompute, sharded, vocabulary
+from postlude.model import adapters, anatomy, attention, held, recompute, sharded, vocabulary
 from postlude.model.attention import Documents
 from postlude.model.language_model import is_adapter_part
 
@@ -112,6 +113,11 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
     padding = -sum(parameter.numel() for parameter in causal.parameters())
     vocabulary.pad(causal)
     padding += sum(parameter.numel() for parameter in causal.parameters())
+    linear_shapes = [
+        tuple(causal.get_submodule(path).weight.shape)  # type: ignore[arg-type]
+        for paths in adapters.linear_layers(causal).values()
+        for path in paths
+    ]
     adapted: list[str] = []
     if setting.adapter is not None:
         adapted = adapters.inject(causal, adapters.new_config(setting.adapter, causal))
@@ -123,6 +129,11 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
     trained = sum(sizes[name] for name in own)
     frozen_width = setting.stored.itemsize if adapted and setting.stored == setting.computed else 4
     weights = 4 * trained + frozen_width * (sum(sizes.values()) - trained)
+    unpacked = 0
+    if setting.adapter is not None and setting.adapter.base is not None:
+        for of_one in linear_shapes:
+            weights += held.packed_bytes(of_one, setting.adapter.base) - frozen_width * math.prod(of_one)
+        unpacked = 2 * frozen_width * max(map(math.prod, linear_shapes))
     copies = setting.frozen_models if setting.adapter is None else 0
     weights += copies * 4 * sum(sizes.values())
     shape = setting.shape or Shape()
@@ -146,7 +157,7 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
         gathered_bytes=gathered,
         gradients_bytes=4 * trained // parts,
         optimizer_bytes=4 * setting.states_per_parameter * trained // parts,
-        activations_bytes=_activations(kept, setting) // tensor,
+        activations_bytes=_activations(kept, setting) // tensor + unpacked,
         head_bytes=head,
         checkpoint_bytes=4 * (1 + setting.states_per_parameter) * trained // parts
         if setting.saves_beside_training and setting.device_is_host
@@ -274,6 +285,9 @@ def what_fits(config: PreTrainedConfig, setting: Setting, workers: int, limit: i
         halves //= 2
     if setting.adapter is None:
         changes.append(("adapter: {kind: lora}", replace(setting, adapter=Adapter())))
+    elif setting.adapter.base is None and setting.shape is None:
+        packed = setting.adapter.model_copy(update={"base": "int8"})
+        changes.append(("adapter: {base: int8}", replace(setting, adapter=packed)))
     everything = replace(setting, recompute="layer", adapter=setting.adapter or Adapter())
     changes.append(("recompute: layer, with adapter: {kind: lora}", everything))
     found = []

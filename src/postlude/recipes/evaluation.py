@@ -21,6 +21,7 @@ from postlude.recipes.generation import counted
 from postlude.recipes.prompting import Asking, Left, PromptSource, count_left, said
 from postlude.recipes.work import Entry, Work
 from postlude.rollout.likelihood import Likelihood, likelihoods
+from postlude.rollout.scoring import pass_at_k
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -331,14 +332,6 @@ _SHOWN = ("reward", "stopped", "accuracy", "accuracy_per_token", "loss", "perple
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def pass_at_k(samples: int, successes: int, k: int) -> float:
-    """The probability that of ``k`` samples, drawn from so many with so many successes, one at least succeeds.
-
-    The unbiased estimate of Chen et al. (2021): ``1 - C(samples - successes, k) / C(samples, k)``.
-    """
-    return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

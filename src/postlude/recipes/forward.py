@@ -16,7 +16,7 @@ from postlude.manifest.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model import vocabulary
 from postlude.model.language_model import SCALAR_FILE
-from postlude.model.load import configuration, count_parameters, load_causal, load_model
+from postlude.model.load import configuration, count_parameters, load_causal, load_model, with_weights_in
 from postlude.recipes.little import LARGEST_PARAMETERS, little_model
 from postlude.recipes.parts import Parts
 from postlude.rollout.judge import Judge
@@ -71,7 +71,7 @@ class ForwardModels(Parts):
             causal = load_causal(small, None, tokenizer, seed=self.seed)
         else:
             causal = load_causal(start, self.place_of(start), tokenizer, seed=self.seed)
-            causal = causal.to(self._dtype(causal.dtype))  # type: ignore[arg-type]
+            causal = with_weights_in(causal, self._dtype(causal.dtype))
         causal.to(self.workers.device)  # type: ignore[arg-type]
         return NativeEngine(causal, vocabulary.rows(causal), batch)
 
@@ -83,7 +83,7 @@ class ForwardModels(Parts):
             model = load_model(small, None, tokenizer, seed=self.seed)
         else:
             model = load_model(start, self.place_of(start), tokenizer, seed=self.seed)
-            model.to(self._dtype(model.stored_dtype or torch.float32))
+            with_weights_in(model, self._dtype(model.stored_dtype or torch.float32))
         model.to(self.workers.device)
         model.eval().requires_grad_(False)
         return model, tokenizer

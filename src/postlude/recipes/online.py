@@ -60,8 +60,8 @@ class OnlineEvaluate(Evaluate):
     """Completions of each prompt; with several, pass@k is told for the powers of two up to their number."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token."""
-    solved: float = 1.0
-    """A reward from which on a completion counts as right."""
+    success: float = 1.0
+    """A completion succeeds whose reward is at least this: what pass@k counts."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.pool import RewardPool
 from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.rounds import Plan, Rounds
-from postlude.rollout.scoring import Score, Scorer
+from postlude.rollout.scoring import Score, Scorer, pass_at_k
 from postlude.runs import Run
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
@@ -244,7 +243,7 @@ class OnlineAssembly(Assembly, ForwardModels):
                 raise DataError(f"The held-out data '{name}' of the stage '{self.task.stage}' hold no prompt.")
             answered = answerer.answer(groups)
             rewards = [[one.reward for one in group if isinstance(one.score, Score)] for group in answered]
-            found[name] = measured(rewards, evaluate.solved, evaluate.samples) | {
+            found[name] = measured(rewards, evaluate.success, evaluate.samples) | {
                 "completion_tokens": _mean([one.sampled_tokens for group in answered for one in group])
             }
         return found
@@ -265,14 +264,14 @@ class OnlineAssembly(Assembly, ForwardModels):
         return other
 
 
-def measured(rewards: Sequence[Sequence[float]], solved: float, samples: int) -> dict[str, float]:
+def measured(rewards: Sequence[Sequence[float]], success: float, samples: int) -> dict[str, float]:
     """What the rewards of each prompt's answers come to: their mean, and pass@k for the powers of two up to
-    ``samples``, the probability that one of k answers reaches ``solved`` (Chen et al., 2021)."""
+    ``samples``; an answer passes whose reward is at least ``success``."""
     told = {"reward": _mean([reward for group in rewards for reward in group])}
     k = 1
     while k <= samples:
-        counts = [(len(group), sum(reward >= solved for reward in group)) for group in rewards if len(group) >= k]
-        told[f"pass@{k}"] = _mean([1 - comb(n - right, k) / comb(n, k) for n, right in counts])
+        passed = [(len(group), sum(reward >= success for reward in group)) for group in rewards if len(group) >= k]
+        told[f"pass_at_{k}"] = _mean([pass_at_k(*counts, k) for counts in passed])
         k *= 2
     return told
 

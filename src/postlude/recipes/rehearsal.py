@@ -209,7 +209,9 @@ def _setting(assembly: Assembly, config: PreTrainedConfig) -> memory.Setting:
     return memory.Setting(
         tokens=stage.batch.micro or stage.batch.block,
         recompute=stage.recompute if isinstance(stage.recompute, str) else "selective",
-        adapter=stage.adapter if stage.adapter is None or not stage.adapter.continue_ else Adapter(),
+        adapter=stage.adapter
+        if stage.adapter is None or not stage.adapter.continue_
+        else Adapter(base=stage.adapter.base),
         shape=shape_of(stage.parallel, pool.most),
         states_per_parameter=stage.optimizer.state_per_parameter,  # type: ignore[attr-defined]
         computed=Precision.choose(stage.precision, device, stored, stage.half).dtype,

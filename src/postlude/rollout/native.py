@@ -140,8 +140,7 @@ class _Table:
     def _refill(self) -> None:
         """Give free rows to what waits, some at a time; without anything that waits, take them out."""
         free = [row for row, owner in enumerate(self._owners) if owner is None]
-        few = len(free) * 8 < len(self._owners)
-        if not free or (few and len(free) < len(self._owners)):
+        if len(free) * 8 < len(self._owners):
             return
         if self._queue and len(self._queue[0].request.tokens) <= self._rows.columns:
             answers, begun = self._admitted(len(free))

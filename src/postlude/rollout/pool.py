@@ -63,22 +63,18 @@ class RewardPool:
         found: dict[int, float | Unscored] = {}
         waiting = deque(range(len(tasks)))
         deaths = [0] * len(tasks)
-        for process in self._processes:
-            process.task = None
+        for process in [one for one in self._processes if one.task is not None]:
+            self._remove(process)  # it is still at work on what a call asked that was broken off
         while len(found) < len(tasks):
             self._give(waiting, tasks)
             busy = {process.connection: process for process in self._processes if process.task is not None}
             left = min(process.deadline for process in busy.values()) - time.monotonic()
             for connection in wait(list(busy), max(left, 0.0)):
                 process = busy.pop(connection)  # type: ignore[call-overload]
+                place: int = process.task
                 try:
                     kind, value = process.connection.recv()
-                    if kind == "stands":
-                        process.stands, process.deadline = True, time.monotonic() + self._seconds
-                        continue
-                    place, process.task = process.task, None
                 except (EOFError, OSError):
-                    place, process.task = process.task, None
                     self._remove(process)
                     deaths[place] += 1
                     if deaths[place] < TRIES:
@@ -86,6 +82,10 @@ class RewardPool:
                     else:
                         found[place] = _unscored(f"the reward '{name}' ended its process", tasks[place])
                     continue
+                if kind == "stands":
+                    process.stands, process.deadline = True, time.monotonic() + self._seconds
+                    continue
+                process.task = None
                 found[place] = value if kind == "value" else Unscored(f"the reward '{name}' failed", value)
             for process in busy.values():
                 if time.monotonic() > process.deadline:

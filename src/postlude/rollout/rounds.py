@@ -21,11 +21,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from postlude.data.document import WEIGHT, Block, Document, Unit, stream
+from postlude.data.document import REFERENCE_LOGP, WEIGHT, Block, Document, Unit, stream
 from postlude.data.loader import StepBlocks
 from postlude.data.packing import best_fit
 from postlude.manifest.errors import DataError
-from postlude.objectives.policy import BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
+from postlude.objectives.actor_critic import VALUE
+from postlude.objectives.policy import ADVANTAGE, BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
 from postlude.rollout.algorithm import Algorithm, Scored
 from postlude.rollout.answers import Answerer, Group
 from postlude.rollout.assess import Assessor
@@ -241,10 +242,10 @@ class Rounds:
                 streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
         if plan.reference is not None:
             for streams, said in zip(sampled, self.assessor.log_probabilities(plan.reference, documents), strict=True):
-                streams["reference_logp"] = said
+                streams[REFERENCE_LOGP.name] = said
         if plan.critic is not None:
             for streams, said in zip(sampled, self.assessor.values(plan.critic, documents), strict=True):
-                streams["value"] = said
+                streams[VALUE.name] = said
 
     def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
         samples = [one for group in groups for one in group]
@@ -280,7 +281,7 @@ class Rounds:
         for group in groups:
             for one in group:
                 bundles.setdefault(one.issue, []).append(place)
-                advantage = documents[place].streams.get("advantage")
+                advantage = documents[place].streams.get(ADVANTAGE.name)
                 told = {} if advantage is None else {"advantage": float(advantage[documents[place].trained].mean())}
                 lines.setdefault(one.issue, []).append({**one.line(), **told, "outcome": "trained"})
                 place += 1

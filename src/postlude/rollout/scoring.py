@@ -90,3 +90,11 @@ class Scorer:
 
 def _first_unscored(parts: Mapping[str, float | Unscored]) -> Unscored | None:
     return next((value for value in parts.values() if isinstance(value, Unscored)), None)
+
+
+def pass_at_k(samples: int, successes: int, k: int) -> float:
+    """The probability that of ``k`` samples, drawn from so many with so many successes, one at least succeeds.
+
+    The unbiased estimate of Chen et al. (2021): ``1 - C(samples - successes, k) / C(samples, k)``.
+    """
+    return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
