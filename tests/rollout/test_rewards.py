@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import socket
 import sys
-from typing import Any
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -108,6 +115,172 @@ def test_parts_are_weighted_and_told_apart(monkeypatch):
     assert right.parts == {"number": 1.0, "regex": 0.0, "regex_2": 1.0, "exact": 1.0}
     assert right.total == 1 + 2 + 1
     assert words.total == 1 - 0.5 + 2
+
+
+@pytest.mark.capability("Rewards: mathematics, JSON schemas, code in a sandbox, a language model at an address")
+@pytest.mark.parametrize(
+    ("completion", "reference", "right"),
+    [
+        (r"So it is \boxed{\frac{1}{2}}.", "0.5", 1),
+        (r"$x = \sqrt{8}$", r"2\sqrt{2}", 1),
+        (r"\boxed{(x+1)^2}", r"$x^2 + 2x + 1$", 1),
+        (r"The answer is $\{3, 1\}$", r"\{1,3\}", 1),
+        ("That makes 72.", "#### 72", 1),
+        (r"\boxed{\frac{1}{3}}", "0.5", 0),
+        ("I do not know", "0.5", 0),
+    ],
+)
+def test_what_is_equal_need_not_look_alike(completion, reference, right):
+    assert score("mathematics", completion, reference) == right
+
+
+def test_an_answer_without_an_expression_is_told():
+    with pytest.raises(DataError, match="the answer in 'reference' has no expression"):
+        score("mathematics", "4", "")
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
+
+
+def test_json_that_a_schema_allows():
+    function = {"name": "json_schema", "schema": SCHEMA}
+    assert score(function, ' {"age": 3} ') == 1
+    assert score(function, 'Here it is:\n```json\n{"age": 3}\n```\nDone.') == 1
+    assert score(function, '{"age": -3}') == 0
+    assert score(function, '{"age": 3') == 0
+    assert score(function, "3") == 0
+    with pytest.raises(ManifestError, match="no valid schema: at type"):
+        score({"name": "json_schema", "schema": {"type": "number or so"}}, "3")
+
+
+# --- code ---------------------------------------------------------------------------------------------------
+
+ADD = "Like this:\n```python\ndef add(a, b):\n    return a + b\n```"
+TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
+
+
+def test_a_program_passes_its_tests():
+    assert score("code", ADD, tests=TESTS) == 1
+    assert score("code", ADD.replace("a + b", "a - b"), tests=TESTS) == 0
+    assert score("code", ADD.replace("a + b", "abs(a) + b"), tests=TESTS) == 0
+    assert score({"name": "code", "partial": True}, ADD.replace("a + b", "abs(a) + b"), tests=TESTS) == 0.5
+    assert score("code", "def add(a, b): return a + b", tests=TESTS[0]) == 1
+    assert score("code", "def add(a, b) return", tests=TESTS) == 0
+    with pytest.raises(DataError, match="has no 'tests' to run"):
+        score("code", ADD)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(1000)",
+        "import os; os._exit(0)",
+        "raise SystemExit(0)",
+        "[bytearray(2**20) for _ in range(10**5)]",
+        "open('big', 'wb').write(bytes(2**26))",
+        "import os\nwhile os.fork(): pass\nos.kill(1, 9)",
+        "print('x' * 64); import os; os.write(1, b'yes'); os._exit(0)",
+    ],
+)
+def test_what_takes_too_much_or_ends_early_has_not_passed(program):
+    assert score({"name": "code", "seconds": 2}, program, tests="pass") == 0
+
+
+def test_a_program_reaches_neither_the_network_nor_what_is_ours(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+        assert score("code", connect, tests="pass") == 0
+        assert score({"name": "code", "isolated": False}, connect, tests="pass") == 1
+    ours = tmp_path / "ours"
+    ours.write_text("as it was")
+    for harm in (f"open({str(ours)!r}, 'w')", f"import os; os.remove({str(ours)!r})", "open('/tmp/harm', 'w')"):
+        assert score("code", harm, tests="pass") == 0
+    assert ours.read_text() == "as it was"
+    assert score("code", "open('mine', 'w').write('4'); assert open('mine').read() == '4'", tests="pass") == 1
+    again = "import ctypes; assert ctypes.CDLL(None).mount(None, b'/', None, ctypes.c_ulong(0x1000 | 32), None) == 0"
+    assert score("code", again, tests="pass") == 0
+    child = f"import subprocess, sys; assert subprocess.run([sys.executable, '-c', {again!r}]).returncode == 0"
+    assert score("code", child, tests="pass") == 0
+    others = f"import os; os.kill({os.getpid()}, 0)"
+    assert score("code", others, tests="pass") == 0
+    secret = "import os; assert 'SECRET' not in os.environ"
+    assert score("code", secret, tests="pass") == 1
+
+
+def test_a_sandbox_leaves_nothing_behind():
+    before = set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*"))
+    marked = f"postlude-left-{os.getpid()}"
+    program = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', '{marked}'])"
+    )
+    assert score("code", program, tests="pass") == 1
+    assert set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*")) <= before
+    assert not [one for one in psutil.process_iter(["cmdline"]) if marked in (one.info["cmdline"] or [])]
+
+
+# --- a language model at an address ---------------------------------------------------------------------------
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A judge that finds an answer as good as it is long, and is busy once."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+    busy = 1
+
+    def do_GET(self) -> None:
+        self.say(200, {"data": [{"id": "strict"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Answers.busy:
+            Answers.busy -= 1
+            self.say(503, {})
+            return
+        Answers.asked.append({**body, "key": self.headers.get("Authorization")})
+        answer = body["messages"][0]["content"].rpartition("Answer:\n")[2]
+        said = "I cannot say." if answer == "?" else f"Of 10 I give {len(answer)}"
+        self.say(200, {"choices": [{"message": {"content": said}}]})
+
+    def say(self, status: int, body: Any) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def address():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_language_model_at_an_address_judges(address, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "abc")
+    judge = {"name": "judge", "address": address, "model": "strict", "key_variable": "JUDGE_KEY"}
+    assert score(judge, "{prompt}") == 0.8
+    assert Answers.asked[-1]["key"] == "Bearer abc"
+    assert "What is it?" in Answers.asked[-1]["messages"][0]["content"]
+    assert score(judge, "a very long answer") == 1
+    with pytest.raises(DataError, match="the judge's answer has no number: 'I cannot say"):
+        score(judge, "?")
+    with pytest.raises(ManifestError, match=r"has no model 'kind'\. It has: strict"):
+        score({**judge, "model": "kind"}, "four")
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ManifestError, match="JUDGE_KEY, which is not set"):
+        score(judge, "four")
+
+
+def test_a_judge_that_is_down_is_told_before_anything_is_asked():
+    with pytest.raises(ManifestError, match=r"http://127.0.0.1:9/v1 does not answer"):
+        score({"name": "judge", "address": "http://127.0.0.1:9/v1", "model": "strict"}, "four")
+    with pytest.raises(ValidationError, match=r"must have \{completion\}"):
+        reward({"function": {"name": "judge", "address": "http://a/v1", "model": "b", "question": "Good?"}})
 
 
 # --- functions of one's own ---------------------------------------------------------------------------------

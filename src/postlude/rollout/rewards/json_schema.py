@@ -1,0 +1,51 @@
+"""The reward ``json_schema``: the completion is JSON that a schema allows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from postlude.manifest.errors import ManifestError
+from postlude.rollout.reward import RewardFunction
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+class JsonSchema(RewardFunction):
+    """1 where the completion, or the last fenced block in it, is JSON that a schema allows, 0 elsewhere."""
+
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+    """The JSON Schema."""
+
+    def check(self) -> None:
+        self._validator()
+
+    def score(
+        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
+    ) -> float | bool:
+        blocks = _FENCED.findall(completion)
+        try:
+            said = json.loads(blocks[-1] if blocks else completion)
+        except ValueError:
+            return False
+        return self._validator().is_valid(said)
+
+    def _validator(self) -> Any:
+        try:
+            from jsonschema import SchemaError
+            from jsonschema.validators import validator_for
+        except ImportError as error:
+            raise ManifestError(
+                "The reward 'json_schema' needs jsonschema. Install it with: pip install 'postlude[rewards]'"
+            ) from error
+        kind = validator_for(self.definition)
+        try:
+            kind.check_schema(self.definition)
+        except SchemaError as error:
+            place = "/".join(str(part) for part in error.absolute_path) or "its top"
+            raise ManifestError(f"The reward 'json_schema' has no valid schema: at {place}, {error.message}") from error
+        return kind(self.definition)
