@@ -256,6 +256,110 @@ def test_a_preflight_answers_and_learns_a_little(project):
     assert report.stages[-1].rehearsal.grad_norm > 0
 
 
+# --- environments --------------------------------------------------------------------------------------------
+
+GAMES = """
+from postlude.manifest.component import register
+from postlude.rollout.environment import Environment, Reply
+
+@register("environments", "hearing")
+class Hearing(Environment):
+    broken: bool = False
+
+    async def reset(self, prompt, record):
+        return Game(self.broken and int(record["number"]) % 2)
+
+class Game:
+    def __init__(self, broken):
+        self.broken, self.turns = broken, 0
+
+    async def step(self, said):
+        if self.broken:
+            raise RuntimeError("nobody hears")
+        self.turns += 1
+        heard = sum(letter in "ab" for letter in said)
+        return Reply([{"role": "user", "content": f"{heard}, again"}], done=self.turns == 3, reward=heard / 4)
+"""
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory):
+    """A module that registers an environment; it stays, as a plugin does."""
+    folder = tmp_path_factory.mktemp("games")
+    (folder / "hearing_games.py").write_text(GAMES)
+    sys.path.append(str(folder))
+    yield "hearing_games"
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def hearing(project, games):
+    """A project whose policy says a letter or two in each of three turns, and is heard where it is a or b."""
+    project.manifest["plugins"] = [games]
+    said = ["a", "b", "c", "ca", "dd"]
+    records = [
+        {
+            "number": n,
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "content": said[n % 5]},
+                {"role": "user", "content": "1, again"},
+                {"role": "assistant", "content": said[n % 3]},
+            ],
+        }
+        for n in range(20)
+    ]
+    project.data["asked"] = project.written("asked", records)
+    asked = [{**record, "messages": record["messages"][:1]} for record in records]
+    project.data["games"] = project.written("games", asked)
+    project.stages["sft"] = project.train(data={"asked": 1.0}, steps=60, optimizer={"lr": 3e-2})
+    return project
+
+
+def play(hearing, **keys: Any) -> list[dict[str, Any]]:
+    """The samples of a stage that plays."""
+    rollout = {"prompts": 4, "max_tokens": 12}
+    environment = {"name": "hearing", **keys}
+    stage = {"model": {"from": "sft"}, "data": {"games": 1.0}, "reward": [], "environment": environment}
+    hearing.stages["rl"] = online(hearing, rollout=rollout, batch={"tokens": 4096, "block": 256}, **stage)
+    assert hearing.run() == 0
+    return rollouts(hearing)
+
+
+@pytest.mark.capability("Online reinforcement learning over several turns: environments, tools")
+def test_an_environment_answers_between_turns_and_rewards_them(hearing):
+    told = play(hearing)
+    trained = [one for one in told if one["outcome"] == "trained"]
+    whole = [one for one in trained if len(one.get("turns", [])) == 3]
+    assert len(whole) > len(trained) / 3
+    for one in trained:
+        turns, replies = one.get("turns", [one["completion"]]), one.get("replies", [])
+        assert len(turns) == len(replies) + 1
+        heard = [sum(letter in "ab" for letter in turn) for turn in turns]
+        assert [reply[0]["content"] for reply in replies] == [f"{number}, again" for number in heard[:-1]]
+        # A turn without an end is the last, and nobody hears it.
+        assert one["reward"] == sum(heard if one["ended"] == "stop" else heard[:-1]) / 4
+        assert one["rewards"] == {"hearing": one["reward"]}
+        assert one["tokens"] <= 12
+    line = lines(hearing)[0]
+    assert line["grad_norm"] > 0
+    assert line["behaviour_gap"] < 1e-4  # the trainer sees what was given where the engine saw it
+    again = hearing.folder / "again"
+    hearing.manifest["run_dir"] = str(again)
+    assert hearing.run() == 0
+    assert rollouts(hearing) == told
+    assert hearing.validate().stages[-1].trial.counts["prompts"] == 20
+
+
+def test_where_an_environment_fails_its_samples_are_left_out_and_told(hearing):
+    told = play(hearing, broken=True)
+    left = [one for one in told if "unscored" in one]
+    assert left
+    assert all("the environment 'hearing' failed" in one["unscored"].lower() for one in left)
+    assert all("RuntimeError: nobody hears" in one["unscored"] for one in left)
+    assert any(one["outcome"] == "trained" and one["reward"] > 0 for one in told)
+
+
 # --- real input -----------------------------------------------------------------------------------------------
 
 NOUNS = ("cat", "dog", "boy", "girl", "bird", "tree", "fish", "bear", "frog", "king", "cow", "mouse", "duck", "fox")

@@ -25,7 +25,18 @@ from pydantic_core import PydanticCustomError, core_schema
 from postlude.manifest.errors import ManifestError
 from postlude.manifest.nearest import suggestion_or_list
 
-KINDS = ("recipes", "objectives", "sources", "formats", "filters", "optimizers", "schedules", "sinks", "rewards")
+KINDS = (
+    "recipes",
+    "objectives",
+    "sources",
+    "formats",
+    "filters",
+    "optimizers",
+    "schedules",
+    "sinks",
+    "rewards",
+    "environments",
+)
 
 
 class Config(BaseModel):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config
+from postlude.manifest.component import Config, Named
 from postlude.manifest.schema import Evaluate, ModelPlace, Positive
 from postlude.recipes.recipe import TrainingRecipe
+from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Rollout(Config):
     """Logits are divided by it, where tokens are sampled and where they are trained."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the likeliest tokens that together have this probability are drawn from."""
+    turns: Positive | None = None
+    """The most turns of the policy in an episode, with an ``environment``; by default 8."""
     concurrency: Positive = 256
     """Completions that a worker makes at a time."""
     correction: Annotated[float, Field(gt=0)] | None = None
@@ -82,6 +85,8 @@ class OnlineRecipe(TrainingRecipe):
     """Samples of each prompt."""
     reward: list[Reward] = []
     """What says how good a completion is: the sum of these parts."""
+    environment: Annotated[Environment, Named("environments")] | None = None
+    """What answers between the turns of the policy, and may reward them. What it says is not trained on."""
     updates: Positive = 1
     """Optimiser steps of one pass over a round: its prompts are divided among them; among more
     where a round has more than ``batch.tokens`` tokens."""
@@ -94,9 +99,11 @@ class OnlineRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _has_a_reward(self) -> Self:
-        if self.needs_reward and not self.reward:
+        if self.rollout.turns is not None and self.environment is None:
+            raise ValueError("'rollout.turns' needs an 'environment', which answers between turns")
+        if self.needs_reward and not self.reward and self.environment is None:
             raise ValueError("'reward' is needed: a list of functions and models that say how good a completion is")
-        if self.evaluate is not None and not self.reward:
+        if self.evaluate is not None and not self.reward and self.environment is None:
             raise ValueError("'evaluate' needs 'reward', which says how good the answers to held-out prompts are")
         if self.rollout.max_tokens >= self.batch.block:
             raise ValueError(

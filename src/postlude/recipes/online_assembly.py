@@ -121,6 +121,8 @@ class OnlineAssembly(Assembly, ForwardModels):
             workers=self.workers,
             phases=self.phases,
             room=self.config.batch.block,
+            environment=self.config.environment,
+            most_turns=rollout.turns or 8,
         )
 
     def _stops(self, source: str) -> frozenset[int]:
@@ -168,8 +170,24 @@ class OnlineAssembly(Assembly, ForwardModels):
             for issue, (record, examples) in zip(
                 some, dataset.read(group, [issue.position for issue in some]), strict=True
             ):
-                found[issue.number] = [_prompt(one, name, source, record) for name, one in examples]
+                found[issue.number] = [self._prompt(one, name, source, record) for name, one in examples]
         return [found[issue.number] for issue in issues]
+
+    def _prompt(self, example: Any, example_id: str, source: str, record: Mapping[str, Any]) -> Prompt | str:
+        """The prompt in an example, with the tools of the environment; why there is none."""
+        try:
+            found = prompt_of(example, example_id, source, record)
+        except NoPrompt as error:
+            return str(error)
+        return found if self._tools is None else replace(found, tools=[*(found.tools or ()), *self._tools])
+
+    @cached_property
+    def _tools(self) -> list[dict[str, Any]] | None:
+        environment = self.config.environment
+        if environment is None:
+            return None
+        environment.check()
+        return environment.tools()
 
     def counts(self) -> dict[str, Any]:
         """How many prompts there are and how long, and how many records have none that can be asked."""
@@ -205,8 +223,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         longest = self.config.batch.block - self.config.rollout.max_tokens
         return tokens if 0 < tokens <= longest else f"it has none or more than {longest} tokens"
 
-    @staticmethod
-    def _every_prompt(datasets: Mapping[str, Dataset]) -> Any:
+    def _every_prompt(self, datasets: Mapping[str, Dataset]) -> Any:
         """Every prompt of data sets with its number, in the order they stand there."""
         number = 0
         for name, dataset in datasets.items():
@@ -215,7 +232,10 @@ class OnlineAssembly(Assembly, ForwardModels):
                     some = range(start, min(start + 256, rows))
                     for position, (record, examples) in zip(some, dataset.read(group, list(some)), strict=True):
                         for example_id, example in examples:
-                            yield _prompt(example, example_id, name, record), Issue(number, 0, name, group, position)
+                            yield (
+                                self._prompt(example, example_id, name, record),
+                                Issue(number, 0, name, group, position),
+                            )
                             number += 1
 
     # --- evaluation -----------------------------------------------------------------------------------------
@@ -278,10 +298,3 @@ def measured(rewards: Sequence[Sequence[float]], success: float, samples: int) -
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
-
-
-def _prompt(example: Any, example_id: str, source: str, record: Mapping[str, Any]) -> Prompt | str:
-    try:
-        return prompt_of(example, example_id, source, record)
-    except NoPrompt as error:
-        return str(error)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from postlude.rollout.engine import Engine, Request, Sampling
+from postlude.rollout.environment import Environment, play
 from postlude.rollout.ledger import Issue
-from postlude.rollout.pool import RewardPool
+from postlude.rollout.pool import RewardPool, Task, Unscored
 from postlude.rollout.prompts import Prompt, PromptEncoder
-from postlude.rollout.scoring import Scorer
+from postlude.rollout.scoring import Score, Scorer
 from postlude.rollout.trajectory import Trajectory
 from postlude.training.timing import Phases
 from postlude.training.workers import Workers
@@ -35,6 +36,9 @@ class Answerer:
     phases: Phases
     room: int
     """Tokens that a prompt and its answer may have together."""
+    environment: Environment | None = None
+    """What answers between turns."""
+    most_turns: int = 1
 
     def begin(self, issue: Issue, prompt: Prompt, samples: int) -> Group | str:
         """Trajectories of a prompt to which nothing is answered yet; why there are none, where it cannot be asked."""
@@ -60,21 +64,81 @@ class Answerer:
         return [next(places[place % self.workers.data_world]) for place in range(len(groups))]
 
     def _generate(self, trajectories: Sequence[Trajectory]) -> None:
+        """Turn by turn, until nobody has anything to say any more."""
+        live = trajectories
+        while live:
+            self._sample(live)
+            live = [] if self.environment is None else self._reply(self.environment, live)
+
+    def _reply(self, environment: Environment, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Give the environment's replies to those whose turn has ended. Those that go on."""
+        name = environment.component_name
+        asked = [one for one in trajectories if one.ended == "stop"]
+        tasks = [
+            Task(
+                one.prompt.example_id,
+                (
+                    (request_id(one), one.sample),
+                    one.prompt.asked,
+                    dict(one.prompt.rewarded_record),
+                    tuple(one.turns),
+                ),
+            )
+            for one in asked
+        ]
+        goes_on = []
+        replies = self.pool.run(play, environment, name, tasks, f"the environment '{name}'")
+        for one, reply in zip(asked, replies, strict=True):
+            if isinstance(reply, Unscored):
+                one.score = reply
+                continue
+            one.earned += reply.reward
+            if reply.done or len(one.turns) == self.most_turns:
+                continue
+            encoder = self.encoder(one.prompt.source)
+            given = encoder.reply(one.prompt, one.turns, [*one.replies, reply.messages], one.tokens[-1])
+            if len(one.tokens) + len(given) < self.room and one.sampled_tokens < self._most(one):
+                one.give(given, reply.messages)
+                goes_on.append(one)
+            else:
+                one.ended = "length"
+        return goes_on
+
+    def _most(self, one: Trajectory) -> int:
+        return self.sampling(one.prompt.source).max_tokens
+
+    def _sample(self, trajectories: Sequence[Trajectory]) -> None:
+        """One turn of each."""
         by_source: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_source.setdefault(trajectory.prompt.source, []).append(trajectory)
         for source, some in by_source.items():
             requests = [
-                Request(f"{one.prompt.example_id}@{one.issue.number}", tuple(one.tokens), one.sample) for one in some
+                Request(
+                    request_id(one),
+                    tuple(one.tokens),
+                    one.sample,
+                    one.sampled_tokens,
+                    min(self._most(one) - one.sampled_tokens, self.room - len(one.tokens)),
+                )
+                for one in some
             ]
             encoder = self.encoder(source)
             for one, made in zip(some, self.engine.generate(requests, self.sampling(source)), strict=True):
-                one.answer(made)
-                one.text = encoder.text(made.tokens)
+                one.answer(made, encoder.text(made.tokens))
 
     def _score(self, trajectories: Sequence[Trajectory]) -> None:
-        if not len(self.scorer):
+        if not len(self.scorer) and self.environment is None:
             return
-        scores = self.scorer.score_each([(one.prompt, one.text) for one in trajectories], self.pool)
-        for trajectory, score in zip(trajectories, scores, strict=True):
-            trajectory.score = score
+        left = [one for one in trajectories if one.score is None]  # the others failed on the way
+        scores = self.scorer.score_each([(one.prompt, one.text) for one in left], self.pool)
+        for one, score in zip(left, scores, strict=True):
+            if self.environment is not None and isinstance(score, Score):
+                parts = {**score.parts, self.environment.component_name: one.earned}
+                score = Score(score.total + one.earned, parts)
+            one.score = score
+
+
+def request_id(one: Trajectory) -> str:
+    """What an engine knows a trajectory's prompt by: the same prompt in another epoch is another."""
+    return f"{one.prompt.example_id}@{one.issue.number}"

@@ -23,6 +23,10 @@ class Request:
     """The prompt's token ids."""
     sample: int = 0
     """Which of the prompt's completions it is."""
+    position: int = 0
+    """How many of these tokens it sampled itself in earlier turns: its randomness goes on from there."""
+    limit: int | None = None
+    """The most tokens to sample now; by default what ``max_tokens`` says."""
 
 
 @dataclass(frozen=True)

@@ -84,13 +84,17 @@ class _Answer:
         self.request, self._sampling = request, sampling
         self.key = stream_key(sampling.seed, request.prompt_id, request.sample)
         room = sampling.max_tokens if context is None else context - len(request.tokens)
-        self._limit = min(sampling.max_tokens, room)
+        self._limit = min(request.limit or sampling.max_tokens, room)
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
 
     def add(self, token: int, log_probability: float) -> None:
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
+
+    @property
+    def position(self) -> int:
+        return self.request.position + len(self.tokens)
 
     @property
     def ended(self) -> bool:
@@ -175,7 +179,7 @@ class _Table:
 
     def _choose(self, answers: Sequence[_Answer], logits: Tensor) -> None:
         """Sample the next token of each answer from logits [answers, vocabulary]."""
-        numbers = uniforms([answer.key for answer in answers], [len(answer.tokens) for answer in answers])
+        numbers = uniforms([answer.key for answer in answers], [answer.position for answer in answers])
         chosen, values = choose(logits, numbers, self._sampling.temperature, self._sampling.top_p)
         for answer, token, value in zip(answers, chosen.tolist(), values.tolist(), strict=True):
             answer.add(token, value)

@@ -14,11 +14,12 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from postlude.manifest.component import Component
 from postlude.manifest.errors import UserError
 from postlude.rollout.reward import RewardFunction, call
 
@@ -41,9 +42,17 @@ class Unscored:
     """With the record and the place."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is asked of one sample."""
+
+    example_id: str
+    arguments: tuple[Any, ...]
+
+
 class RewardPool:
-    """Calls reward functions in ``workers`` processes, which start with the first call. ``seconds`` is how long one
-    call may take.
+    """Calls reward functions, and what else is somebody's own code, in ``workers`` processes, which start with the
+    first call. ``seconds`` is how long one call may take.
 
     A context manager: on leaving, no process is left. Nor is one when this process dies, however it dies.
     """
@@ -57,16 +66,22 @@ class RewardPool:
     ) -> list[float | Unscored]:
         """The function's reward of each completion of a prompt, or why there is none."""
         tasks = [
-            (function, name, prompt.example_id, prompt.asked, text, dict(prompt.rewarded_record))
-            for prompt, text in completions
+            Task(prompt.example_id, (prompt.asked, text, dict(prompt.rewarded_record))) for prompt, text in completions
         ]
-        found: dict[int, float | Unscored] = {}
+        return self.run(call, function, name, tasks, f"the reward '{name}'")
+
+    def run(
+        self, what: Callable[..., Any], of: Component, name: str, tasks: Sequence[Task], whose: str
+    ) -> list[Any | Unscored]:
+        """``what(of, name, example_id, *arguments)`` for each task, or why it gave nothing; ``whose`` is in that."""
+        asked = [(what, (of, name, task.example_id, *task.arguments)) for task in tasks]
+        found: dict[int, Any | Unscored] = {}
         waiting = deque(range(len(tasks)))
         deaths = [0] * len(tasks)
         for process in [one for one in self._processes if one.task is not None]:
             self._remove(process)  # it is still at work on what a call asked that was broken off
         while len(found) < len(tasks):
-            self._give(waiting, tasks)
+            self._give(waiting, asked)
             busy = {process.connection: process for process in self._processes if process.task is not None}
             left = min(process.deadline for process in busy.values()) - time.monotonic()
             for connection in wait(list(busy), max(left, 0.0)):
@@ -80,16 +95,16 @@ class RewardPool:
                     if deaths[place] < TRIES:
                         waiting.appendleft(place)
                     else:
-                        found[place] = _unscored(f"the reward '{name}' ended its process", tasks[place])
+                        found[place] = _unscored(f"{whose} ended its process", tasks[place])
                     continue
                 if kind == "stands":
                     process.stands, process.deadline = True, time.monotonic() + self._seconds
                     continue
                 process.task = None
-                found[place] = value if kind == "value" else Unscored(f"the reward '{name}' failed", value)
+                found[place] = value if kind == "value" else Unscored(f"{whose} failed", value)
             for process in busy.values():
                 if time.monotonic() > process.deadline:
-                    late = f"the reward '{name}' took longer than {self._seconds:g} seconds"
+                    late = f"{whose} took longer than {self._seconds:g} seconds"
                     found[process.task] = _unscored(late, tasks[process.task])  # type: ignore[index]
                     self._remove(process)
         return [found[place] for place in range(len(tasks))]
@@ -146,8 +161,8 @@ class _Process:
         self.connection.close()
 
 
-def _unscored(reason: str, task: Any) -> Unscored:
-    return Unscored(reason, f"{reason}, at the record '{task[2]}'.")
+def _unscored(reason: str, task: Task) -> Unscored:
+    return Unscored(reason, f"{reason}, at the record '{task.example_id}'.")
 
 
 def _serve(connection: Connection, parent: int) -> None:
@@ -164,7 +179,8 @@ def _serve(connection: Connection, parent: int) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[str, Any] = ("value", call(*task))
+            function, arguments = task
+            answer: tuple[str, Any] = ("value", function(*arguments))
         except UserError as error:
             answer = ("failed", str(error))
         connection.send(answer)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Record, Text, Tokens, answers_of
+from postlude.manifest.errors import DataError
 from postlude.rollout.reward import REFERENCE
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ PROMPTS = (Conversation, Text)
 
 Asked = str | Sequence[Mapping[str, Any]]
 """A text to be continued, or the messages that an assistant's turn answers."""
+
+
+_TURN = "\ue000turn\ue001"
+"""Stands for a turn whose tokens are known, while what comes after it is rendered."""
 
 
 class NoPrompt(ValueError):
@@ -102,10 +107,36 @@ class PromptEncoder:
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # some tokenizers end every text, and nothing would follow
             return tuple(ids)
+        return self._ids(self._rendered(prompt, []))
+
+    def reply(self, prompt: Prompt, turns: Sequence[str], replies: Sequence[Asked], last: int) -> tuple[int, ...]:
+        """The token ids that follow the last of the assistant's turns, up to where the next begins: its end, as far as
+        the token ``last`` has not said it, and what was replied. ``replies`` has one for each of the turns.
+
+        DataError where the template refuses the replies, or says nothing after the turn.
+        """
+        if isinstance(prompt.asked, str):
+            return self._ids("".join(map(str, replies[-1:])))
+        messages: list[Mapping[str, Any]] = []
+        for turn, reply in zip([*turns[:-1], _TURN], replies, strict=True):
+            messages.append({"role": "assistant", "content": turn})
+            messages += [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
+        before, found, after = self._rendered(prompt, messages).rpartition(_TURN)
+        if not found or _TURN in before:
+            raise DataError(
+                f"The chat template does not say a turn of the assistant once, at '{prompt.example_id}': it cannot "
+                "carry a conversation on."
+            )
+        ids = self._ids(after)
+        return ids[1:] if ids[:1] == (last,) else ids
+
+    def _rendered(self, prompt: Prompt, more: Sequence[Mapping[str, Any]]) -> str:
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer, self._template, self._today)
-        chat = Chat.of(Conversation(prompt.asked, prompt.tools))
-        text = self._renderer.render(chat, generation_prompt=True)
+        chat = Chat.of(Conversation([*prompt.asked, *more], prompt.tools))
+        return self._renderer.render(chat, generation_prompt=True)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def stop_ids(self) -> list[int]:

@@ -146,6 +146,7 @@ class Rounds:
     def _collect(self) -> list[Group]:
         """Issue, answer and score prompts until there are enough that can be learned from."""
         kept: list[Group] = []
+        everything: list[Group] = []
         for _ in range(MOST_TRIES):
             issued = self.ledger.issue(self.plan.prompts - len({group[0].issue for group in kept}))
             if not issued:
@@ -153,6 +154,8 @@ class Rounds:
             asked = self._ask(issued)
             answered = self.answerer.answer([group for groups in asked.values() for group in groups])
             kept += self._keep(answered)
+            everything += answered
+            self._check_some_scored(everything)
         return kept
 
     def _ask(self, issued: Sequence[Issue]) -> dict[int, list[Group]]:
@@ -186,7 +189,6 @@ class Rounds:
                 useful = [one for one in group if reason is None and not isinstance(one.score, Unscored)]
                 kept += [useful] if useful else []
                 self._lines += [one.line() for one in group if one not in useful]
-        self._check_some_scored(answered)
         return kept
 
     def _useless(self, group: Group) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 from postlude.data.document import WEIGHT, Document
 from postlude.objectives.policy import BEHAVIOUR_LOGP
 from postlude.rollout.engine import Completion, Ended
+from postlude.rollout.environment import Messages
 from postlude.rollout.ledger import Issue
 from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
@@ -37,8 +38,12 @@ class Trajectory:
     """Of each token its log-probability, where it was sampled; else 0."""
     versions: list[int]
     """Of each token the version of the weights that sampled it; -1 where it was given."""
-    text: str = ""
-    """What the sampled tokens say."""
+    turns: list[str] = field(default_factory=list)
+    """What was sampled in each turn says."""
+    replies: list[Messages | str] = field(default_factory=list)
+    """What an environment said after each turn but the last."""
+    earned: float = 0.0
+    """The rewards that an environment gave."""
     ended: Ended = "length"
     score: Score | Unscored | None = None
 
@@ -48,22 +53,29 @@ class Trajectory:
         count = len(tokens)
         return cls(issue, prompt, sample, list(tokens), [False] * count, [0.0] * count, [-1] * count)
 
-    def answer(self, completion: Completion) -> None:
-        """Append what an engine sampled."""
+    def answer(self, completion: Completion, text: str) -> None:
+        """Append what an engine sampled, which says ``text``."""
         count = len(completion.tokens)
         self.tokens += completion.tokens
         self.sampled += [True] * count
         self.logp += completion.log_probabilities
         self.versions += [completion.version] * count
         self.ended = completion.ended
+        self.turns.append(text)
 
-    def give(self, tokens: Sequence[int]) -> None:
+    def give(self, tokens: Sequence[int], reply: Messages | str) -> None:
         """Append what somebody else said: a tool, an environment."""
+        self.replies.append(reply)
         count = len(tokens)
         self.tokens += tokens
         self.sampled += [False] * count
         self.logp += [0.0] * count
         self.versions += [-1] * count
+
+    @property
+    def text(self) -> str:
+        """What the last turn says."""
+        return self.turns[-1] if self.turns else ""
 
     @property
     def sampled_tokens(self) -> int:
@@ -101,6 +113,9 @@ class Trajectory:
             "tokens": self.sampled_tokens,
             "versions": [self.oldest_version, max(self.versions)],
         }
+        if self.replies:
+            line["turns"] = self.turns
+            line["replies"] = self.replies
         if isinstance(self.score, Score):
             line |= {"reward": self.score.total, "rewards": dict(self.score.parts)}
         elif self.score is not None:
