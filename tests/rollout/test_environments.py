@@ -126,6 +126,8 @@ def test_an_episode_goes_on_in_its_process_and_is_played_again_in_another(counti
         assert reply(pool, "a", "b", "c") == Reply("a+b+c", reward=3)
         assert [said for _, said in marks()] == ["a", "b", "a", "b", "c"]
         assert len({pid for pid, _ in marks()}) == 2
+        assert reply(pool, "x", "y") == Reply("x+y", reward=2)  # of another episode under the same key, nothing is kept
+        assert reply(pool, "a", "b") == Reply("a+b", reward=2)
         silent = reply(pool, "nothing")
         assert isinstance(silent, Unscored)
         assert "answered None at the record 'games:1'" in silent.detail

@@ -69,8 +69,8 @@ class Environment(Component):
         raise NotImplementedError
 
 
-_episodes: dict[tuple[str, int], tuple[int, Episode]] = {}
-"""Of this process: how many turns an episode has had, and the episode."""
+_episodes: dict[tuple[str, int], tuple[Sequence[str], Episode]] = {}
+"""Of this process: the turns that an episode has had, and the episode."""
 _MOST_EPISODES = 4096
 
 
@@ -89,8 +89,8 @@ def play(
     """
 
     async def played() -> Reply:
-        turns, episode = _episodes.pop(key, (None, None))
-        if turns != len(said) - 1 or episode is None:
+        had, episode = _episodes.pop(key, ((), None))
+        if episode is None or had != said[:-1]:
             episode = await environment.reset(prompt, record)
             for before in said[:-1]:
                 await episode.step(before)
@@ -98,7 +98,7 @@ def play(
         if isinstance(reply, Reply) and not reply.done:
             if len(_episodes) >= _MOST_EPISODES:
                 _episodes.clear()
-            _episodes[key] = len(said), episode
+            _episodes[key] = said, episode
         return reply
 
     try:
