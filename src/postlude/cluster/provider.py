@@ -31,12 +31,10 @@ _FOLDER = "postlude-ray-"
 _LONGEST_PLACE = 32
 """Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
 
-_ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""Ranks work in a thread that is not the first of its process. glibc gives such threads heaps of 64 MiB, where large
-tensors are mapped, cleared and unmapped again and again: a fifth of a step. It is read when a process begins."""
-
 _QUIET = {
-    **_ONE_HEAP,
+    # Ranks work in a thread that is not the first of its process. glibc gives such threads heaps of 64 MiB, where large
+    # tensors are mapped, cleared and unmapped again and again: a fifth of a step. It is read when a process begins.
+    "MALLOC_ARENA_MAX": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     # Nodes and workers are found dead within seconds, not minutes.
@@ -132,9 +130,7 @@ def _existing(compute: Compute) -> Iterator[Cluster]:
     probe(address, compute.transport)
     try:
         with waiting(f"the Ray cluster at {address}"):
-            sent: dict[str, Any] = {"env_vars": _ONE_HEAP}
-            if compute.code:
-                sent["py_modules"] = compute.code
+            sent = {"py_modules": compute.code} if compute.code else None
             ray.init(address=address, configure_logging=False, runtime_env=sent)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise ComputeError(f"No Ray cluster answers at {address}: {_first_line(error)}") from error
