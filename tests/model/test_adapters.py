@@ -160,6 +160,12 @@ def test_a_merged_weight_is_rounded_once(bases, tmp_path) -> None:
     assert torch.equal(found["model.layers.0.self_attn.k_proj.weight"], untouched)
 
 
+def test_a_dora_is_not_continued_on_a_packed_base(bases, tmp_path) -> None:
+    folder = written(adapted(bases / "llama", **KINDS["dora"]), tmp_path / "adapter")
+    with pytest.raises(ManifestError, match="is a DoRA"):
+        adapted(folder, **{"continue": True, "base": "int8"})
+
+
 def test_training_an_adapter_on_begins_with_it(bases, tmp_path) -> None:
     model = stirred(adapted(bases / "llama", **KINDS["rslora"]))
     folder = written(model, tmp_path / "adapter")

@@ -53,6 +53,11 @@ def load_adapted(folder: str, place: str, config: PreTrainedConfig, asked: Asked
         stored_dtype = causal.dtype
         model = LanguageModel(with_weights_in(causal, asked.hold(stored_dtype)), stored_dtype)
         lora = start.config(asked, causal)
+        if lora.use_dora and asked.adapter.base is not None:
+            raise ManifestError(
+                f"adapter.base: the adapter at '{place}' is a DoRA, which learns from the weights that 'base' packs "
+                "away. Leave 'base' out."
+            )
         adapted = adapters.inject(causal, lora)
         adapters.fill(causal, _weights(start, causal, adapted, asked, adapters.weights_of(causal, adapted)))
         if asked.adapter.base is not None:
