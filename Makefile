@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+PYTEST  = $(BIN)/pytest --numprocesses 2 --dist loadgroup
 INSTALLED = $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
@@ -24,10 +25,10 @@ demo: install
 	$(BIN)/postlude generate build/runs/demo/rl --prompt "4711>" --max-tokens 6
 
 test: install
-	$(BIN)/pytest --durations 15 -m "not long and not gpu"
+	$(PYTEST) --durations 15 -m "not long and not gpu"
 
 test-long: install
-	$(BIN)/pytest --durations 25 -m "long and not gpu"
+	$(PYTEST) --durations 25 -m "long and not gpu"
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -19,6 +19,14 @@ settings.register_profile("postlude", deadline=None, derandomize="CI" in os.envi
 settings.load_profile("postlude")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes at the tests (``-n``), those of one file stay together, and so do all that start clusters:
+    two of those at once would leave none the machine that its deadlines are made for."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else f"{folder}/{item.path.name}"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; the test is skipped where there is none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,11 @@ class Status:
         self.tests: dict[str, set[str]] = defaultdict(set)
         self.needs_gpu: dict[str, set[str]] = defaultdict(set)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A process at the tests (``-n``) has ended: each has collected all of them."""
+        self.tests, self.needs_gpu = getattr(node, "workeroutput", {}).get("capabilities", (self.tests, self.needs_gpu))
+
     @pytest.hookimpl(tryfirst=True)  # before marks deselect any
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -36,6 +42,9 @@ class Status:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         config = session.config
+        if hasattr(config, "workeroutput"):  # one of several processes at the tests: the one that leads them writes
+            config.workeroutput["capabilities"] = [dict(self.tests), dict(self.needs_gpu)]
+            return
         partial = config.option.keyword or config.args_source.name != "TESTPATHS"
         if exitstatus != pytest.ExitCode.OK or partial:
             return
