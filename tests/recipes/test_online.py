@@ -16,7 +16,7 @@ import pytest
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.rollout.rounds import outcomes
 
-TIMED = ("seconds", "tokens_per_second", "memory_bytes", "mfu")
+TIMED = ("seconds", "busy", "tokens_per_second", "memory_bytes", "mfu")
 
 
 def online(project, recipe: str = "grpo", **keys: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ KINDS = (
     "sinks",
     "rewards",
     "environments",
+    "engines",
 )
 
 

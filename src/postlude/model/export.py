@@ -89,6 +89,18 @@ def write_model(
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
 
 
+def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write what an engine needs to run a model that this process holds whole: config and safetensors, as
+    :func:`write_model` does."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    written = _on_meta(AutoModelForCausalLM, model, config, dtype)
+    written.load_state_dict(_cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype), strict=True, assign=True)
+    written.tie_weights()
+    with quiet():
+        written.save_pretrained(folder)
+
+
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:
     """Take part in the writing of a model that ranks hold together, on a rank that does not write it."""
     if model.attached is not None:

@@ -7,15 +7,17 @@ other models it has.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config, Named
 from postlude.manifest.schema import Evaluate, ModelPlace, Positive
 from postlude.recipes.recipe import TrainingRecipe
+from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
+from postlude.rollout.serving import EngineChoice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +33,15 @@ REHEARSED_TOKENS = 8
 class Rollout(Config):
     """How prompts are answered."""
 
-    engine: Literal["native"] = "native"
-    """What answers: ``native`` is the policy itself, in the process that trains it."""
+    engine: Annotated[EngineChoice, Named("engines", default="native"), Field(validate_default=True)] = "native"  # type: ignore
+    """What answers: ``native`` is the policy itself, in the process that trains it or (``apart: true``) in one of its
+    own; ``vllm`` a server of vLLM."""
+    ahead: Annotated[int, Field(ge=0)] = 0
+    """Rounds that are being answered while one is trained: no sampled token is then older than so many rounds and the
+    one that trains. With 0 the engine waits for the trainer and the trainer for the engine, and a run repeats bitwise;
+    more needs an engine that is apart."""
+    engine_seconds: Annotated[float, Field(gt=0)] | Positive = 600
+    """How long an engine that is apart may take to answer before it counts as hung and another takes its place."""
     prompts: Positive = 16
     """Prompts of a round, over all workers."""
     max_tokens: Positive = 256
@@ -47,8 +56,9 @@ class Rollout(Config):
     """Completions that a worker makes at a time."""
     correction: Annotated[float, Field(gt=0)] | None = None
     """The trainer finds out itself how likely each sampled token was, and it counts in proportion to that against how
-    likely the engine found it, at most so much (truncated importance sampling). By default the engine is believed: on a
-    CPU it differs by rounding alone, in bf16 by more (``behaviour_gap`` in the metrics tells)."""
+    likely the engine found it, at most so much (truncated importance sampling). By default 2 where the engine is apart;
+    one that is the policy itself is believed: on a CPU it differs by rounding alone, in bf16 by more
+    (``behaviour_gap`` in the metrics tells)."""
     reward_workers: Positive = 2
     """Processes of each worker in which reward functions run."""
     reward_seconds: Annotated[float, Field(gt=0)] | Positive = 60
@@ -110,6 +120,17 @@ class OnlineRecipe(TrainingRecipe):
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in batch.block "
                 f"({self.batch.block}). Raise batch.block, or lower rollout.max_tokens"
             )
+        engine = self.rollout.engine
+        if self.rollout.ahead and not engine.is_apart:
+            raise ValueError(
+                "'rollout.ahead' needs an engine that answers while the policy is trained: set rollout.engine to "
+                "{name: native, apart: true} or to vllm"
+            )
+        objection = engine.objection(self.rollout.top_p)
+        if objection is not None:
+            raise ValueError(objection)
+        if engine.is_apart and self.adapter is not None:
+            raise ValueError("an engine that is apart takes over whole models: leave 'adapter' out, or 'apart'")
         if self.parallel.divides:
             raise ValueError("the native engine answers with the whole model on each worker: leave 'parallel' out")
         return self
@@ -164,7 +185,12 @@ class OnlineRecipe(TrainingRecipe):
     def rehearsed(self) -> Self:
         """The same with so little of everything that a preflight can do a step of it."""
         shorter = self.rollout.model_copy(
-            update={"prompts": 2, "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS)}
+            update={
+                "prompts": 2,
+                "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS),
+                "engine": Native(),
+                "ahead": 0,
+            }
         )
         return self.model_copy(
             update={"rollout": shorter, "group": min(self.group, 2), "resample": False, "steps": 1, "epochs": None}

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from postlude.data.dataset import Dataset
 from postlude.data.document import WEIGHT, Document
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.model.export import write_weights
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.forward import ForwardModels, stop_ids_of
 from postlude.recipes.online import OnlineRecipe
 from postlude.recipes.parts import StageTask
 from postlude.recipes.prompting import count_left
 from postlude.rollout.answers import Answerer
+from postlude.rollout.apart import ApartEngine
 from postlude.rollout.assess import Assessor
 from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.engine import Sampling
@@ -27,18 +31,26 @@ from postlude.rollout.pool import RewardPool
 from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.rounds import Plan, Rounds
 from postlude.rollout.scoring import Score, Scorer, pass_at_k
+from postlude.rollout.serving import Serving
 from postlude.runs import Run
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
+from postlude.training.precision import DTYPES
 from postlude.training.timing import Phases
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
+
+APART_CORRECTION = 2.0
+MOST_GAP = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+"""How far an engine's log-probabilities may be from the policy's on average, where both have the same weights."""
 
 
 class Silent:
     """Rollouts are told nowhere."""
 
     def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def event(self, kind: str, **fields: Any) -> None: ...
 
 
 class OnlineAssembly(Assembly, ForwardModels):
@@ -68,8 +80,10 @@ class OnlineAssembly(Assembly, ForwardModels):
             block=batch.block,
             tokens=batch.tokens,
             steps=config.steps,
+            ahead=config.rollout.ahead,
             resample=config.resample,
-            correction=config.rollout.correction,
+            correction=self.correction,
+            gap=MOST_GAP[self.precision.name],
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
@@ -81,13 +95,32 @@ class OnlineAssembly(Assembly, ForwardModels):
             self.assessor,
             config.algorithm(),
             self.journal,
-            update=self.policy_engine.update,
         )
 
     @cached_property
-    def policy_engine(self) -> PolicyEngine:
-        """What answers: the policy itself."""
-        return PolicyEngine(self.program.roles["policy"].model, self.precision, self.config.rollout.concurrency)
+    def policy_engine(self) -> PolicyEngine | ApartEngine:
+        """What answers."""
+        policy, rollout = self.program.roles["policy"].model, self.config.rollout
+        if not rollout.engine.is_apart:
+            return PolicyEngine(policy, self.precision, rollout.concurrency)
+        rollout.engine.check()
+        dtype = DTYPES[self.precision.name]
+        serving = Serving(
+            context=self.config.batch.block,
+            concurrency=rollout.concurrency,
+            dtype=str(dtype).removeprefix("torch."),
+            seconds=float(rollout.engine_seconds),
+            threads=self.task.threads,
+        )
+        return ApartEngine(
+            rollout.engine, serving, lambda folder: write_weights(policy, folder, dtype), self.journal.event
+        )
+
+    @cached_property
+    def correction(self) -> float | None:
+        """The bound of the correction for an engine that is not quite the policy."""
+        said = self.config.rollout.correction
+        return APART_CORRECTION if said is None and self.config.rollout.engine.is_apart else said
 
     @cached_property
     def assessor(self) -> Assessor:
@@ -103,7 +136,13 @@ class OnlineAssembly(Assembly, ForwardModels):
 
     @cached_property
     def answerer(self) -> Answerer:
-        return self._answerer(self.config.rollout.temperature, self.config.rollout.top_p)
+        rollout = self.config.rollout
+        background = None
+        if rollout.engine.is_apart:
+            # As many at a time as there are rounds; an engine that makes one after the other is asked so.
+            at_once = rollout.ahead if rollout.engine.updates_in_flight else 1
+            background = ThreadPoolExecutor(max(at_once, 1), "answers", torch.set_num_threads, (self.task.threads,))
+        return replace(self._answerer(rollout.temperature, rollout.top_p), background=background)
 
     def _answerer(self, temperature: float, top_p: float) -> Answerer:
         rollout = self.config.rollout
@@ -127,7 +166,8 @@ class OnlineAssembly(Assembly, ForwardModels):
 
     def _stops(self, source: str) -> frozenset[int]:
         if source not in self._stops_of:
-            self._stops_of[source] = stop_ids_of(self.policy_engine.policy.causal, self.prompt_encoder_of(source))
+            causal = self.program.roles["policy"].model.causal
+            self._stops_of[source] = stop_ids_of(causal, self.prompt_encoder_of(source))
         return self._stops_of[source]
 
     @cached_property
@@ -250,6 +290,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         evaluate = self.config.evaluate
         if evaluate is None:
             return {}
+        self.policy_engine.update(self.loader.step)
         answerer = replace(self._answerer(evaluate.temperature, self.config.rollout.top_p), phases=Phases())
         found = {}
         for name, dataset in self.held_out.items():
@@ -279,7 +320,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         assert isinstance(other, OnlineAssembly)
         other.config = other.config.rehearsed()
         other.rehearses = True
-        for built in ("policy_engine", "assessor", "answerer", "phases", "scorer", "pool"):
+        for built in ("policy_engine", "correction", "assessor", "answerer", "phases", "scorer", "pool"):
             other.__dict__.pop(built, None)
         return other
 

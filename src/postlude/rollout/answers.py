@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, field
 
 from postlude.rollout.engine import Engine, Request, Sampling
 from postlude.rollout.environment import Environment, play
@@ -12,6 +13,7 @@ from postlude.rollout.pool import RewardPool, Task, Unscored
 from postlude.rollout.prompts import Prompt, PromptEncoder
 from postlude.rollout.scoring import Score, Scorer
 from postlude.rollout.trajectory import Trajectory
+from postlude.telemetry.pulse import beat
 from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
@@ -19,6 +21,18 @@ Group = list[Trajectory]
 """The samples of one prompt."""
 
 EMPTY = "the prompt is empty"
+
+
+@dataclass
+class Answering:
+    """Groups that are being answered."""
+
+    groups: Sequence[Group]
+    own: list[Group]
+    """This rank's share of them."""
+    phases: Phases
+    """Where the time goes that is spent on them."""
+    done: Future[None] = field(default_factory=Future)
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Answerer:
     environment: Environment | None = None
     """What answers between turns."""
     most_turns: int = 1
+    background: Executor | None = None
+    """Where answers are made while this thread goes on; None makes them in this thread."""
 
     def begin(self, issue: Issue, prompt: Prompt, samples: int) -> Group | str:
         """Trajectories of a prompt to which nothing is answered yet; why there are none, where it cannot be asked."""
@@ -52,16 +68,40 @@ class Answerer:
 
     def answer(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with answers and, where there are rewards, scores."""
+        return self.finish(self.start(groups))
+
+    def start(self, groups: Sequence[Group]) -> Answering:
+        """Begin to answer this rank's share of groups; in the background, where there is one."""
         own = list(groups[self.workers.data_rank :: self.workers.data_world])
-        with self.phases.measure("generate"):
-            self._generate([trajectory for group in own for trajectory in group])
-        with self.phases.measure("score"):
-            self._score([trajectory for group in own for trajectory in group])
+        answering = Answering(groups, own, Phases(self.phases.synchronize))
+        if self.background is not None:
+            answering.done = self.background.submit(self._work, answering)
+        else:
+            with self.phases.measure("wait"):
+                self._work(answering)
+            answering.done.set_result(None)
+        return answering
+
+    def finish(self, answering: Answering) -> list[Group]:
+        """What was begun, once it is there, with the shares of all ranks."""
+        with self.phases.measure("wait"):
+            while not wait([answering.done], timeout=1.0).done:
+                beat("wait")  # deadlines are kept where it is worked on
+            answering.done.result()
+        self.phases.add(answering.phases.take())
+        groups, own = answering.groups, answering.own
         with self.phases.measure("gather"):
             parts = self.workers.gather((self.workers.data_rank, own if self.workers.speaks else None))
         by_rank: Mapping[int, list[Group]] = {rank: part for rank, part in parts if part is not None}
         places = {rank: iter(part) for rank, part in by_rank.items()}
         return [next(places[place % self.workers.data_world]) for place in range(len(groups))]
+
+    def _work(self, answering: Answering) -> None:
+        trajectories = [trajectory for group in answering.own for trajectory in group]
+        with answering.phases.measure("generate"):
+            self._generate(trajectories)
+        with answering.phases.measure("score"):
+            self._score(trajectories)
 
     def _generate(self, trajectories: Sequence[Trajectory]) -> None:
         """Turn by turn, until nobody has anything to say any more."""

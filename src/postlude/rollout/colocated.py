@@ -24,6 +24,8 @@ class PolicyEngine:
         self._version = 0
         self._native = NativeEngine(policy.causal, policy.vocabulary, batch)
 
+    apart = False
+
     @property
     def context(self) -> int | None:
         return self._native.context
@@ -31,6 +33,8 @@ class PolicyEngine:
     def update(self, version: int) -> None:
         """Note that the weights are now those after ``version`` steps."""
         self._version = version
+
+    def close(self) -> None: ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See :meth:`postlude.rollout.engine.Engine.generate`."""
@@ -42,4 +46,4 @@ class PolicyEngine:
             torch.compiler.set_stance("force_eager"),
         ):
             made = self._native.generate(requests, sampling)
-        return [replace(completion, version=self._version) for completion in made]
+        return [replace(one, versions=(self._version,) * len(one.tokens)) for one in made]

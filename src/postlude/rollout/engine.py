@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from postlude.manifest.errors import UserError
+
 Ended = Literal["stop", "length"]
 """Why a completion ended: with a stop token, or because it had no room for more."""
 
@@ -53,8 +55,12 @@ class Completion:
     log_probabilities: tuple[float, ...]
     """Of each sampled token, at the temperature it was sampled with (at 1 for temperature 0), before ``top_p``."""
     ended: Ended
-    version: int = 0
-    """Of the weights that sampled it."""
+    versions: tuple[int, ...] = ()
+    """Of each sampled token, of the weights that sampled it; none where the engine does not know."""
+
+
+class EngineLost(UserError):
+    """An engine died or hung, and so did those that took its place."""
 
 
 class Engine(Protocol):
@@ -64,6 +70,20 @@ class Engine(Protocol):
     @property
     def context(self) -> int | None:
         """How many tokens a prompt and its completion may have together; None if nothing bounds it."""
+        ...
+
+    @property
+    def apart(self) -> bool:
+        """Whether it works in a process of its own, so that it can answer while this one trains."""
+        ...
+
+    def update(self, version: int) -> None:
+        """Take over the weights of the policy as they now are, after ``version`` steps. What is being answered goes on
+        with them."""
+        ...
+
+    def close(self) -> None:
+        """Leave no process and no file."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

@@ -83,6 +83,11 @@ class Ledger:
         return self._draws
 
     @property
+    def settled(self) -> int:
+        """Prompts that were trained or dropped so far."""
+        return self.trained + self.dropped.total()
+
+    @property
     def exhausted(self) -> bool:
         """Whether there is nothing left to issue."""
         return not self._again and self._draws == self.end

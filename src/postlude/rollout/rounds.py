@@ -14,6 +14,8 @@ Notable:
 from __future__ import annotations
 
 import base64
+import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,12 +30,13 @@ from postlude.manifest.errors import DataError
 from postlude.objectives.actor_critic import VALUE
 from postlude.objectives.policy import ADVANTAGE, BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
 from postlude.rollout.algorithm import Algorithm, Scored
-from postlude.rollout.answers import Answerer, Group
+from postlude.rollout.answers import Answerer, Answering, Group
 from postlude.rollout.assess import Assessor
+from postlude.rollout.engine import EngineLost
 from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
-from postlude.rollout.trajectory import PlannedStep, packed_documents, unpacked_documents
+from postlude.rollout.trajectory import PlannedStep, Trajectory, packed_documents, unpacked_documents
 
 ALIKE = "all samples have the same reward"
 ENDED = "the stage has made its steps"
@@ -46,6 +49,8 @@ class Journal(Protocol):
     """Where the rollouts are told."""
 
     def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def event(self, kind: str, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,12 @@ class Plan:
     """Of an optimiser step, about at most: a round that has more is divided into more steps."""
     steps: int | None
     """Optimiser steps of the stage; None if the ledger's epochs end it."""
+    ahead: int = 0
+    """Rounds that are being answered while one is trained."""
     resample: bool = False
     """Whether prompts whose samples are all rewarded alike are dropped, and others issued in their place."""
+    gap: float = 1e-3
+    """How far the log-probabilities of an engine that is not quite the policy may be from the policy's, on average."""
     correction: float | None = None
     """The bound of the correction for an engine that is not quite the policy; None takes it for the policy."""
     reference: str | None = None
@@ -91,12 +100,16 @@ class Rounds:
         assessor: Assessor,
         algorithm: Algorithm,
         journal: Journal,
-        update: Callable[[int], None] = lambda version: None,
     ) -> None:
         self.plan, self.ledger, self.algorithm, self.assessor = plan, ledger, algorithm, assessor
         self.answerer, self.workers, self.phases = answerer, answerer.workers, answerer.phases
-        self._prompts, self._journal, self._update = prompts, journal, update
+        self._prompts, self._journal, self.engine = prompts, journal, answerer.engine
         self._step = 0
+        self._ahead: deque[Answering] = deque()
+        """The rounds that are being answered."""
+        self._compared = False
+        """Whether the engine was found to have the policy's weights."""
+        self._collected_at = time.perf_counter()
         self._planned: deque[PlannedStep] = deque()
         self._documents: list[Document] = []
         """Those of the round in progress."""
@@ -105,28 +118,30 @@ class Rounds:
         self._told_last: list[Mapping[str, Any]] = []
         """What was told after the last step: a resume from there has cut it away."""
 
+    @property
+    def step(self) -> int:
+        """Steps that were handed out."""
+        return self._step
+
     def __iter__(self) -> Iterator[StepBlocks]:
         return self
 
     def __next__(self) -> StepBlocks:
-        begin = self.ledger.issued
-        while not self._planned and self._step != self.plan.steps and not self.ledger.exhausted:
+        begin = self.ledger.settled
+        while not self._planned and self._step != self.plan.steps and (self._ahead or not self.ledger.exhausted):
             self._check_fruitful(begin)
             self.turn()
         if self._planned and self._step != self.plan.steps:
             return self._take()
-        for step in self._planned:
-            for issue in step.issues:
-                own = [line for line in step.lines if line["issue"] == issue.number]
-                self._drop(issue, ENDED, own)
-        self._planned.clear()
+        self._drop_the_rest()
         self._told_last = list(self._lines)
         self._tell()
         raise StopIteration
 
     def _check_fruitful(self, begin: int) -> None:
-        """DataError where a whole pass over the prompts, since draw ``begin``, has given nothing to train on."""
-        if self.ledger.issued - begin > sum(self.ledger.rows.values()):
+        """DataError where as many prompts as there are, beyond the ``begin`` settled before, have given nothing to
+        train on."""
+        if self.ledger.settled - begin > sum(self.ledger.rows.values()):
             why = "; ".join(f"{count} because {reason}" for reason, count in self.ledger.dropped.most_common())
             raise DataError(
                 f"A whole pass over the prompts has given nothing to train on. Dropped so far were {why}. Look at the "
@@ -134,29 +149,63 @@ class Rounds:
             )
 
     def turn(self) -> None:
-        """One round: the loop itself."""
-        with self.phases.measure("sync"):
-            self._update(self._step)
-        groups = self._collect()
+        """One round: the loop itself. What is ``ahead`` is answered while this round is assessed and trained on."""
+        if not self._ahead:
+            self._begin(1)
+        answered = self.answerer.finish(self._ahead.popleft())
+        busy = self._busy()
+        self._begin(min(self.plan.ahead, self._rounds_left() - 1))
+        groups = self._collect(answered)
         documents, metrics = self._assess(groups)
-        self._divide(groups, documents, metrics)
+        self._divide(groups, documents, {**metrics, **busy})
 
     # --- a round --------------------------------------------------------------------------------------------
 
-    def _collect(self) -> list[Group]:
-        """Issue, answer and score prompts until there are enough that can be learned from."""
-        kept: list[Group] = []
-        everything: list[Group] = []
-        for _ in range(MOST_TRIES):
-            issued = self.ledger.issue(self.plan.prompts - len({group[0].issue for group in kept}))
-            if not issued:
+    def _begin(self, rounds: int) -> None:
+        """Give the engine the weights as they are, and see to it that so many rounds are being answered."""
+        if len(self._ahead) >= rounds or self.ledger.exhausted:
+            return
+        with self.phases.measure("sync"):
+            self.engine.update(self._step)
+        while len(self._ahead) < rounds and not self.ledger.exhausted:
+            self._ahead.append(self.answerer.start(self._asked(self.plan.prompts)))
+
+    def _rounds_left(self) -> int:
+        """How many rounds the steps that are left will take, this one included; far too many where no number of steps
+        ends the stage."""
+        if self.plan.steps is None:
+            return sys.maxsize
+        return -(-(self.plan.steps - self._step) // (self.plan.updates * self.plan.passes))
+
+    def _busy(self) -> dict[str, float]:
+        """The shares of the time since the round before in which the engine and the trainer were at work."""
+        now, before = time.perf_counter(), self._collected_at
+        self._collected_at, spent = now, self.phases.seconds
+        return {
+            "busy_engine": min(spent.get("generate", 0.0) / (now - before), 1.0),
+            "busy_trainer": max(1.0 - spent.get("wait", 0.0) / (now - before), 0.0),
+        }
+
+    def _collect(self, answered: list[Group]) -> list[Group]:
+        """What of the answered groups can be learned from, and where that is too little, of others that are then
+        issued, answered and scored in their place."""
+        kept = self._keep(answered)
+        everything = answered
+        self._check_some_scored(everything)
+        for _ in range(MOST_TRIES - 1):
+            missing = self.plan.prompts - len({group[0].issue for group in kept})
+            if not missing or self.ledger.exhausted:
                 break
-            asked = self._ask(issued)
-            answered = self.answerer.answer([group for groups in asked.values() for group in groups])
-            kept += self._keep(answered)
-            everything += answered
+            more = self.answerer.answer(self._asked(missing))
+            kept += self._keep(more)
+            everything = everything + more
             self._check_some_scored(everything)
         return kept
+
+    def _asked(self, count: int) -> list[Group]:
+        """The next prompts, so many at most, to which nothing is answered yet."""
+        asked = self._ask(self.ledger.issue(count))
+        return [group for groups in asked.values() for group in groups]
 
     def _ask(self, issued: Sequence[Issue]) -> dict[int, list[Group]]:
         """The prompts of these records, as trajectories without answers; records without any are dropped."""
@@ -209,6 +258,16 @@ class Rounds:
                 "or raise rollout.reward_seconds."
             )
 
+    def _drop_the_rest(self) -> None:
+        """Drop what is planned or being answered when the stage has made its steps."""
+        for step in self._planned:
+            for issue in step.issues:
+                self._drop(issue, ENDED, [line for line in step.lines if line["issue"] == issue.number])
+        for issue in {group[0].issue: None for answering in self._ahead for group in answering.groups}:
+            self._drop(issue, ENDED, [{"issue": issue.number, "epoch": issue.epoch}])
+        self._planned.clear()
+        self._ahead.clear()
+
     def _drop(self, issue: Issue, reason: str, lines: Sequence[Mapping[str, Any]]) -> None:
         self.ledger.settle(issue, reason)
         self._lines += [{**line, "outcome": "dropped", "reason": reason} for line in lines]
@@ -224,13 +283,14 @@ class Rounds:
         if documents:
             with self.phases.measure("assess"):
                 self._ask_models(documents, sampled)
+        gaps = self._engine_gaps(samples, sampled)
         rewards = [one.reward if one.score is not None else 0.0 for one in samples]
         made, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
         whole = [
             _with_streams(document, {**before, **after})
             for document, before, after in zip(documents, sampled, made, strict=True)
         ]
-        return whole, {**self._measured(groups), **metrics}
+        return whole, {**self._measured(groups), **gaps, **metrics}
 
     def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
         """Add to the streams of the sampled tokens what the models of the step say of them."""
@@ -248,6 +308,33 @@ class Rounds:
         if plan.critic is not None:
             for streams, said in zip(sampled, self.assessor.values(plan.critic, documents), strict=True):
                 streams[VALUE.name] = said
+
+    def _engine_gaps(
+        self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, float]:
+        """How far the engine's log-probabilities are from the policy's, over the tokens that its present weights
+        sampled. EngineLost where that is more than the arithmetic explains: the engine has other weights."""
+        if self.plan.correction is None:
+            return {}
+        gaps = [
+            np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(one.sampled_versions) == self._step]
+            for one, streams in zip(samples, sampled, strict=True)
+        ]
+        found = np.concatenate(gaps) if gaps else np.zeros(0)
+        if not len(found):
+            return {}
+        mean, worst = float(found.mean()), float(found.max())
+        if mean > self.plan.gap:
+            if not self._compared:
+                raise EngineLost(
+                    f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
+                    f"{len(found)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
+                    f"{self.plan.gap:g}. It has not the policy's weights, or computes another model of them."
+                )
+            reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
+            self._journal.event("alarm", what="the engine is not the policy", reason=reason, step=self._step)
+        self._compared = True
+        return {"engine_gap": mean, "engine_gap_worst": worst}
 
     def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
         samples = [one for group in groups for one in group]
@@ -385,6 +472,9 @@ class Rounds:
 
     def close(self) -> None:
         """Leave no process at work."""
+        self.engine.close()
+        if self.answerer.background is not None:
+            self.answerer.background.shutdown(cancel_futures=True)
         self.answerer.pool.close()
 
     def __enter__(self) -> Rounds:

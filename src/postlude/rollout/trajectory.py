@@ -59,7 +59,7 @@ class Trajectory:
         self.tokens += completion.tokens
         self.sampled += [True] * count
         self.logp += completion.log_probabilities
-        self.versions += [completion.version] * count
+        self.versions += completion.versions or [0] * count
         self.ended = completion.ended
         self.turns.append(text)
 
@@ -82,9 +82,14 @@ class Trajectory:
         return sum(self.sampled)
 
     @property
+    def sampled_versions(self) -> list[int]:
+        """Of each sampled token the version of the weights that sampled it."""
+        return [version for version in self.versions if version >= 0]
+
+    @property
     def oldest_version(self) -> int:
         """The version of the weights that its first token was sampled with."""
-        return min((version for version in self.versions if version >= 0), default=-1)
+        return min(self.sampled_versions, default=-1)
 
     @property
     def reward(self) -> float:

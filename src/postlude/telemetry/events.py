@@ -182,6 +182,14 @@ class Recovery(BaseEvent):
     pause_seconds: float
 
 
+class EngineDied(BaseEvent):
+    """An engine that answers prompts died or hung; another takes its place, and is asked again what it was asked."""
+
+    kind: Literal["engine_died"] = "engine_died"
+    engine: str
+    reason: str
+
+
 class Alarm(BaseEvent):
     """Something a person should look at, though the run goes on."""
 
@@ -218,6 +226,7 @@ Event = (
     | GroupGrows
     | WorkerFailure
     | Recovery
+    | EngineDied
     | Alarm
     | Failure
 )

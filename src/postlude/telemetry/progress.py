@@ -158,6 +158,8 @@ def _worth_telling(event: Event) -> str | None:
             return f"{event.what} failure: {who}{event.reason}"
         case "recovery":
             return "the workers are started again" + (f" in {event.pause_seconds:.0f}s" if event.pause_seconds else "")
+        case "engine_died":
+            return f"the engine '{event.engine}' is replaced: {event.reason}"
         case "group_grows":
             return f"there is room for more than {event.workers} workers: the group is formed anew"
         case "stage_started" if event.from_step:

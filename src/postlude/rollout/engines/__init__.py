@@ -1,0 +1,1 @@
+"""The engines that answer prompts in online reinforcement learning, one a file."""

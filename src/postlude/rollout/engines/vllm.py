@@ -1,0 +1,302 @@
+"""The engine ``vllm``: a vLLM server, over HTTP. This file alone knows vLLM.
+
+It lives in an environment of its own (``make vllm`` makes one), since it wants its own torch. Notable:
+
+- Tokens go in and come out; nothing is tokenised on the way.
+- While weights are taken over the requests in flight stand still, then go on; their keys and values are made anew.
+  vLLM says itself which of their tokens came from which weights.
+- Weights are handed over as safetensors in shared memory, which ``reload_weights`` reads. ``load_weights`` called from
+  a worker extension would leave a half-written model that goes on serving.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import field_validator
+
+from postlude.manifest.errors import ComputeError
+from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.sampling import stream_key
+from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
+
+KNOWN = ("0.32",)
+"""Versions whose interface this file was tested with."""
+PYTHON = "POSTLUDE_VLLM_PYTHON"
+MADE_HERE = Path("~/.cache/postlude/vllm/bin/python")
+"""Where ``make vllm`` makes the environment."""
+START_SECONDS = 600.0
+CALL_SECONDS = 120.0
+MODEL = "policy"
+
+
+class Vllm(EngineChoice):
+    """A vLLM server beside each worker, in an environment of its own, or servers that run already."""
+
+    updates_in_flight: ClassVar[bool] = True
+
+    python: str | None = None
+    """The interpreter of the environment that vLLM is installed in. By default what the variable
+    ``POSTLUDE_VLLM_PYTHON`` says, else the environment that ``make vllm`` makes."""
+    options: dict[str, str | int | float | bool] = {}
+    """Further options of the server, as its command line has them, without the dashes."""
+    addresses: list[str] | None = None
+    """Servers that run already, each as ``http://host:port``; the workers take them in turn. They must see the folder
+    ``exchange`` under the same name, and have been started as docs/online.md says."""
+    exchange: str | None = None
+    """The folder in which weights are handed to servers at ``addresses``; by default the shared memory of this host."""
+
+    @field_validator("addresses")
+    @classmethod
+    def _are_addresses(cls, addresses: list[str] | None) -> list[str] | None:
+        if addresses is not None and not addresses:
+            raise ValueError("an empty list names no server: leave 'addresses' out, or name one")
+        for address in addresses or []:
+            if not address.startswith("http://"):
+                raise ValueError(f"'{address}' is no address of the form http://host:port")
+        return addresses
+
+    @property
+    def meets(self) -> Path:
+        return super().meets if self.exchange is None else Path(self.exchange)
+
+    def objection(self, top_p: float) -> str | None:
+        if top_p == 1:
+            return None
+        return (
+            "vLLM tells log-probabilities after 'top_p' has cut tokens away, and training needs those before: leave "
+            "rollout.top_p at 1, or take the engine 'native'"
+        )
+
+    def check(self) -> None:
+        if self.addresses is None:
+            self.interpreter()
+        for address in self.addresses or []:
+            Client(address).check()
+
+    def interpreter(self) -> str:
+        """ComputeError if there is none."""
+        found = self.python or os.environ.get(PYTHON) or str(MADE_HERE.expanduser())
+        if not Path(found).expanduser().is_file():
+            raise ComputeError(
+                f"rollout.engine: there is no vLLM at {found}. `make vllm` makes an environment with it; or give the "
+                f"interpreter of one as rollout.engine.python or in the variable {PYTHON}."
+            )
+        return str(Path(found).expanduser())
+
+    def server(self, serving: Serving) -> Server:
+        if self.addresses is not None:
+            rank = int(os.environ.get("RANK", 0))
+            return VllmServer(serving, Client(self.addresses[rank % len(self.addresses)], serving.seconds), None)
+        return VllmServer(serving, None, self)
+
+
+class Client:
+    """One server, as HTTP. Each call raises :class:`EngineDied` where the server is gone or refuses."""
+
+    def __init__(self, address: str, seconds: float = CALL_SECONDS) -> None:
+        self.address = address.rstrip("/")
+        self._host = self.address.removeprefix("http://")
+        self._seconds = seconds
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = 0.0) -> Any:
+        """The JSON of an answer. ValueError for a request that the server finds wrong."""
+        seconds = seconds or CALL_SECONDS
+        connection = http.client.HTTPConnection(self._host, timeout=seconds)
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = answer.read()
+        except TimeoutError as error:
+            raise EngineDied(f"{self.address}{path} has not answered for {seconds:g} seconds.") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineDied(f"{self.address} does not answer: {error!r}.") from error
+        finally:
+            connection.close()
+        if answer.status == http.HTTPStatus.BAD_REQUEST:
+            raise ValueError(f"vLLM refuses a request: {_message(said)}")
+        if answer.status != http.HTTPStatus.OK:
+            raise EngineDied(f"{self.address}{path} answered with {answer.status}: {_message(said)}")
+        return json.loads(said) if said else None
+
+    def check(self) -> None:
+        """ComputeError if the server is not there, not one that is known, or not started as it must be."""
+        try:
+            version = self.call("GET", "/version")["version"]
+            if not version.startswith(tuple(f"{known}." for known in KNOWN)):
+                raise ComputeError(
+                    f"rollout.engine: the server at {self.address} is vLLM {version}; known is {', '.join(KNOWN)}. Its "
+                    "interface for reinforcement learning changes from version to version."
+                )
+            self.call("GET", "/weight_info")
+        except (EngineDied, ValueError, KeyError, TypeError) as error:
+            raise ComputeError(
+                f"rollout.engine: no vLLM server for reinforcement learning at {self.address}: {error} Start it as "
+                "docs/online.md says."
+            ) from error
+
+    def generate(self, request: Request, sampling: Sampling) -> Completion:
+        """The completion of one request."""
+        key = stream_key(sampling.seed, f"{request.prompt_id}+{request.position}", request.sample)
+        asked = {
+            "token_ids": list(request.tokens),
+            "sampling_params": {
+                "max_tokens": request.limit or sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "seed": key >> 1,  # signed there
+                "logprobs": 0,
+                "stop_token_ids": sorted(sampling.stop_ids),
+                "ignore_eos": True,
+                "detokenize": False,
+            },
+        }
+        [choice] = self.call("POST", "/inference/v1/generate", asked, self._seconds)["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineDied(f"A completion ended with '{choice['finish_reason']}'.")
+        tokens = tuple(choice["token_ids"])
+        versions = [0] * len(tokens)
+        for span in choice["weight_versions"] or []:
+            for place in range(span["start"], span["end"]):
+                versions[place] = int(span["version"])
+        ended = "stop" if tokens[-1] in sampling.stop_ids else "length"
+        values = tuple(one["logprob"] for one in choice["logprobs"]["content"])
+        return Completion(request, tokens, values, ended, tuple(versions))  # type: ignore[arg-type]
+
+    def label(self, version: int) -> None:
+        """Say what the weights that it has are called."""
+        self.call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    def update(self, folder: Path, version: int) -> None:
+        """Take over the weights in a folder."""
+        self.call("POST", "/pause?mode=keep", {})
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.call("POST", "/collective_rpc", reload, START_SECONDS)
+        self.label(version)
+        self.call("POST", "/reset_prefix_cache?reset_running_requests=true", {})
+        self.call("POST", "/resume", {})
+
+
+class VllmServer:
+    """A server that is started here (``keys``), or one that runs already (``client``)."""
+
+    def __init__(self, serving: Serving, client: Client | None, keys: Vllm | None) -> None:
+        self._serving, self._client, self._keys = serving, client, keys
+        self._process: Process | None = None
+        self._threads = ThreadPoolExecutor(serving.concurrency, thread_name_prefix="vllm")
+
+    def start(self, room: Path, folder: Path, version: int) -> None:
+        if self._keys is None:
+            self._process = Process(room, ["sleep", "infinity"], os.environ)  # watches over the room alone
+            self.update(folder, version)
+            return
+        port = _free_port()
+        self._process = Process(room, self._command(self._keys, folder, port), self._environment())
+        self._client = Client(f"http://127.0.0.1:{port}", self._serving.seconds)
+        self._await()
+        self._client.check()
+        self._client.label(version)
+
+    def update(self, folder: Path, version: int) -> None:
+        self._living().update(folder, version)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        client = self._living()
+        asked = [self._threads.submit(client.generate, request, sampling) for request in requests]
+        done, left = wait(asked, return_when=FIRST_EXCEPTION)
+        for one in left:
+            one.cancel()
+        failed = [error for one in done if (error := one.exception()) is not None]
+        if failed:
+            raise next((error for error in failed if not isinstance(error, EngineDied)), self._died(failed[0]))
+        return [one.result() for one in asked]
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _living(self) -> Client:
+        if self._process is not None and not self._process.alive:
+            raise self._died(EngineDied("Its process is gone."))
+        assert self._client is not None
+        return self._client
+
+    def _died(self, error: BaseException) -> EngineDied:
+        words = "" if self._process is None else f" It said last:\n{self._process.last_words()}"
+        return EngineDied(f"{error}{words}")
+
+    def _await(self) -> None:
+        """Return when the server answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                self._living().call("GET", "/health", seconds=5.0)
+            except EngineDied:
+                if self._process is not None and not self._process.alive:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
+        raise self._died(EngineDied(f"It has not come up within {START_SECONDS:g} seconds."))
+
+    def _command(self, keys: Vllm, folder: Path, port: int) -> list[str]:
+        options: dict[str, str | int | float | bool] = {
+            "model": str(folder),
+            "served-model-name": MODEL,
+            "host": "127.0.0.1",
+            "port": port,
+            "dtype": self._serving.dtype,
+            "max-model-len": self._serving.context,
+            "max-num-seqs": self._serving.concurrency,
+            "logprobs-mode": "processed_logprobs",  # without it the temperature is not in them
+            "skip-tokenizer-init": True,
+            "enable-scale-out": True,
+            "disable-uvicorn-access-log": True,
+            **keys.options,
+        }
+        command = [keys.interpreter(), "-m", "vllm.entrypoints.openai.api_server"]
+        for name, value in options.items():
+            if value is True:
+                command.append(f"--{name}")
+            elif value is not False:
+                command += [f"--{name}", str(value)]
+        return command
+
+    def _environment(self) -> dict[str, str]:
+        ours = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "OMP_NUM_THREADS": str(self._serving.threads),
+        }
+        left_out = ("PYTHONPATH", "PYTHONHOME")  # they are of our interpreter
+        theirs = {name: value for name, value in os.environ.items() if name not in left_out}
+        return {"VLLM_CPU_KVCACHE_SPACE": "1", **theirs, **ours}
+
+
+def _message(said: bytes) -> str:
+    try:
+        found = json.loads(said)
+        return str(found.get("error", {}).get("message") or found)[:500]
+    except (ValueError, AttributeError):
+        return said[:500].decode(errors="replace")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

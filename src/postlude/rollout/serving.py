@@ -1,0 +1,143 @@
+"""What an engine in a process of its own is, and what starts such a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from postlude.manifest.component import Component
+from postlude.rollout import warden
+from postlude.rollout.engine import Completion, Request, Sampling
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where weights are handed over: files that never touch a disk."""
+LOG = "engine.log"
+TOLD_LINES = 12
+"""Of the log of an engine that died."""
+
+
+class EngineDied(Exception):
+    """The process of an engine is gone, or it answers no more. Another may take its place."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine is to serve."""
+
+    context: int
+    """Tokens that a prompt and its completion have together, at most."""
+    concurrency: int
+    """Completions that are made at a time."""
+    dtype: str
+    """In which the weights are held: ``float32``, ``bfloat16`` or ``float16``."""
+    seconds: float
+    """How long one completion may take before the engine counts as hung."""
+    threads: int = 1
+    """Threads of the engine on a CPU."""
+
+
+class Server(Protocol):
+    """An engine in another process. Each method raises :class:`EngineDied` where that is gone."""
+
+    def start(self, room: Path, folder: Path, version: int) -> None:
+        """Start it with the model in a folder: configuration and safetensors. Returns when it answers. ``room`` is a
+        folder for what it writes, which is gone once it is, or this process is."""
+        ...
+
+    def update(self, folder: Path, version: int) -> None:
+        """Have it take over the weights in a folder; what it is answering goes on with them."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """A completion for each request, in order."""
+        ...
+
+    def kill(self) -> None:
+        """Leave no process; the room stays."""
+        ...
+
+    def close(self) -> None:
+        """Leave no process and no room."""
+        ...
+
+
+class EngineChoice(Component):
+    """What answers the prompts. The component of the kind ``engines``."""
+
+    updates_in_flight: ClassVar[bool] = False
+    """Whether it takes over weights in the midst of answering."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it is a process of its own; else it is the policy in the process that trains it."""
+        return True
+
+    def objection(self, top_p: float) -> str | None:
+        """Why it cannot sample so, if it cannot."""
+        return None
+
+    def check(self) -> None:
+        """:class:`~postlude.manifest.errors.ComputeError` if it is not there, where the stage runs."""
+
+    def server(self, serving: Serving) -> Server:
+        """One that is not started yet."""
+        raise NotImplementedError
+
+    @property
+    def meets(self) -> Path:
+        """The folder in which rooms are made, where weights are handed over."""
+        return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+class Process:
+    """A command under a warden (:mod:`postlude.rollout.warden`): it ends with this process, and its room with it."""
+
+    def __init__(
+        self, room: Path, command: Sequence[str], environment: Mapping[str, str], descriptor: int = -1
+    ) -> None:
+        self._room = room
+        with open(room / LOG, "wb") as log:
+            self._warden = subprocess.Popen(
+                [sys.executable, "-I", "-S", warden.__file__, str(room), str(descriptor), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environment, "TMPDIR": str(room)},
+                pass_fds=[] if descriptor < 0 else [descriptor],
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._warden.poll() is None
+
+    def last_words(self) -> str:
+        """The end of what it printed."""
+        try:
+            lines = (self._room / LOG).read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-TOLD_LINES:])
+
+    def kill(self) -> None:
+        """Kill it with all that it has started; the room stays."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._warden.pid, signal.SIGKILL)
+        self._warden.wait()
+
+    def close(self) -> None:
+        """Have it end, and wait until it and its room are gone."""
+        if self._warden.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._warden.stdin.close()
+        self._warden.wait()
+        shutil.rmtree(self._room, ignore_errors=True)  # where it had ended by itself

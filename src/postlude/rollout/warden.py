@@ -1,0 +1,57 @@
+"""Runs a command, and sees to it that nothing of it stays: a script of its own, which imports nothing heavy.
+
+    python warden.py FOLDER FD COMMAND...
+
+When the standard input ends, because whoever started this is gone or wants it gone, the command is asked to end, then
+everything it has started is killed and the folder is removed. When the command ends by itself, what it has started is
+killed; the folder stays for whoever asks why. The file descriptor ``FD`` goes to the command; -1 for none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+GRACE_SECONDS = 5.0
+
+
+def main() -> None:
+    folder, descriptor, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(asked, lambda *_: None)  # unlike one that is ignored, it is not handed on to the command
+    passed = [] if descriptor < 0 else [descriptor]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=passed)
+    for one in passed:
+        os.close(one)  # so that the other end is told when the command is gone
+    ends = threading.Event()
+    threading.Thread(target=_wait, args=(process, ends), daemon=True).start()
+    sys.stdin.buffer.read()
+    ends.set()
+    process.terminate()
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    _end()
+
+
+def _wait(process: subprocess.Popen[bytes], ends: threading.Event) -> None:
+    """End when the command has ended by itself."""
+    process.wait()
+    if not ends.is_set():
+        _end()
+
+
+def _end() -> None:
+    """Kill this process and all that shares its group."""
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Engines in processes of their own: they answer as the policy itself does, ahead of it too, and may be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from postlude.manifest.errors import ComputeError, ManifestError
+from postlude.rollout.apart import ApartEngine
+from postlude.rollout.rounds import outcomes
+from postlude.rollout.serving import SHARED_MEMORY
+from recipes.conftest import write_random_model
+from recipes.test_online import lines, online, rollouts
+
+APART = {"name": "native", "apart": True}
+
+
+def stage(project, **keys: Any) -> dict[str, Any]:
+    """A stage that an engine apart answers for."""
+    rollout = {"prompts": 4, "max_tokens": 6, "engine": APART, **keys.pop("rollout", {})}
+    return online(project, rollout=rollout, **keys)
+
+
+def ran(project, name: str, stage: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of a run of its own."""
+    project.stages["rl"] = stage
+    project.manifest |= {"name": name, "run_dir": str(project.folder / name)}
+    assert project.run() == 0
+    return lines(project)
+
+
+def rooms() -> set[Path]:
+    return set(SHARED_MEMORY.glob("postlude-engine-*"))
+
+
+@pytest.mark.capability("A native engine in a process of its own")
+def test_an_engine_apart_answers_as_the_policy_does(project):
+    before = rooms()
+    near = ran(project, "near", stage(project, rollout={"engine": "native", "correction": 2.0}))
+    said = [(line["sample"], line["completion"]) for line in rollouts(project)]
+    apart = ran(project, "apart", stage(project))
+    assert [(line["sample"], line["completion"]) for line in rollouts(project)] == said
+    for one, other in zip(near, apart, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    assert max(line["engine_gap_worst"] for line in apart) < 1e-4
+    assert rooms() == before
+
+
+@pytest.mark.capability("Rounds answered while the one before is trained, with a bound on staleness")
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_no_token_is_older_than_the_rounds_ahead(project, ahead):
+    told = ran(project, "ahead", stage(project, steps=8, rollout={"ahead": ahead}))
+    assert [line["step"] for line in told] == list(range(1, 9))
+    ages = [
+        line["step"] - 1 - version
+        for line in rollouts(project)
+        if line.get("outcome") == "trained"
+        for version in line["versions"]
+    ]
+    assert max(ages) == min(ahead, 7)
+    assert min(ages) >= 0
+    assert all(outcome.total() == 1 for outcome in outcomes(rollouts(project)).values())
+
+
+def test_one_round_ahead_repeats_bitwise(project):
+    one = ran(project, "one", stage(project, steps=6, rollout={"ahead": 1}))
+    assert ran(project, "two", stage(project, steps=6, rollout={"ahead": 1})) == one
+
+
+@pytest.mark.capability("A dead engine is replaced and what it was answering is asked again")
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_killed_engine_shows_in_nothing_but_an_event(project, monkeypatch, ahead):
+    calm = ran(project, "calm", stage(project, steps=6, rollout={"ahead": ahead}))
+    generate, calls = ApartEngine.generate, []
+
+    def hit(self, requests, sampling):
+        calls.append(len(requests))
+        if len(calls) in (2, 4):
+            [server] = servers()
+            server.kill()
+        return generate(self, requests, sampling)
+
+    monkeypatch.setattr(ApartEngine, "generate", hit)
+    assert ran(project, "hit", stage(project, steps=6, rollout={"ahead": ahead})) == calm
+    assert [event["engine"] for event in project.directory.events.read() if event["kind"] == "engine_died"] == [
+        "native",
+        "native",
+    ]
+    assert not servers()
+
+
+def servers() -> list[psutil.Process]:
+    """The engines below this process."""
+    return [one for one in psutil.Process().children(recursive=True) if serves(one)]
+
+
+def serves(process: psutil.Process) -> bool:
+    try:
+        found = process.cmdline()
+        return "postlude.rollout.native_server" in found[1:3] and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.capability("A killed trainer leaves no engine and no file of one")
+def test_a_killed_trainer_leaves_no_engine(project):
+    before = rooms()
+    project.stages["rl"] = stage(project, steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "postlude", "run", project.write(), "--inline"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (engines := [one for one in below(process) if serves(one)]) or not rooms() - before:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(engines, timeout=60)
+    while rooms() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in engines)
+
+
+def below(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.long
+@pytest.mark.capability("A whole stage of reinforcement learning on vLLM")
+def test_a_stage_on_vllm_learns_as_one_on_the_native_engine(project, tmp_path, vllm):
+    model = {"path": write_random_model(tmp_path / "wide", 1, hidden_size=64, num_attention_heads=2)}
+    rewards = {}
+    for engine, ahead in (("native", 0), ("vllm", 1)):
+        rollout = {"prompts": 8, "engine": engine, "ahead": ahead}
+        told = ran(project, engine, stage(project, model=model, steps=25, rollout=rollout))
+        rewards[engine] = [line["reward"] for line in told]
+        assert told[-1]["reward"] > told[0]["reward"] + 0.3
+        assert all(line.get("engine_gap_worst", 0.0) < 1e-4 for line in told)
+        assert max(line["staleness"] for line in told) <= ahead
+    assert rewards["vllm"][-1] > rewards["native"][-1] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("rollout", "more", "said"),
+    [
+        ({"ahead": 1, "engine": "native"}, {}, "apart: true"),
+        ({"engine": "vllm", "top_p": 0.9}, {}, "top_p"),
+        ({"engine": "vllm"}, {"adapter": {"rank": 2}}, "adapter"),
+        ({"engine": {"name": "vllm", "addresses": ["localhost"]}}, {}, "http://host:port"),
+        ({"engine": "vlm"}, {}, "vllm"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(project, rollout, more, said):
+    project.stages["rl"] = stage(project, rollout=rollout, **more)
+    with pytest.raises(ManifestError, match=said):
+        project.run()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"python": "/nowhere"}, "make vllm"), ({"addresses": ["http://127.0.0.1:9"]}, "no vLLM server")],
+)
+def test_an_engine_that_is_not_there_ends_the_stage_at_its_start(project, keys, said):
+    project.stages["rl"] = stage(project, rollout={"engine": {"name": "vllm", **keys}})
+    with pytest.raises(ComputeError, match=said):
+        project.run()
+    assert not rollouts(project)

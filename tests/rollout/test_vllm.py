@@ -1,0 +1,155 @@
+"""vLLM as an engine: the log-probabilities of the policy, over updates in the midst of requests, and a whole stage."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from postlude.manifest.errors import ComputeError
+from postlude.manifest.schema import ModelFrom, NewModel
+from postlude.model.export import write_weights
+from postlude.model.language_model import LanguageModel
+from postlude.model.load import load_model
+from postlude.rollout.apart import ApartEngine
+from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engines.vllm import Client, Vllm
+from postlude.rollout.serving import Serving
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+PROMPTS = [[1, 403, 407, 261], [1, 317], [1, 291, 400, 313, 259, 390, 262, 401, 5], [1, 385]]
+SERVING = Serving(context=320, concurrency=16, dtype="float32", seconds=120.0)
+
+
+@pytest.fixture(scope="module")
+def policy() -> LanguageModel:
+    config = {**SHAPE, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+    return load_model(ModelFrom(new=NewModel(architecture="llama", config=config)), None, None, seed=1)
+
+
+@pytest.fixture(scope="module")
+def told() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(vllm, policy, told) -> Iterator[ApartEngine]:
+    def publish(folder: Path) -> None:
+        write_weights(policy, folder, torch.float32)
+
+    engine = ApartEngine(vllm, SERVING, publish, lambda kind, **fields: told.append({"kind": kind, **fields}))
+    engine.update(0)
+    yield engine
+    engine.close()
+
+
+def requests(samples: int = 4) -> list[Request]:
+    return [Request(str(i), tuple(ids), sample) for i, ids in enumerate(PROMPTS) for sample in range(samples)]
+
+
+@torch.no_grad()
+def gaps(policy: LanguageModel, made: Completion, temperature: float) -> torch.Tensor:
+    """How far each log-probability is from the policy's."""
+    ids = torch.tensor([[*made.request.tokens, *made.tokens]])
+    with policy.plain():
+        rows = (policy.causal(ids).logits[0] / temperature).log_softmax(-1)
+    start = len(made.request.tokens)
+    wanted = rows[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
+    return (wanted - torch.tensor(made.log_probabilities)).abs()
+
+
+def move(policy: LanguageModel) -> None:
+    """Other weights, far enough from the others that nobody takes one for the other."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.long
+@pytest.mark.capability("Rollouts by vLLM")
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_log_probabilities_are_the_policys(engine, policy, temperature):
+    sampling = Sampling(24, frozenset([2, *range(20)]), temperature, seed=4)
+    made = engine.generate(requests(), sampling)
+    assert [one.request for one in made] == requests()
+    assert max(gaps(policy, one, temperature or 1.0).max() for one in made) < 1e-4
+    assert {one.ended for one in made} <= {"stop", "length"}
+    for one in made:
+        assert (one.tokens[-1] in sampling.stop_ids) == (one.ended == "stop")
+        assert not set(one.tokens[:-1]) & sampling.stop_ids
+        assert one.versions == (one.versions[0],) * len(one.tokens)
+    assert engine.generate(requests()[::-1], sampling)[::-1] == made
+
+
+@pytest.mark.long
+@pytest.mark.capability("Weights reach vLLM in the midst of requests, with a version for each token")
+def test_requests_go_on_over_an_update(engine, policy):
+    before = copy.deepcopy(policy)
+    sampling = Sampling(300, frozenset(), temperature=0.9, seed=5)
+    for version, pause in enumerate((0.2, 0.5, 1.0, 2.0), 1):  # how soon a request is begun is the machine's affair
+        before.load_state_dict(policy.state_dict())
+        made: list[Completion] = []
+        work = threading.Thread(target=lambda made=made: made.extend(engine.generate(requests(), sampling)))
+        work.start()
+        time.sleep(pause)
+        move(policy)
+        engine.update(version)
+        work.join()
+        assert len(made) == len(requests())
+        for one in made:
+            assert len(one.tokens) == min(300, 320 - len(one.request.tokens))
+            old = torch.tensor([told == version - 1 for told in one.versions])
+            assert all(told in (version - 1, version) for told in one.versions)
+            assert old.tolist() == sorted(old.tolist(), reverse=True)
+            assert not old.any() or gaps(before, one, 0.9)[old].max() < 1e-4
+            assert old.all() or gaps(policy, one, 0.9)[~old].max() < 1e-4
+        if any(len(set(one.versions)) == 2 for one in made):
+            return
+    pytest.fail("no update has met a request in its midst")
+
+
+@pytest.mark.long
+def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy, told):
+    move(policy)
+    engine.update(9)
+    sampling = Sampling(200, frozenset(), temperature=0.9, seed=6)
+    calm = engine.generate(requests(), sampling)
+    cores = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]
+    assert cores
+    made: list[Completion] = []
+    work = threading.Thread(target=lambda: made.extend(engine.generate(requests(), sampling)))
+    work.start()
+    time.sleep(0.3)
+    for core in cores:
+        core.kill()
+    work.join()
+    assert [one.tokens for one in made] == [one.tokens for one in calm]
+    assert max(gaps(policy, one, 0.9).max() for one in made) < 1e-4
+    assert [event["kind"] for event in told] == ["engine_died"]
+    everyone = psutil.Process().children(recursive=True)
+    engine.close()
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive
+
+
+def test_no_vllm_is_told_with_what_to_do(tmp_path):
+    with pytest.raises(ComputeError, match="make vllm"):
+        Vllm(python=str(tmp_path / "nowhere")).check()
+
+
+def test_a_server_that_is_down_is_told(tmp_path):
+    with pytest.raises(ComputeError, match="no vLLM server"):
+        Vllm(addresses=["http://127.0.0.1:9"]).check()
+
+
+def test_an_unknown_version_is_refused(monkeypatch):
+    monkeypatch.setattr(Client, "call", lambda self, method, path, *more: {"version": "0.99.1"})
+    with pytest.raises(ComputeError, match=r"0\.99\.1"):
+        Client("http://127.0.0.1:9").check()
