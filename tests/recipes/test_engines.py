@@ -14,9 +14,11 @@ import psutil
 import pytest
 
 from postlude.manifest.errors import ComputeError, ManifestError
+from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.rollout.apart import ApartEngine
 from postlude.rollout.rounds import outcomes
 from postlude.rollout.serving import SHARED_MEMORY
+from postlude.training.trainer import Trainer
 from recipes.conftest import write_random_model
 from recipes.test_online import lines, online, rollouts
 
@@ -81,12 +83,12 @@ def test_a_killed_engine_shows_in_nothing_but_an_event(project, monkeypatch, ahe
     calm = ran(project, "calm", stage(project, steps=6, rollout={"ahead": ahead}))
     generate, calls = ApartEngine.generate, []
 
-    def hit(self, requests, sampling):
+    def hit(self, requests, *more):
         calls.append(len(requests))
         if len(calls) in (2, 4):
             [server] = servers()
             server.kill()
-        return generate(self, requests, sampling)
+        return generate(self, requests, *more)
 
     monkeypatch.setattr(ApartEngine, "generate", hit)
     assert ran(project, "hit", stage(project, steps=6, rollout={"ahead": ahead})) == calm
@@ -178,3 +180,47 @@ def test_an_engine_that_is_not_there_ends_the_stage_at_its_start(project, keys, 
     with pytest.raises(ComputeError, match=said):
         project.run()
     assert not rollouts(project)
+
+
+@pytest.fixture
+def many_ends(monkeypatch) -> None:
+    """One token in sixteen ends a completion, so that the lengths have a long tail."""
+    monkeypatch.setattr(OnlineAssembly, "_stops", lambda self, source: frozenset(range(96, 112)))
+
+
+@pytest.mark.capability("Over-sampling: a round does not wait for its longest answers, which go on in the next")
+@pytest.mark.parametrize("engine", ["native", APART])
+def test_what_is_cut_goes_on_in_the_next_round(project, engine, many_ends):
+    rollout = {"prompts": 4, "max_tokens": 60, "engine": engine, "oversample": 2.0}
+    told = ran(project, "cut", stage(project, steps=8, group=2, rollout=rollout))
+    assert [line["step"] for line in told] == list(range(1, 9))
+    samples = [line for line in rollouts(project) if line.get("outcome") == "trained"]
+    spans = [line for line in samples if line["versions"][0] != line["versions"][1]]
+    assert spans
+    assert all(0 <= line["step"] - 1 - line["versions"][0] <= 1 for line in samples)
+    assert all(outcome.total() == 1 for outcome in outcomes(rollouts(project)).values())
+    assert sum(line["outcome"] == "dropped" for line in rollouts(project)) <= 16
+
+
+def test_a_stage_that_keeps_what_was_cut_goes_on_bitwise(project, monkeypatch, many_ends):
+    rollout = {"prompts": 4, "max_tokens": 60, "engine": "native", "oversample": 2.0}
+    keys = {"steps": 6, "group": 2, "updates": 2, "checkpoint": {"every": 1}, "rollout": rollout}
+    calm = ran(project, "calm", stage(project, **keys))
+    said = rollouts(project)
+    train, left = Trainer.train, [2, 4, 5]
+
+    def stopping(self, work):
+        if left and self.step == left[0]:
+            left.pop(0)
+            raise RuntimeError("cut off")
+        train(self, work)
+
+    monkeypatch.setattr(Trainer, "train", stopping)
+    project.stages["rl"] = stage(project, **keys)
+    project.manifest |= {"name": "shaken", "run_dir": str(project.folder / "shaken")}
+    while left:
+        with pytest.raises(RuntimeError):
+            project.run()
+    assert project.run() == 0
+    assert lines(project) == calm
+    assert rollouts(project) == said

@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from postlude.model.export import write_weights
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.apart import ApartEngine
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.engines.vllm import Client, Vllm
 from postlude.rollout.serving import Serving
 
@@ -113,6 +114,21 @@ def test_requests_go_on_over_an_update(engine, policy):
         if any(len(set(one.versions)) == 2 for one in made):
             return
     pytest.fail("no update has met a request in its midst")
+
+
+@pytest.mark.long
+def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
+    """One token in 64 ends a completion; two prompts of four are needed, whole."""
+    sampling = Sampling(280, frozenset(range(8)), temperature=0.9, seed=8)
+    bundles = tuple(tuple(range(4 * number, 4 * number + 4)) for number in range(4))
+    made = engine.generate(requests(), sampling, Enough(bundles, needed=2))
+    cut = [one for one in made if one.ended == "cut"]
+    assert cut
+    assert sum(all(made[place].ended != "cut" for place in bundle) for bundle in bundles) >= 2
+    for one in made:
+        assert not one.tokens or gaps(policy, one, 0.9).max() < 1e-4
+    going_on = [replace(one.request, tokens=one.request.tokens + one.tokens, position=len(one.tokens)) for one in cut]
+    assert all(one.ended != "cut" for one in engine.generate(going_on, sampling))
 
 
 @pytest.mark.long

@@ -36,10 +36,13 @@ class Rollout(Config):
     engine: Annotated[EngineChoice, Named("engines", default="native"), Field(validate_default=True)] = "native"  # type: ignore
     """What answers: ``native`` is the policy itself, in the process that trains it or (``apart: true``) in one of its
     own; ``vllm`` a server of vLLM."""
+    oversample: Annotated[float, Field(ge=1)] | Positive = 1.0
+    """So many times the prompts of a round are answered at a time. A round is over when its prompts are complete, so
+    that it does not wait for the longest answers; these are cut, kept, and go on first of all in the next."""
     ahead: Annotated[int, Field(ge=0)] = 0
-    """Rounds that are being answered while one is trained: no sampled token is then older than so many rounds and the
-    one that trains. With 0 the engine waits for the trainer and the trainer for the engine, and a run repeats bitwise;
-    more needs an engine that is apart."""
+    """Rounds that are being answered while one is trained: no token is sampled by weights that are more rounds old than
+    so many (and one more with ``oversample``). With 0 engine and trainer wait for each other, and a run repeats bitwise
+    wherever it was killed; more needs an engine that is apart."""
     engine_seconds: Annotated[float, Field(gt=0)] | Positive = 600
     """How long an engine that is apart may take to answer before it counts as hung and another takes its place."""
     prompts: Positive = 16
@@ -126,6 +129,8 @@ class OnlineRecipe(TrainingRecipe):
                 "'rollout.ahead' needs an engine that answers while the policy is trained: set rollout.engine to "
                 "{name: native, apart: true} or to vllm"
             )
+        if self.rollout.oversample > 1 and self.environment is not None:
+            raise ValueError("an episode is not cut in its midst: leave 'rollout.oversample' out, or 'environment'")
         objection = engine.objection(self.rollout.top_p)
         if objection is not None:
             raise ValueError(objection)
@@ -190,6 +195,7 @@ class OnlineRecipe(TrainingRecipe):
                 "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS),
                 "engine": Native(),
                 "ahead": 0,
+                "oversample": 1.0,
             }
         )
         return self.model_copy(

@@ -80,6 +80,7 @@ class OnlineAssembly(Assembly, ForwardModels):
             block=batch.block,
             tokens=batch.tokens,
             steps=config.steps,
+            oversample=config.rollout.oversample,
             ahead=config.rollout.ahead,
             resample=config.resample,
             correction=self.correction,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
-from postlude.rollout.engine import Engine, Request, Sampling
+from postlude.rollout.engine import Engine, Enough, Request, Sampling
 from postlude.rollout.environment import Environment, play
 from postlude.rollout.ledger import Issue
 from postlude.rollout.pool import RewardPool, Task, Unscored
@@ -30,6 +31,8 @@ class Answering:
     groups: Sequence[Group]
     own: list[Group]
     """This rank's share of them."""
+    needed: int | None
+    """Records of them that have to be complete before it is over; None for all."""
     phases: Phases
     """Where the time goes that is spent on them."""
     done: Future[None] = field(default_factory=Future)
@@ -66,14 +69,16 @@ class Answerer:
             return f"the prompt is longer than {longest} tokens"
         return [Trajectory.begin(issue, prompt, sample, tokens) for sample in range(samples)]
 
-    def answer(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with answers and, where there are rewards, scores."""
-        return self.finish(self.start(groups))
+    def answer(self, groups: Sequence[Group], needed: int | None = None) -> list[Group]:
+        """The groups with answers and, where there are rewards, scores. If only so many records are ``needed``, others
+        may come back cut, without scores, and go on another time; but none that was cut before."""
+        return self.finish(self.start(groups, needed))
 
-    def start(self, groups: Sequence[Group]) -> Answering:
+    def start(self, groups: Sequence[Group], needed: int | None = None) -> Answering:
         """Begin to answer this rank's share of groups; in the background, where there is one."""
         own = list(groups[self.workers.data_rank :: self.workers.data_world])
-        answering = Answering(groups, own, Phases(self.phases.synchronize))
+        share = None if needed is None else math.ceil(needed * len(own) / max(len(groups), 1))
+        answering = Answering(groups, own, share, Phases(self.phases.synchronize))
         if self.background is not None:
             answering.done = self.background.submit(self._work, answering)
         else:
@@ -99,15 +104,16 @@ class Answerer:
     def _work(self, answering: Answering) -> None:
         trajectories = [trajectory for group in answering.own for trajectory in group]
         with answering.phases.measure("generate"):
-            self._generate(trajectories)
+            self._generate(trajectories, answering.needed)
         with answering.phases.measure("score"):
-            self._score(trajectories)
+            self._score([one for group in answering.own if complete(group) for one in group])
 
-    def _generate(self, trajectories: Sequence[Trajectory]) -> None:
-        """Turn by turn, until nobody has anything to say any more."""
-        live = trajectories
+    def _generate(self, trajectories: Sequence[Trajectory], needed: int | None) -> None:
+        """Turn by turn, until nobody has anything to say any more, or enough have said all."""
+        begun = {one.issue.number for one in trajectories if one.sampled_tokens}
+        live = [one for one in trajectories if not one.complete]
         while live:
-            self._sample(live)
+            self._sample(live, lambda some: None if needed is None else enough_of(some, begun, needed))
             live = [] if self.environment is None else self._reply(self.environment, live)
 
     def _reply(self, environment: Environment, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -147,8 +153,10 @@ class Answerer:
     def _most(self, one: Trajectory) -> int:
         return self.sampling(one.prompt.source).max_tokens
 
-    def _sample(self, trajectories: Sequence[Trajectory]) -> None:
-        """One turn of each."""
+    def _sample(
+        self, trajectories: Sequence[Trajectory], enough: Callable[[Sequence[Trajectory]], Enough | None]
+    ) -> None:
+        """One turn of each, or of enough of them."""
         by_source: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_source.setdefault(trajectory.prompt.source, []).append(trajectory)
@@ -163,9 +171,9 @@ class Answerer:
                 )
                 for one in some
             ]
-            encoder = self.encoder(source)
-            for one, made in zip(some, self.engine.generate(requests, self.sampling(source)), strict=True):
-                one.answer(made, encoder.text(made.tokens))
+            completions = self.engine.generate(requests, self.sampling(source), enough(some))
+            for one, made in zip(some, completions, strict=True):
+                one.answer(made, self.encoder(source).text)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> None:
         if not len(self.scorer) and self.environment is None:
@@ -177,6 +185,20 @@ class Answerer:
                 parts = {**score.parts, self.environment.component_name: one.earned}
                 score = Score(score.total + one.earned, parts)
             one.score = score
+
+
+def complete(group: Group) -> bool:
+    """Whether every sample is answered."""
+    return all(one.complete for one in group)
+
+
+def enough_of(trajectories: Sequence[Trajectory], begun: Container[int], needed: int) -> Enough:
+    """So many records, and all that something was answered to before."""
+    places: dict[int, list[int]] = {}
+    for place, one in enumerate(trajectories):
+        places.setdefault(one.issue.number, []).append(place)
+    must = frozenset(number for number, issue in enumerate(places) if issue in begun)
+    return Enough(tuple(map(tuple, places.values())), needed, must)
 
 
 def request_id(one: Trajectory) -> str:

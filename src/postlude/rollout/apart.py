@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from postlude.rollout.engine import Completion, EngineLost, Request, Sampling
+from postlude.rollout.engine import Completion, EngineLost, Enough, Request, Sampling
 from postlude.rollout.serving import EngineChoice, EngineDied, Server, Serving
 from postlude.telemetry.progress import waiting
 
@@ -68,12 +68,14 @@ class ApartEngine:
         if self._choice.updates_in_flight or self._server is None:
             self._insist(lambda server: None)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
         """See :meth:`postlude.rollout.engine.Engine.generate`. :class:`~postlude.rollout.engine.EngineLost` where one
         engine after the other dies."""
         made: list[Completion] = []
         if requests:
-            self._insist(lambda server: made.extend(server.generate(requests, sampling)))
+            self._insist(lambda server: made.extend(server.generate(requests, sampling, enough)))
         return made
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.native import NativeEngine
 from postlude.training.precision import Precision
 
@@ -36,7 +36,9 @@ class PolicyEngine:
 
     def close(self) -> None: ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
         """See :meth:`postlude.rollout.engine.Engine.generate`."""
         if not requests:
             return []
@@ -45,5 +47,5 @@ class PolicyEngine:
             self._precision.autocast(self.policy.device),
             torch.compiler.set_stance("force_eager"),
         ):
-            made = self._native.generate(requests, sampling)
+            made = self._native.generate(requests, sampling, enough)
         return [replace(one, versions=(self._version,) * len(one.tokens)) for one in made]

@@ -5,14 +5,14 @@ Nothing is ever tokenised again: whoever trains on a completion trains on the ve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from postlude.manifest.errors import UserError
 
-Ended = Literal["stop", "length"]
-"""Why a completion ended: with a stop token, or because it had no room for more."""
+Ended = Literal["stop", "length", "cut"]
+"""Why a completion ended: with a stop token, because it had no room for more, or because enough others had ended."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,23 @@ class Sampling:
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability are drawn from."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Enough:
+    """When a call may return though not all of its requests have ended."""
+
+    bundles: tuple[tuple[int, ...], ...]
+    """The places of requests that are of use only together."""
+    needed: int
+    """Bundles that have to end."""
+    must: frozenset[int] = frozenset()
+    """Those that have to be among them, by their place."""
+
+    def reached(self, ended: Container[int]) -> bool:
+        """Whether so many have ended, given the places of the requests that have."""
+        whole = {number for number, places in enumerate(self.bundles) if all(place in ended for place in places)}
+        return len(whole) >= self.needed and self.must <= whole
 
 
 @dataclass(frozen=True)
@@ -86,8 +103,10 @@ class Engine(Protocol):
         """Leave no process and no file."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """A completion for each request, in order.
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        """A completion for each request, in order. Once ``enough`` have ended the others are cut where they are.
 
         ValueError for a prompt without tokens, or one that leaves no room in the context.
         """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from postlude.manifest.errors import ManifestError
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.rows import Rows, new_cache
 from postlude.rollout.sampling import choose, stream_key, uniforms
 
@@ -42,7 +42,9 @@ class NativeEngine:
     def context(self) -> int | None:
         return getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
         """See :meth:`postlude.rollout.engine.Engine.generate`. ManifestError for an architecture without a cache."""
         for request in requests:
             if not request.tokens:
@@ -54,9 +56,13 @@ class NativeEngine:
                 )
         answers = [_Answer(request, sampling, self.context) for request in requests]
         queue = deque(sorted(answers, key=lambda answer: -len(answer.request.tokens)))
+
+        def over() -> bool:
+            return enough is not None and enough.reached({place for place, one in enumerate(answers) if one.ended})
+
         with torch.no_grad(), _evaluating(self.causal):
-            while queue:
-                _Table(self, sampling, queue).run()
+            while queue and not over():
+                _Table(self, sampling, queue, over).run()
         return [answer.completion(sampling) for answer in answers]
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -98,18 +104,20 @@ class _Answer:
 
     @property
     def ended(self) -> bool:
-        return self.tokens[-1] in self._sampling.stop_ids or len(self.tokens) >= self._limit
+        return bool(self.tokens) and (self.tokens[-1] in self._sampling.stop_ids or len(self.tokens) >= self._limit)
 
     def completion(self, sampling: Sampling) -> Completion:
-        ended = "stop" if self.tokens[-1] in sampling.stop_ids else "length"
+        ended = "cut" if not self.ended else "stop" if self.tokens[-1] in sampling.stop_ids else "length"
         return Completion(self.request, tuple(self.tokens), tuple(self.log_probabilities), ended)  # type: ignore[arg-type]
 
 
 class _Table:
     """Rows at work on a queue of answers, which none longer joins than those that were there first."""
 
-    def __init__(self, engine: NativeEngine, sampling: Sampling, queue: deque[_Answer]) -> None:
-        self._engine, self._sampling, self._queue = engine, sampling, queue
+    def __init__(
+        self, engine: NativeEngine, sampling: Sampling, queue: deque[_Answer], over: Callable[[], bool]
+    ) -> None:
+        self._engine, self._sampling, self._queue, self._over = engine, sampling, queue, over
         self._device = engine.causal.device
         self._owners: list[_Answer | None] = []
         """Of each row what it answers; None for one that has ended."""
@@ -135,11 +143,13 @@ class _Table:
             self._refill()
 
     def _leave(self) -> None:
-        """Take out of their rows the answers that have ended."""
+        """Take out of their rows the answers that have ended; all of them once it is over."""
         ended = [row for row, owner in enumerate(self._owners) if owner is not None and owner.ended]
         for row in ended:
             self._owners[row] = None
         self._rows.idle(ended)
+        if ended and self._over():
+            self._owners = []
 
     def _refill(self) -> None:
         """Give free rows to what waits, some at a time; without anything that waits, take them out."""

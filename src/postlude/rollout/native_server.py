@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from postlude.manifest.errors import UserError
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.native import NativeEngine
 
 
@@ -37,9 +37,9 @@ class Service:
         self._engine = NativeEngine(causal, None, self._concurrency)
         self._version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """A completion for each request, in order."""
-        made = self._engine.generate(requests, sampling) if requests else []
+    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> list[Completion]:
+        """As :meth:`postlude.rollout.engine.Engine.generate`."""
+        made = self._engine.generate(requests, sampling, enough)
         return [replace(one, versions=(self._version,) * len(one.tokens)) for one in made]
 
 

@@ -14,6 +14,7 @@ Notable:
 from __future__ import annotations
 
 import base64
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -30,7 +31,7 @@ from postlude.manifest.errors import DataError
 from postlude.objectives.actor_critic import VALUE
 from postlude.objectives.policy import ADVANTAGE, BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
 from postlude.rollout.algorithm import Algorithm, Scored
-from postlude.rollout.answers import Answerer, Answering, Group
+from postlude.rollout.answers import Answerer, Answering, Group, complete
 from postlude.rollout.assess import Assessor
 from postlude.rollout.engine import EngineLost
 from postlude.rollout.ledger import Issue, Ledger
@@ -70,6 +71,9 @@ class Plan:
     """Of an optimiser step, about at most: a round that has more is divided into more steps."""
     steps: int | None
     """Optimiser steps of the stage; None if the ledger's epochs end it."""
+    oversample: float = 1.0
+    """So many times the prompts of a round are answered at a time; what is not complete when the round is goes on with
+    the next."""
     ahead: int = 0
     """Rounds that are being answered while one is trained."""
     resample: bool = False
@@ -107,6 +111,8 @@ class Rounds:
         self._step = 0
         self._ahead: deque[Answering] = deque()
         """The rounds that are being answered."""
+        self._rest: list[Group] = []
+        """What was cut when a round was complete, to go on with the next."""
         self._compared = False
         """Whether the engine was found to have the policy's weights."""
         self._collected_at = time.perf_counter()
@@ -128,7 +134,7 @@ class Rounds:
 
     def __next__(self) -> StepBlocks:
         begin = self.ledger.settled
-        while not self._planned and self._step != self.plan.steps and (self._ahead or not self.ledger.exhausted):
+        while not self._planned and self._step != self.plan.steps and self._has_more:
             self._check_fruitful(begin)
             self.turn()
         if self._planned and self._step != self.plan.steps:
@@ -137,6 +143,11 @@ class Rounds:
         self._told_last = list(self._lines)
         self._tell()
         raise StopIteration
+
+    @property
+    def _has_more(self) -> bool:
+        """Whether there is something left to be answered or collected."""
+        return bool(self._ahead or self._rest) or not self.ledger.exhausted
 
     def _check_fruitful(self, begin: int) -> None:
         """DataError where as many prompts as there are, beyond the ``begin`` settled before, have given nothing to
@@ -152,7 +163,7 @@ class Rounds:
         """One round: the loop itself. What is ``ahead`` is answered while this round is assessed and trained on."""
         if not self._ahead:
             self._begin(1)
-        answered = self.answerer.finish(self._ahead.popleft())
+        answered = self._completed(self.answerer.finish(self._ahead.popleft()))
         busy = self._busy()
         self._begin(min(self.plan.ahead, self._rounds_left() - 1))
         groups = self._collect(answered)
@@ -163,12 +174,22 @@ class Rounds:
 
     def _begin(self, rounds: int) -> None:
         """Give the engine the weights as they are, and see to it that so many rounds are being answered."""
-        if len(self._ahead) >= rounds or self.ledger.exhausted:
+        if len(self._ahead) >= rounds or (self.ledger.exhausted and not self._rest):
             return
         with self.phases.measure("sync"):
             self.engine.update(self._step)
-        while len(self._ahead) < rounds and not self.ledger.exhausted:
-            self._ahead.append(self.answerer.start(self._asked(self.plan.prompts)))
+        while len(self._ahead) < rounds and (self._rest or not self.ledger.exhausted):
+            going_on, self._rest = self._rest, []
+            wanted = math.ceil(self.plan.prompts * self.plan.oversample) - len({one[0].issue for one in going_on})
+            begun = self._asked(max(wanted, 0))
+            cuts = self.plan.oversample > 1 and not self.ledger.exhausted
+            self._ahead.append(self.answerer.start(going_on + begun, self.plan.prompts if cuts else None))
+
+    def _completed(self, answered: Sequence[Group]) -> list[Group]:
+        """The groups of records that are answered wholly; the others are kept for the next round."""
+        cut = {group[0].issue for group in answered if not complete(group)}
+        self._rest += [group for group in answered if group[0].issue in cut]
+        return [group for group in answered if group[0].issue not in cut]
 
     def _rounds_left(self) -> int:
         """How many rounds the steps that are left will take, this one included; far too many where no number of steps
@@ -263,10 +284,12 @@ class Rounds:
         for step in self._planned:
             for issue in step.issues:
                 self._drop(issue, ENDED, [line for line in step.lines if line["issue"] == issue.number])
-        for issue in {group[0].issue: None for answering in self._ahead for group in answering.groups}:
+        left = [*self._rest, *(group for answering in self._ahead for group in answering.groups)]
+        for issue in {group[0].issue: None for group in left}:
             self._drop(issue, ENDED, [{"issue": issue.number, "epoch": issue.epoch}])
         self._planned.clear()
         self._ahead.clear()
+        self._rest.clear()
 
     def _drop(self, issue: Issue, reason: str, lines: Sequence[Mapping[str, Any]]) -> None:
         self.ledger.settle(issue, reason)
@@ -434,10 +457,12 @@ class Rounds:
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as JSON: the same on every rank and for every number of them."""
         left = list(self._planned)
-        issues = [issue for step in left for issue in step.issues]
+        rest = [one for group in self._rest for one in group]
+        issues = [*(issue for step in left for issue in step.issues), *{one.issue: None for one in rest}]
         state: dict[str, Any] = {
             "step": self._step,
             "ledger": self.ledger.state(issues),
+            "rest": [one.state() for one in rest],
             "algorithm": self.algorithm.state(),
             "lines": self._told_last,
         }
@@ -464,11 +489,23 @@ class Rounds:
         self.algorithm.load(state["algorithm"])
         self._step, self._lines = state["step"], list(state["lines"])
         known = {issue[0]: Issue(*issue) for issue in state["ledger"]["open"]}
+        self._rest = self._restored(state["rest"], known)
         self._documents = unpacked_documents(base64.b64decode(state["documents"])) if "planned" in state else []
         self._planned = deque(
             PlannedStep(**{**step, "issues": [known[number] for number in step["issues"]]})
             for step in state.get("planned", [])
         )
+
+    def _restored(self, rest: Sequence[Mapping[str, Any]], known: Mapping[int, Issue]) -> list[Group]:
+        """What was cut, with its prompts read again."""
+        issues = [known[number] for number in dict.fromkeys(one["issue"] for one in rest)]
+        read = zip(issues, self._prompts(issues), strict=True)
+        prompts = {(i.number, p.example_id): p for i, found in read for p in found if isinstance(p, Prompt)}
+        groups: dict[tuple[int, str], Group] = {}
+        for one in rest:
+            key = (one["issue"], one["prompt"])
+            groups.setdefault(key, []).append(Trajectory.restored(known[key[0]], prompts[key], one))
+        return list(groups.values())
 
     def close(self) -> None:
         """Leave no process at work."""

@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 
 from postlude.manifest.component import Component
 from postlude.rollout import warden
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where weights are handed over: files that never touch a disk."""
@@ -57,8 +57,10 @@ class Server(Protocol):
         """Have it take over the weights in a folder; what it is answering goes on with them."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """A completion for each request, in order."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        """As :meth:`postlude.rollout.engine.Engine.generate`."""
         ...
 
     def kill(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from postlude.rollout.ledger import Issue
 from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
 from postlude.rollout.scoring import Score
+
+_STATE = ("sample", "tokens", "sampled", "logp", "versions", "turns", "replies", "earned", "ended")
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Trajectory:
     """What an environment said after each turn but the last."""
     earned: float = 0.0
     """The rewards that an environment gave."""
-    ended: Ended = "length"
+    ended: Ended = "cut"
     score: Score | Unscored | None = None
 
     @classmethod
@@ -53,15 +55,23 @@ class Trajectory:
         count = len(tokens)
         return cls(issue, prompt, sample, list(tokens), [False] * count, [0.0] * count, [-1] * count)
 
-    def answer(self, completion: Completion, text: str) -> None:
-        """Append what an engine sampled, which says ``text``."""
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is to be answered any more."""
+        return self.ended != "cut"
+
+    def answer(self, completion: Completion, text: Callable[[Sequence[int]], str]) -> None:
+        """Append what an engine sampled, which goes on with a turn that was cut. ``text`` says what tokens say."""
         count = len(completion.tokens)
+        if self.ended == "cut" and self.turns:
+            del self.turns[-1]
         self.tokens += completion.tokens
         self.sampled += [True] * count
         self.logp += completion.log_probabilities
         self.versions += completion.versions or [0] * count
         self.ended = completion.ended
-        self.turns.append(text)
+        given = next((place for place in reversed(range(len(self.sampled))) if not self.sampled[place]), -1)
+        self.turns.append(text(self.tokens[given + 1 :]))
 
     def give(self, tokens: Sequence[int], reply: Messages | str) -> None:
         """Append what somebody else said: a tool, an environment."""
@@ -97,6 +107,19 @@ class Trajectory:
         if not isinstance(self.score, Score):
             raise ValueError(f"The sample {self.sample} of '{self.prompt.example_id}' has no reward.")
         return self.score.total
+
+    def state(self) -> dict[str, Any]:
+        """What was answered so far, as JSON; issue and prompt are found by number and id."""
+        return {
+            "issue": self.issue.number,
+            "prompt": self.prompt.example_id,
+            **{name: getattr(self, name) for name in _STATE},
+        }
+
+    @classmethod
+    def restored(cls, issue: Issue, prompt: Prompt, state: Mapping[str, Any]) -> Trajectory:
+        """From its state."""
+        return cls(issue, prompt, **{name: state[name] for name in _STATE})
 
     def document(self, group: int) -> Document:
         """As a document, its sampled tokens trained."""

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
 
 START_SECONDS = 300.0
@@ -53,8 +53,10 @@ class NativeServer:
     def update(self, folder: Path, version: int) -> None:
         self._ask(START_SECONDS, "update", str(folder), version)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return list(self._ask(self._serving.seconds, "generate", list(requests), sampling))
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        return list(self._ask(self._serving.seconds, "generate", list(requests), sampling, enough))
 
     def kill(self) -> None:
         if self._process is not None:

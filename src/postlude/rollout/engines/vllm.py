@@ -15,16 +15,18 @@ import http.client
 import json
 import os
 import socket
+import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import field_validator
 
 from postlude.manifest.errors import ComputeError
-from postlude.rollout.engine import Completion, Request, Sampling
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.sampling import stream_key
 from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
 
@@ -144,10 +146,15 @@ class Client:
                 "docs/online.md says."
             ) from error
 
-    def generate(self, request: Request, sampling: Sampling) -> Completion:
-        """The completion of one request."""
+    def abort(self, names: Sequence[str]) -> None:
+        """Cut requests, by their names, where they are."""
+        self.call("POST", "/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]})
+
+    def generate(self, request: Request, sampling: Sampling, name: str) -> Completion:
+        """The completion of one request, which can be cut by its name."""
         key = stream_key(sampling.seed, f"{request.prompt_id}+{request.position}", request.sample)
         asked = {
+            "request_id": name,
             "token_ids": list(request.tokens),
             "sampling_params": {
                 "max_tokens": request.limit or sampling.max_tokens,
@@ -160,15 +167,17 @@ class Client:
             },
         }
         [choice] = self.call("POST", "/inference/v1/generate", asked, self._seconds)["choices"]
-        if choice["finish_reason"] not in ("stop", "length"):
+        if choice["finish_reason"] not in ("stop", "length", "abort"):
             raise EngineDied(f"A completion ended with '{choice['finish_reason']}'.")
-        tokens = tuple(choice["token_ids"])
+        tokens = tuple(choice["token_ids"] or ())
         versions = [0] * len(tokens)
         for span in choice["weight_versions"] or []:
             for place in range(span["start"], span["end"]):
                 versions[place] = int(span["version"])
-        ended = "stop" if tokens[-1] in sampling.stop_ids else "length"
-        values = tuple(one["logprob"] for one in choice["logprobs"]["content"])
+        ended = "cut" if choice["finish_reason"] == "abort" else "length"
+        if tokens and tokens[-1] in sampling.stop_ids:
+            ended = "stop"
+        values = tuple(one["logprob"] for one in choice["logprobs"]["content"]) if tokens else ()
         return Completion(request, tokens, values, ended, tuple(versions))  # type: ignore[arg-type]
 
     def label(self, version: int) -> None:
@@ -208,15 +217,30 @@ class VllmServer:
     def update(self, folder: Path, version: int) -> None:
         self._living().update(folder, version)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        client = self._living()
-        asked = [self._threads.submit(client.generate, request, sampling) for request in requests]
-        done, left = wait(asked, return_when=FIRST_EXCEPTION)
-        for one in left:
-            one.cancel()
-        failed = [error for one in done if (error := one.exception()) is not None]
-        if failed:
-            raise next((error for error in failed if not isinstance(error, EngineDied)), self._died(failed[0]))
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        client, over = self._living(), threading.Event()
+        call = uuid.uuid4().hex
+        names = [f"{call}-{place}" for place in range(len(requests))]
+
+        def ask(request: Request, name: str) -> Completion:
+            return Completion(request, (), (), "cut") if over.is_set() else client.generate(request, sampling, name)
+
+        asked = [self._threads.submit(ask, *both) for both in zip(requests, names, strict=True)]
+        left = set(asked)
+        while left:
+            done, left = wait(left, return_when=FIRST_COMPLETED)
+            failed = [error for one in done if (error := one.exception()) is not None]
+            if failed:
+                for one in left:
+                    one.cancel()
+                raise next((error for error in failed if not isinstance(error, EngineDied)), self._died(failed[0]))
+            if enough is not None and left and not over.is_set():
+                ended = {place for place, one in enumerate(asked) if one not in left and one.result().ended != "cut"}
+                if enough.reached(ended):
+                    over.set()
+                    client.abort([name for name, one in zip(names, asked, strict=True) if one in left])
         return [one.result() for one in asked]
 
     def kill(self) -> None:
