@@ -19,25 +19,26 @@ def postlude(project, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.capability("A detached run is followed, stopped with a checkpoint and gone on with, bitwise")
 def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, new_project, tmp_path_factory):
     calm_project = new_project(tmp_path_factory.mktemp("calm"))
-    project.stage["steps"] = calm_project.stage["steps"] = 300
+    for one in (project, calm_project):
+        one.stage |= {"steps": 400, "batch": {"tokens": 4096, "block": 128}}  # longer than a few commands take
     calm = calm_project.finished()
     path = project.write()
 
     started = postlude(project, "run", path, "--detach")
     assert started.returncode == 0, started.stderr
     assert project.run.uri in started.stdout
+    again = postlude(project, "run", path, "--detach")
+    assert again.returncode == 1
+    assert "is in use by" in again.stderr
     deadline = time.monotonic() + 90
     while project.step() < 20 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert postlude(project, "status", project.run.uri).stdout.count("running")
-    again = postlude(project, "run", path, "--detach")
-    assert again.returncode == 1
-    assert "is in use by" in again.stderr
     stopped = postlude(project, "stop", project.run.uri)
     assert stopped.returncode == 0, stopped.stderr
     assert "has stopped" in stopped.stdout
     reached = project.step()
-    assert 20 <= reached < 300
+    assert 20 <= reached < 400
     assert project.run.stage("sft").checkpoints()[0].step == reached
     assert "nothing to stop" in postlude(project, "stop", project.run.uri).stderr
 
