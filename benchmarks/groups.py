@@ -103,7 +103,7 @@ def milliseconds_of_a_call(ranks: int) -> float:
     from postlude.cluster.placement import Demand
     from postlude.cluster.provider import open_cluster
     from postlude.cluster.worker import Setting
-    from postlude.manifest.schema import Compute, Pool
+    from postlude.manifest.compute import Compute, Pool
 
     compute = Compute(pools={"train": Pool(workers=ranks)})
     demand = Demand.of(compute, compute.pools["train"])

@@ -158,7 +158,7 @@ def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):
     from postlude.cluster.placement import Demand
     from postlude.cluster.provider import open_cluster
     from postlude.cluster.worker import Setting
-    from postlude.manifest.schema import Compute, Pool
+    from postlude.manifest.compute import Compute, Pool
 
     package = tmp_path / "sent_package"
     package.mkdir()

@@ -16,9 +16,9 @@ import pytest
 from cluster import hosts
 from postlude.cluster.certificates import make_certificates
 from postlude.cluster.transport import check_transport, probe, variables
+from postlude.manifest.compute import Certificates, Compute, Pool, Transport
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.load import load
-from postlude.manifest.schema import Certificates, Compute, Pool, Transport
 
 needs_hosts = pytest.mark.skipif(not hosts.can_be_made(), reason="this machine makes no network namespaces")
 

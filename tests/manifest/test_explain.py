@@ -68,16 +68,15 @@ def test_a_key_that_is_not_there_is_refused_with_the_nearest(example, key, what)
 
 def test_every_key_of_the_schema_is_documented():
     """Fields of our own; a component's first key is described by the component."""
+    from postlude.manifest.compute import Compute, Pool
     from postlude.manifest.schema import (
         Batch,
         Checkpoint,
-        Compute,
         DatasetConfig,
         Evaluate,
         Manifest,
         ModelFrom,
         NewModel,
-        Pool,
         TokenizerFrom,
         TrainingStage,
         TrainTokenizer,

@@ -44,11 +44,12 @@ def rooms() -> set[Path]:
 
 
 @pytest.mark.capability("A native engine in a process of its own")
-def test_an_engine_apart_answers_as_the_policy_does(project):
+@pytest.mark.parametrize("keys", [{}, {"adapter": {"rank": 4}}, {"adapter": {"rank": 4, "dora": True}}])
+def test_an_engine_apart_answers_as_the_policy_does(project, keys):
     before = rooms()
-    near = ran(project, "near", stage(project, rollout={"engine": "native", "correction": 2.0}))
+    near = ran(project, "near", stage(project, rollout={"engine": "native", "correction": 2.0}, **keys))
     said = [(line["sample"], line["completion"]) for line in rollouts(project)]
-    apart = ran(project, "apart", stage(project))
+    apart = ran(project, "apart", stage(project, **keys))
     assert [(line["sample"], line["completion"]) for line in rollouts(project)] == said
     for one, other in zip(near, apart, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
@@ -160,7 +161,7 @@ def test_a_stage_on_vllm_learns_as_one_on_the_native_engine(project, tmp_path, v
     [
         ({"ahead": 1, "engine": "native"}, {}, "apart: true"),
         ({"engine": "vllm", "top_p": 0.9}, {}, "top_p"),
-        ({"engine": "vllm"}, {"adapter": {"rank": 2}}, "adapter"),
+        ({"engine": "vllm"}, {"adapter": {"rank": 2, "base": "int8"}}, "adapter"),
         ({"engine": {"name": "vllm", "addresses": ["localhost"]}}, {}, "http://host:port"),
         ({"engine": "vlm"}, {}, "vllm"),
     ],

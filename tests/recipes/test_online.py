@@ -404,13 +404,13 @@ def start(project, name: str) -> subprocess.Popen:
 @pytest.mark.long
 @pytest.mark.capability("Chaos: reinforcement learning killed at random ends bitwise as if undisturbed")
 def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
-    """Killed are a rank, a process that computes rewards, and the controller with all its processes."""
+    """Killed are a rank, an engine, a process that computes rewards, and the controller with all its processes."""
     import psutil
 
     stage = online(project, "grpo", steps=None, epochs=6, updates=2, group=4, kl=0.01, checkpoint={"every": 3})
     project.stages["rl"] = {
         **stage,
-        "rollout": {"prompts": 5, "max_tokens": 60},
+        "rollout": {"prompts": 5, "max_tokens": 60, "engine": {"name": "native", "apart": True}},
         "batch": {"tokens": 16384, "block": 256},
     }
     project.manifest["compute"] = {
@@ -422,7 +422,7 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
     assert process.returncode == 0, output.decode()
     calm, said = lines(project), rollouts(project)
     rng, hits = random.Random(2), Counter()
-    left = ["rank", "reward", "controller", "rank"]
+    left = ["rank", "engine", "reward", "controller", "engine", "rank"]
     while True:
         process = start(project, "shaken")
         while process.poll() is None and left:
@@ -444,6 +444,8 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
             chosen = rng.choice(ranks) if ranks else None
             if chosen is not None and victim == "reward":
                 chosen = next((p for p in alive if "spawn_main" in " ".join(_command(p))), chosen)
+            if chosen is not None and victim == "engine":
+                chosen = next((p for p in alive if "postlude.rollout.native_server" in _command(p)[1:3]), chosen)
             if chosen is not None:
                 chosen.kill()
                 hits[victim] += 1
@@ -452,7 +454,7 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
             break
         assert process.returncode == -signal.SIGKILL, output.decode()
     print(f"survived: {dict(hits)}")
-    assert hits.total() >= 3
+    assert hits.total() >= 4
     assert lines(project) == calm
     assert rollouts(project) == said
     found = outcomes(said)

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from postlude.manifest.schema import Compute, Pool
+from postlude.manifest.compute import Compute, Pool
 
 STRATEGIES = {"pack": "PACK", "spread": "SPREAD", "one_node": "STRICT_PACK", "node_each": "STRICT_SPREAD"}
 """Ray's names for ``compute.pools.NAME.placement``."""

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from postlude import storage
+from postlude.manifest.compute import Certificates, Compute, Transport
 from postlude.manifest.errors import ComputeError
-from postlude.manifest.schema import Certificates, Compute, Transport
 
 PROBE_SECONDS = 5.0
 

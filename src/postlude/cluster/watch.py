@@ -19,7 +19,7 @@ from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.observer import Observer
 from postlude.cluster.worker import Look
-from postlude.manifest.schema import Supervision
+from postlude.manifest.compute import Supervision
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 1.0

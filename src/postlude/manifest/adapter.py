@@ -7,8 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
-
-Positive = Annotated[int, Field(gt=0)]
+from postlude.manifest.types import Positive
 
 Held = Literal["int8", "nf4"]
 """How the weights of frozen linear layers are packed: 8 bits with a scale for each row, or 4 bits of a normal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from postlude.manifest.compute import Elastic, Parallel
 from postlude.manifest.errors import ManifestError
-from postlude.manifest.schema import Elastic, Parallel
 
 
 @dataclass(frozen=True)

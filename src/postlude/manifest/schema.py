@@ -10,14 +10,11 @@ from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.compute import Compute, Parallel
+from postlude.manifest.types import Name, Positive
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""Of a stage, a data set or a pool: a part of file names and of dotted keys, so without dots."""
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class NamesDatasets:
@@ -227,31 +224,6 @@ class StageConfig(Component):
         return None
 
 
-class Parallel(Config):
-    """How the workers of a pool hold a model together. Data parallelism is what is left of them."""
-
-    tensor: Positive = 1
-    """So many workers divide every layer among them, and have the same data. It has to divide heads, widths, experts
-    and the padded vocabulary. With more than one, the rest of the workers shards the weights, too."""
-    shard: bool = False
-    """Whether the weights, their gradients and the optimiser's state are divided among the workers (FSDP), each of
-    which otherwise holds all of them."""
-    replicas: Positive = 1
-    """Groups of workers that hold all of the weights each, and shard them within: where a group is a node, weights are
-    gathered within it, and only gradients go between nodes."""
-
-    @property
-    def divides(self) -> bool:
-        """Whether a worker holds a part of a model."""
-        return self.shard or self.tensor > 1
-
-    @model_validator(mode="after")
-    def _replicates_shards(self) -> Self:
-        if self.replicas > 1 and not self.divides:
-            raise ValueError("replicas are of sharded weights: set shard to true, or leave replicas out")
-        return self
-
-
 class TrainingStage(StageConfig):
     """A stage that trains a model: the keys that belong to the trainer, whatever the recipe."""
 
@@ -357,128 +329,6 @@ class TrainingStage(StageConfig):
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
-
-
-class Elastic(Config):
-    """A number of workers that may change while a stage runs."""
-
-    min: Positive
-    """With so many the stage goes on when workers were lost."""
-    max: Positive
-    """So many it takes where there is room, and grows back to at a checkpoint."""
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min is {self.min}, above max, which is {self.max}")
-        return self
-
-
-class Pool(Config):
-    """Workers of one role."""
-
-    workers: Positive | Elastic = 1
-    """How many processes; ``{min: 2, max: 8}`` goes on with fewer when some are lost."""
-    gpus_per_worker: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
-    """0 runs on the CPU; a part of one shares a GPU among workers."""
-    cpus_per_worker: Positive | None = None
-    """By default the machine's cores, shared out; with other providers than ``local`` one."""
-    memory_per_worker: Positive | None = None
-    """Bytes of its node's memory that each worker reserves."""
-    device_memory: Positive | None = None
-    """Bytes of each worker's GPU: a stage that would need more by its memory plan is refused before it begins. On the
-    CPU ``memory_per_worker`` is that bound, unless this is given."""
-    labels: dict[str, str] = {}
-    """Labels that a node must have."""
-    placement: Literal["pack", "spread", "one_node", "node_each"] = "pack"
-    """On few nodes if possible, on many if possible, all on one, or each on a node of its own."""
-
-    bandwidth_gbit: Annotated[float, Field(gt=0)] | Positive | None = None
-    """Gigabits a second that its nodes are to reach each other with: measured before a run, if it is given."""
-
-    @property
-    def least(self) -> int:
-        """Workers that are enough."""
-        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
-
-    @property
-    def most(self) -> int:
-        """Workers where there is room."""
-        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
-
-
-class Supervision(Config):
-    """When a group of workers counts as failed, and how often it is formed again."""
-
-    failures: Annotated[int, Field(ge=0)] = 5
-    """So many losses of a process, a node or a connection are recovered from without a checkpoint between them."""
-    preemptions: Annotated[int, Field(ge=0)] = 100
-    """The same for machines that said beforehand that they go away."""
-    silence_seconds: Annotated[float, Field(gt=0)] | Positive = 15
-    """A worker that does not answer for so long has failed."""
-    stall_seconds: Annotated[float, Field(gt=0)] | Positive = 1800
-    """Workers of which none begins anything new for so long have failed."""
-    readings_seconds: Annotated[float, Field(gt=0)] | Positive = 10
-    """Between two readings of each worker that are kept."""
-    room_seconds: Annotated[float, Field(ge=0)] | Annotated[int, Field(ge=0)] = 600
-    """How long to wait for nodes with room for the workers."""
-
-
-class Certificates(Config):
-    """Files in PEM format with which this machine and the cluster's nodes know each other."""
-
-    certificate: str
-    """This machine's."""
-    key: str
-    """Its private key."""
-    authority: str
-    """The certificate of the authority that signed everybody's."""
-
-
-class Transport(Config):
-    """What protects the traffic between hosts; ``require-encryption`` is short for ``{require_encryption: true}``."""
-
-    require_encryption: bool = False
-    """Refuse a run that would send clear text between hosts."""
-    tls: Certificates | None = None
-    """Mutual TLS of Ray; by default what RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT say where
-    RAY_USE_TLS is 1."""
-    token: str | None = None
-    """The file with the cluster's token; by default what RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH say."""
-    network_is_encrypted: bool = False
-    """Your word that what lies below is encrypted, as by WireGuard or IPsec: torch's collectives encrypt nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, given: Any) -> Any:
-        return {"require_encryption": True} if given == "require-encryption" else given
-
-
-class Compute(Config):
-    """Where the processes run."""
-
-    provider: Literal["local", "ray"] = "local"
-    """Where the machines come from: ``local`` is this one, ``ray`` a cluster that is there."""
-    address: str | None = None
-    """Of the cluster with ``provider: ray``, host:port of its head; by default what RAY_ADDRESS says."""
-    pools: dict[Name, Pool] = {}
-    """Groups of workers by the role they play for a stage; one of a single worker where none is given."""
-    environment: dict[str, str] = {}
-    """Variables that each worker gets."""
-    code: list[str] = []
-    """Folders of packages that are sent to the nodes, such as those of ``plugins``, where they do not share a disk."""
-    transport: Transport = Transport()
-    """What protects the traffic between hosts."""
-    supervision: Supervision = Supervision()
-    """When workers count as failed, and how often they are started again."""
-
-    @model_validator(mode="after")
-    def _keys_have_a_use(self) -> Self:
-        if self.address is not None and self.provider != "ray":
-            raise ValueError("'address' belongs to 'provider: ray'")
-        if self.code and self.provider == "local":
-            raise ValueError("'code' is for nodes that have another disk; 'provider: local' reads what is here")
-        return self
 
 
 class Manifest(Config):

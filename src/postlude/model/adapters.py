@@ -87,6 +87,27 @@ class Change:
         return changed[:, columns]
 
 
+def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The state of a model with an adapter in it as that of its base, the changes merged into its weights."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        path, inside, rest = name.partition(".lora_")
+        if inside:
+            parts.setdefault(path, {})[rest.split(".")[0]] = tensor.detach().float()
+    scaling = scaling_of(config)
+    merged = {}
+    for name, tensor in state.items():
+        if is_adapter_part(name):
+            continue
+        path, inside, rest = name.partition(".base_layer.")
+        if inside and rest == "weight":
+            its = parts[path]
+            change = Change(its["A"], its["B"], scaling, its.get("magnitude_vector"))
+            tensor = change.apply(tensor.detach()).to(tensor.dtype)
+        merged[f"{path}.{rest}" if inside else name] = tensor
+    return merged
+
+
 @dataclass(frozen=True)
 class Merged:
     """A weight with an adapter merged into it, of which parts can be read."""

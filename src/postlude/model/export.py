@@ -91,11 +91,14 @@ def write_model(
 
 def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) -> None:
     """Write what an engine needs to run a model that this process holds whole: config and safetensors, as
-    :func:`write_model` does."""
+    :func:`write_model` does; an adapter merged into its base."""
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     written = _on_meta(AutoModelForCausalLM, model, config, dtype)
-    written.load_state_dict(_cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype), strict=True, assign=True)
+    state = vocabulary.unpadded(model.causal, model.vocabulary)
+    if model.attached is not None:
+        state = adapters.merged_state(state, model.attached.config)
+    written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
     written.tie_weights()
     with quiet():
         written.save_pretrained(folder)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from postlude.manifest.schema import ModelPlace, Positive
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Positive
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:

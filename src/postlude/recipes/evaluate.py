@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
-from postlude.manifest.schema import ModelPlace, Name, Positive
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Name, Positive
 from postlude.recipes.generate import Sampled
 from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward

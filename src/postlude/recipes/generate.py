@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
-from postlude.manifest.schema import ModelPlace, Positive
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Positive
 from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward
 

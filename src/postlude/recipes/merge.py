@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.schema import ModelPlace, Name
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Name
 from postlude.recipes.work import Work, WorkRecipe
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from postlude.manifest.schema import ModelPlace, Positive
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Positive
 from postlude.recipes.online import OnlineRecipe
 
 if TYPE_CHECKING:

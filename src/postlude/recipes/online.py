@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config, Named
-from postlude.manifest.schema import Evaluate, ModelPlace, Positive
+from postlude.manifest.schema import Evaluate, ModelPlace
+from postlude.manifest.types import Positive
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
@@ -134,8 +135,10 @@ class OnlineRecipe(TrainingRecipe):
         objection = engine.objection(self.rollout.top_p)
         if objection is not None:
             raise ValueError(objection)
-        if engine.is_apart and self.adapter is not None:
-            raise ValueError("an engine that is apart takes over whole models: leave 'adapter' out, or 'apart'")
+        if engine.is_apart and self.adapter is not None and self.adapter.base is not None:
+            raise ValueError(
+                "an engine that is apart takes over unpacked weights: leave 'adapter.base' out, or 'apart'"
+            )
         if self.parallel.divides:
             raise ValueError("the native engine answers with the whole model on each worker: leave 'parallel' out")
         return self

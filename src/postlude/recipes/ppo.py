@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Component, Config, Named
-from postlude.manifest.schema import ModelPlace, Positive, Share
+from postlude.manifest.schema import ModelPlace
+from postlude.manifest.types import Positive, Share
 from postlude.recipes.group_relative import Clip, Coefficient
 from postlude.recipes.online import OnlineRecipe
 

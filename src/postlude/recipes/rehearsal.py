@@ -19,9 +19,10 @@ from rich.table import Table
 
 from postlude.data.loader import StepBlocks
 from postlude.manifest.adapter import Adapter
+from postlude.manifest.compute import Pool
 from postlude.manifest.errors import ComputeError, UserError
 from postlude.manifest.parallel import shape_of
-from postlude.manifest.schema import ModelFrom, ModelPlace, Pool
+from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model import memory, sharded, tensor_parallel, vocabulary
 from postlude.model.load import configuration, count_parameters
 from postlude.model.memory import MIB, MemoryPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.manifest.schema import Positive
+from postlude.manifest.types import Positive
 from postlude.recipes.group_relative import Coefficient, GroupRelative
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from postlude.manifest.schema import Name, NamesDatasets, Positive, StageConfig
+from postlude.manifest.schema import NamesDatasets, StageConfig
+from postlude.manifest.types import Name, Positive
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from postlude.data.filters.filter import Content, ContentFilter
 from postlude.data.filters.words import words
-from postlude.manifest.schema import Share
+from postlude.manifest.types import Share
 
 _ENOUGH_LINES, _ENOUGH_NGRAMS = 5, 20
 """Below so many, a repetition says nothing."""

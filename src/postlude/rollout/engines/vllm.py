@@ -27,7 +27,6 @@ from pydantic import field_validator
 
 from postlude.manifest.errors import ComputeError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.sampling import stream_key
 from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
 
 KNOWN = ("0.32",)
@@ -152,6 +151,8 @@ class Client:
 
     def generate(self, request: Request, sampling: Sampling, name: str) -> Completion:
         """The completion of one request, which can be cut by its name."""
+        from postlude.rollout.sampling import stream_key
+
         key = stream_key(sampling.seed, f"{request.prompt_id}+{request.position}", request.sample)
         asked = {
             "request_id": name,
