@@ -4,8 +4,9 @@
 
 A Llama of 4 layers and hidden 256, vocabulary 8,192, fp32, two threads; 128 requests of 8 to 32 tokens, 32 at a time,
 sampled at temperature 1. Equal: each answer has 64 tokens. Skewed: it has at most 256, and the end of a sequence is
-likely at many places: half of the answers have some ten tokens, one in ten has 256. Counted are sampled tokens a second, the best of the rounds; the
-sides take turns and begin with a round that is not counted, but ``generate_batch``, which is slow, has one round.
+likely at many places: half of the answers have some ten tokens, one in ten has 256. Counted are sampled tokens a
+second, the best of the rounds; the sides take turns and begin with a round that is not counted, but ``generate_batch``,
+which is slow, has one round.
 """
 
 from __future__ import annotations

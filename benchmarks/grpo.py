@@ -4,8 +4,8 @@
 
 A Llama of 4 layers and hidden 256, vocabulary 8,192, fp32, AdamW; a step is 8 prompts with 8 samples each, of at most
 128 tokens. The weights are random, with a row of the end-of-sequence token that makes it likely at many places: most
-answers are short and one in ten is as long as may be. Speed is steps a second, by the median of the steps after the first
-few; memory is the growth of the peak resident set from after the imports to the end of training.
+answers are short and one in ten is as long as may be. Speed is steps a second, by the median of the steps after the
+first few; memory is the growth of the peak resident set from after the imports to the end of training.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 The model, the prompts and the lengths are those of grpo.py: most answers are short and some are as long as may be. A
 round is 16 prompts with 4 samples each, and the reward is for a first letter of the first half of the alphabet. All
 modes have two cores: colocated as two threads, apart as one thread for the engine and one for the trainer. Told are
-seconds a round (the mean over all but the first, by the clock), the shares of it in which trainer and engine were at
-work, the oldest token in rounds, and the mean reward of the last five rounds.
+seconds for 16 prompts that are trained (over all rounds but the first, by the clock: over-sampled rounds may have
+more), the shares of the time in which trainer and engine were at work, the oldest token in rounds, and the mean reward
+of the last five rounds.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 VOCABULARY = 8192
+PROMPTS = 16
+"""Of a round."""
 APART = {"name": "native", "apart": True}
 MODES: dict[str, dict[str, Any]] = {
     "colocated": {},
-    "colocated, over-sampled": {"oversample": 1.5},
+    "colocated, over-sampled": {"oversample": 2.0},
     "separate": {"engine": APART},
     "asynchronous": {"engine": APART, "ahead": 1},
-    "asynchronous, over-sampled": {"engine": APART, "ahead": 1, "oversample": 1.5},
+    "asynchronous, over-sampled": {"engine": APART, "ahead": 1, "oversample": 2.0},
 }
 
 
@@ -45,7 +48,7 @@ def measure(mode: str, folder: Path, rounds: int) -> dict[str, float]:
         "model": {"path": str(folder / f"model-{VOCABULARY}")},
         "data": {"prompts": 1.0},
         "steps": rounds,
-        "rollout": {"prompts": 16, "max_tokens": 192, "concurrency": 128, **keys},
+        "rollout": {"prompts": PROMPTS, "max_tokens": 192, "concurrency": 128, **keys},
         "group": 4,
         "reward": [{"function": {"name": "regex", "pattern": r"^\s*[a-m]"}}],
         "batch": {"tokens": 32768, "block": 2048},
@@ -68,12 +71,17 @@ def measure(mode: str, folder: Path, rounds: int) -> dict[str, float]:
     counted = lines[1:]
     trained = [one for one in samples if one.get("outcome") == "trained"]
     return {
-        "seconds": statistics.mean(line["seconds"] for line in counted),
+        "seconds": PROMPTS * sum(line["seconds"] for line in counted) / prompts_of(lines),
         "trainer": statistics.mean(line["busy_trainer"] for line in counted),
         "engine": statistics.mean(line["busy_engine"] for line in counted),
         "oldest": max(one["step"] - 1 - one["versions"][0] for one in trained),
         "reward": statistics.mean(line["reward"] for line in lines[-5:]),
     }
+
+
+def prompts_of(lines: list[dict[str, Any]]) -> float:
+    """How many were trained in all rounds but the first."""
+    return lines[-1]["prompts_trained"] - lines[0]["prompts_trained"]
 
 
 def main() -> None:
@@ -86,7 +94,7 @@ def main() -> None:
         print(json.dumps(measure(asked.mode, Path(asked.folder), asked.rounds)))
         return
     table = Table(title="Modes of GRPO on answers of very different lengths, two cores")
-    for column in ("mode", "s/round", "speed", "trainer busy", "engine busy", "oldest token", "reward"):
+    for column in ("mode", "s/16 prompts", "speed", "trainer busy", "engine busy", "oldest token", "reward"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))

@@ -117,6 +117,26 @@ def test_requests_go_on_over_an_update(engine, policy):
 
 
 @pytest.mark.long
+@pytest.mark.capability("A vLLM server that runs already, at an address")
+def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, policy, tmp_path):
+    engine.generate(requests(1), Sampling(1, frozenset()))
+    address = engine._server._client.address
+    move(policy)
+    other = ApartEngine(
+        Vllm(addresses=[address], exchange=str(tmp_path)),
+        SERVING,
+        lambda folder: write_weights(policy, folder, torch.float32),
+    )
+    other.update(30)
+    made = other.generate(requests(), Sampling(24, frozenset(), seed=4))
+    assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
+    assert all(set(one.versions) == {30} for one in made)
+    other.close()
+    assert not list(tmp_path.iterdir())
+    assert engine.generate(requests(1), Sampling(1, frozenset()))  # the server is still there
+
+
+@pytest.mark.long
 def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
     """One token in 64 ends a completion; two prompts of four are needed, whole."""
     sampling = Sampling(280, frozenset(range(8)), temperature=0.9, seed=8)
@@ -134,7 +154,7 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 @pytest.mark.long
 def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy, told):
     move(policy)
-    engine.update(9)
+    engine.update(40)
     sampling = Sampling(200, frozenset(), temperature=0.9, seed=6)
     calm = engine.generate(requests(), sampling)
     cores = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]

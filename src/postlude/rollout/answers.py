@@ -31,8 +31,8 @@ class Answering:
     groups: Sequence[Group]
     own: list[Group]
     """This rank's share of them."""
-    needed: int | None
-    """Records of them that have to be complete before it is over; None for all."""
+    share: float | None
+    """Of the records, that has to be complete before it is over; None for all."""
     phases: Phases
     """Where the time goes that is spent on them."""
     done: Future[None] = field(default_factory=Future)
@@ -77,7 +77,8 @@ class Answerer:
     def start(self, groups: Sequence[Group], needed: int | None = None) -> Answering:
         """Begin to answer this rank's share of groups; in the background, where there is one."""
         own = list(groups[self.workers.data_rank :: self.workers.data_world])
-        share = None if needed is None else math.ceil(needed * len(own) / max(len(groups), 1))
+        records = len({group[0].issue for group in groups})
+        share = None if needed is None else needed / max(records, 1)
         answering = Answering(groups, own, share, Phases(self.phases.synchronize))
         if self.background is not None:
             answering.done = self.background.submit(self._work, answering)
@@ -104,16 +105,16 @@ class Answerer:
     def _work(self, answering: Answering) -> None:
         trajectories = [trajectory for group in answering.own for trajectory in group]
         with answering.phases.measure("generate"):
-            self._generate(trajectories, answering.needed)
+            self._generate(trajectories, answering.share)
         with answering.phases.measure("score"):
             self._score([one for group in answering.own if complete(group) for one in group])
 
-    def _generate(self, trajectories: Sequence[Trajectory], needed: int | None) -> None:
+    def _generate(self, trajectories: Sequence[Trajectory], share: float | None) -> None:
         """Turn by turn, until nobody has anything to say any more, or enough have said all."""
         begun = {one.issue.number for one in trajectories if one.sampled_tokens}
         live = [one for one in trajectories if not one.complete]
         while live:
-            self._sample(live, lambda some: None if needed is None else enough_of(some, begun, needed))
+            self._sample(live, lambda some: None if share is None else enough_of(some, begun, share))
             live = [] if self.environment is None else self._reply(self.environment, live)
 
     def _reply(self, environment: Environment, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -192,13 +193,13 @@ def complete(group: Group) -> bool:
     return all(one.complete for one in group)
 
 
-def enough_of(trajectories: Sequence[Trajectory], begun: Container[int], needed: int) -> Enough:
-    """So many records, and all that something was answered to before."""
+def enough_of(trajectories: Sequence[Trajectory], begun: Container[int], share: float) -> Enough:
+    """Such a share of the records, and all that something was answered to before."""
     places: dict[int, list[int]] = {}
     for place, one in enumerate(trajectories):
         places.setdefault(one.issue.number, []).append(place)
     must = frozenset(number for number, issue in enumerate(places) if issue in begun)
-    return Enough(tuple(map(tuple, places.values())), needed, must)
+    return Enough(tuple(map(tuple, places.values())), math.ceil(share * len(places)), must)
 
 
 def request_id(one: Trajectory) -> str:

@@ -215,7 +215,7 @@ class Rounds:
         self._check_some_scored(everything)
         for _ in range(MOST_TRIES - 1):
             missing = self.plan.prompts - len({group[0].issue for group in kept})
-            if not missing or self.ledger.exhausted:
+            if missing <= 0 or self.ledger.exhausted:
                 break
             more = self.answerer.answer(self._asked(missing))
             kept += self._keep(more)
