@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,12 +24,18 @@ settings.register_profile("postlude", deadline=None, derandomize="CI" in os.envi
 settings.load_profile("postlude")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes at the tests (``-n``), those of one file stay together, and so do all that start clusters:
     two of those at once would leave none the machine that its deadlines are made for."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else f"{folder}/{item.path.name}"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "cluster" if "/cluster/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -39,14 +39,14 @@ def ran(project, name: str, stage: dict[str, Any]) -> list[dict[str, Any]]:
     return lines(project)
 
 
-def rooms() -> set[Path]:
-    return set(SHARED_MEMORY.glob("postlude-engine-*"))
+def rooms(pid: int) -> list[Path]:
+    """Those of the engines of a process."""
+    return list(SHARED_MEMORY.glob(f"postlude-engine-{pid}-*"))
 
 
 @pytest.mark.capability("A native engine in a process of its own")
 @pytest.mark.parametrize("keys", [{}, {"adapter": {"rank": 4}}, {"adapter": {"rank": 4, "dora": True}}])
 def test_an_engine_apart_answers_as_the_policy_does(project, keys):
-    before = rooms()
     near = ran(project, "near", stage(project, rollout={"engine": "native", "correction": 2.0}, **keys))
     said = [(line["sample"], line["completion"]) for line in rollouts(project)]
     apart = ran(project, "apart", stage(project, **keys))
@@ -54,7 +54,7 @@ def test_an_engine_apart_answers_as_the_policy_does(project, keys):
     for one, other in zip(near, apart, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
     assert max(line["engine_gap_worst"] for line in apart) < 1e-4
-    assert rooms() == before
+    assert not rooms(os.getpid())
 
 
 @pytest.mark.capability("Rounds answered while the one before is trained, with a bound on staleness")
@@ -115,7 +115,6 @@ def serves(process: psutil.Process) -> bool:
 
 @pytest.mark.capability("A killed trainer leaves no engine and no file of one")
 def test_a_killed_trainer_leaves_no_engine(project):
-    before = rooms()
     project.stages["rl"] = stage(project, steps=1000)
     process = subprocess.Popen(
         [sys.executable, "-m", "postlude", "run", project.write(), "--inline"],
@@ -124,14 +123,14 @@ def test_a_killed_trainer_leaves_no_engine(project):
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not (engines := [one for one in below(process) if serves(one)]) or not rooms() - before:
+    while not (engines := [one for one in below(process) if serves(one)]) or not rooms(process.pid):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     psutil.wait_procs(engines, timeout=60)
-    while rooms() - before:
+    while rooms(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in engines)

@@ -24,9 +24,15 @@ from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.engines.vllm import Client, Vllm
 from postlude.rollout.serving import Serving
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+SHAPE = {
+    "max_position_embeddings": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 PROMPTS = [[1, 403, 407, 261], [1, 317], [1, 291, 400, 313, 259, 390, 262, 401, 5], [1, 385]]
-SERVING = Serving(context=320, concurrency=16, dtype="float32", seconds=120.0)
+SERVING = Serving(context=4096, concurrency=16, dtype="float32", seconds=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,7 @@ def test_requests_go_on_over_an_update(engine, policy):
         work.join()
         assert len(made) == len(requests())
         for one in made:
-            assert len(one.tokens) == min(300, 320 - len(one.request.tokens))
+            assert len(one.tokens) == 300
             old = torch.tensor([told == version - 1 for told in one.versions])
             assert all(told in (version - 1, version) for told in one.versions)
             assert old.tolist() == sorted(old.tolist(), reverse=True)
@@ -138,17 +144,19 @@ def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, polic
 
 @pytest.mark.long
 def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
-    """One token in 64 ends a completion; two prompts of four are needed, whole."""
-    sampling = Sampling(280, frozenset(range(8)), temperature=0.9, seed=8)
+    """Two prompts of four are needed, whose completions are short; the others are long."""
+    sampling = Sampling(4000, frozenset(), temperature=0.9, seed=8)
+    asked = [replace(one, limit=4 if place < 8 else None) for place, one in enumerate(requests())]
     bundles = tuple(tuple(range(4 * number, 4 * number + 4)) for number in range(4))
-    made = engine.generate(requests(), sampling, Enough(bundles, needed=2))
-    cut = [one for one in made if one.ended == "cut"]
-    assert cut
-    assert sum(all(made[place].ended != "cut" for place in bundle) for bundle in bundles) >= 2
-    for one in made:
-        assert not one.tokens or gaps(policy, one, 0.9).max() < 1e-4
-    going_on = [replace(one.request, tokens=one.request.tokens + one.tokens, position=len(one.tokens)) for one in cut]
-    assert all(one.ended != "cut" for one in engine.generate(going_on, sampling))
+    made = engine.generate(asked, sampling, Enough(bundles, needed=2))
+    assert [one.ended for one in made] == ["length"] * 8 + ["cut"] * 8
+    assert any(one.tokens for one in made[8:])
+    assert all(not one.tokens or gaps(policy, one, 0.9).max() < 1e-4 for one in made)
+    going_on = [
+        replace(one.request, tokens=one.request.tokens + one.tokens, position=len(one.tokens), limit=8)
+        for one in made[8:]
+    ]
+    assert all(len(one.tokens) == 8 and one.ended == "length" for one in engine.generate(going_on, sampling))
 
 
 @pytest.mark.long
@@ -162,14 +170,16 @@ def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy, tol
     made: list[Completion] = []
     work = threading.Thread(target=lambda: made.extend(engine.generate(requests(), sampling)))
     work.start()
-    time.sleep(0.3)
+    time.sleep(0.1)
     for core in cores:
         core.kill()
     work.join()
     assert [one.tokens for one in made] == [one.tokens for one in calm]
+    assert [one.tokens for one in engine.generate(requests(), sampling)] == [one.tokens for one in calm]
     assert max(gaps(policy, one, 0.9).max() for one in made) < 1e-4
     assert [event["kind"] for event in told] == ["engine_died"]
-    everyone = psutil.Process().children(recursive=True)
+    warden = psutil.Process(engine._server._process._warden.pid)
+    everyone = [warden, *warden.children(recursive=True)]
     engine.close()
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not alive

@@ -100,6 +100,8 @@ def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) 
         state = adapters.merged_state(state, model.attached.config)
     written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
     written.tie_weights()
+    # Where ranks train together transformers would write on the first alone; each of them has an engine of its own.
+    written.should_save_on_this_rank = lambda is_main_process: True
     with quiet():
         written.save_pretrained(folder)
 

@@ -9,6 +9,7 @@ Notable:
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -57,7 +58,7 @@ class ApartEngine:
         if version == self._published:
             return
         if self._room is None:
-            self._room = Path(tempfile.mkdtemp(prefix="postlude-engine-", dir=self._choice.meets))
+            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=self._choice.meets))
         folder = self._folder(version)
         folder.mkdir()
         self._publish(folder)
