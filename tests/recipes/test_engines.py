@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from postlude.manifest.component import lookup
 from postlude.manifest.errors import ComputeError, ManifestError
 from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.rollout.apart import ApartEngine
@@ -111,6 +113,12 @@ def serves(process: psutil.Process) -> bool:
         return "postlude.rollout.native_server" in found[1:3] and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_weights_that_shared_memory_has_no_room_for_go_elsewhere():
+    choice = lookup("engines", "native")()
+    assert choice.meets(1) == SHARED_MEMORY
+    assert choice.meets(2**60) == Path(tempfile.gettempdir())
 
 
 @pytest.mark.capability("A killed trainer leaves no engine and no file of one")

@@ -32,7 +32,7 @@ SHAPE = {
     "num_attention_heads": 2,
 }
 PROMPTS = [[1, 403, 407, 261], [1, 317], [1, 291, 400, 313, 259, 390, 262, 401, 5], [1, 385]]
-SERVING = Serving(context=4096, concurrency=16, dtype="float32", seconds=120.0)
+SERVING = Serving(context=4096, weights=10**6, concurrency=16, dtype="float32", seconds=120.0)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         serving = Serving(
             context=self.config.batch.block,
             concurrency=rollout.concurrency,
+            weights=sum(parameter.numel() for parameter in policy.causal.parameters()) * dtype.itemsize,
             dtype=str(dtype).removeprefix("torch."),
             seconds=float(rollout.engine_seconds),
             threads=self.task.threads,

@@ -20,6 +20,8 @@ from postlude.rollout.engine import Completion, EngineLost, Enough, Request, Sam
 from postlude.rollout.serving import EngineChoice, EngineDied, Server, Serving
 from postlude.telemetry.progress import waiting
 
+VERSIONS = 3
+"""Of the weights that may be there at a time: one that is read, one that waits, one that is written."""
 TRIES = 3
 """Engines that may die one after the other without having answered anything in between."""
 
@@ -58,7 +60,8 @@ class ApartEngine:
         if version == self._published:
             return
         if self._room is None:
-            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=self._choice.meets))
+            place = self._choice.meets(VERSIONS * self._serving.weights)
+            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
         folder = self._folder(version)
         folder.mkdir()
         self._publish(folder)

@@ -37,6 +37,8 @@ class Serving:
     """Tokens that a prompt and its completion have together, at most."""
     concurrency: int
     """Completions that are made at a time."""
+    weights: int
+    """Bytes of the model."""
     dtype: str
     """In which the weights are held: ``float32``, ``bfloat16`` or ``float16``."""
     seconds: float
@@ -94,10 +96,11 @@ class EngineChoice(Component):
         """One that is not started yet."""
         raise NotImplementedError
 
-    @property
-    def meets(self) -> Path:
-        """The folder in which rooms are made, where weights are handed over."""
-        return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    def meets(self, size: int) -> Path:
+        """The folder in which a room is made, where weights are handed over, of so many bytes at once."""
+        if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size:
+            return SHARED_MEMORY
+        return Path(tempfile.gettempdir())  # the shared memory of a container may be small
 
 
 class Process:

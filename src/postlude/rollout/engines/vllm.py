@@ -65,9 +65,8 @@ class Vllm(EngineChoice):
                 raise ValueError(f"'{address}' is no address of the form http://host:port")
         return addresses
 
-    @property
-    def meets(self) -> Path:
-        return super().meets if self.exchange is None else Path(self.exchange)
+    def meets(self, size: int) -> Path:
+        return super().meets(size) if self.exchange is None else Path(self.exchange)
 
     def objection(self, top_p: float) -> str | None:
         if top_p == 1:
