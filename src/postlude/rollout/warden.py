@@ -2,19 +2,22 @@
 
     python warden.py FOLDER FD COMMAND...
 
-When the standard input ends, because whoever started this is gone or wants it gone, the command is asked to end, then
-everything it has started is killed and the folder is removed. When the command ends by itself, what it has started is
-killed; the folder stays for whoever asks why. The file descriptor ``FD`` goes to the command; -1 for none.
+When the standard input ends, because whoever started this is gone or wants it gone, the command is asked to end, and
+the folder is removed. When the command ends by itself, the folder stays for whoever asks why. What the command has
+started has a little time to clear away what it shares, and is then killed. The file descriptor ``FD`` goes to the
+command; -1 for none.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 GRACE_SECONDS = 5.0
 
@@ -49,8 +52,25 @@ def _wait(process: subprocess.Popen[bytes], ends: threading.Event) -> None:
 
 
 def _end() -> None:
-    """Kill this process and all that shares its group."""
+    """Let the processes of this group leave, which clear away what they share; kill what stays, and this one."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _others() and time.monotonic() < deadline:
+        time.sleep(0.05)
     os.killpg(0, signal.SIGKILL)
+
+
+def _others() -> bool:
+    """Whether another process shares the group that this one leads."""
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                number, rest = file.read().split(" ", 1)
+        except OSError:  # it is gone
+            continue
+        state, _, group = rest.rpartition(")")[2].split()[:3]
+        if int(group) == os.getpid() != int(number) and state != "Z":
+            return True
+    return False
 
 
 if __name__ == "__main__":
