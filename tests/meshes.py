@@ -171,8 +171,35 @@ def measured(place: Path, workers, adapter: dict[str, Any] | None = None) -> dic
             optimizer.zero_grad()
         found[f"losses of {type(kind).__name__}"] = losses
         if isinstance(kind, SGD):
+            found["answers as handed over"] = answers_as_handed_over(model, workers)
             found["weights"] = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
     return found
+
+
+def answers_as_handed_over(model, workers) -> bool:
+    """Whether what engines are given is the model: transformers finds the same tokens as likely with it."""
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from postlude.data.batch import collate
+    from postlude.data.document import Document, Unit
+    from postlude.rollout.handover import write_for_engines
+
+    ids = np.random.default_rng(1).integers(0, model.vocabulary, 12)
+    with tempfile.TemporaryDirectory() as folder:
+        write_for_engines(model, Path(folder), torch.float32, workers)
+        workers.barrier()
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        workers.barrier()  # the others link to the files of the first
+    model.eval()
+    with torch.no_grad():
+        ours = model.logits(model.hidden(collate([(Unit((Document("one", "made", ids),)),)])))
+        theirs = read(torch.from_numpy(ids)[None]).logits[0]
+    model.train()
+    model.release()
+    return torch.allclose(ours, theirs, atol=1e-4)
 
 
 # --- whole stages ---------------------------------------------------------------------------------------------

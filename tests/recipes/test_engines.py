@@ -14,13 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
+import meshes
 from postlude.manifest.component import lookup
 from postlude.manifest.errors import ComputeError, ManifestError
+from postlude.manifest.load import load
 from postlude.recipes.online_assembly import OnlineAssembly
 from postlude.rollout.apart import ApartEngine
 from postlude.rollout.rounds import outcomes
 from postlude.rollout.serving import SHARED_MEMORY
+from postlude.runs import Run
 from postlude.training.trainer import Trainer
+from ranks import run_ranks
 from recipes.conftest import write_random_model
 from recipes.test_online import lines, online, rollouts
 
@@ -57,6 +61,33 @@ def test_an_engine_apart_answers_as_the_policy_does(project, keys):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
     assert max(line["engine_gap_worst"] for line in apart) < 1e-4
     assert not rooms(os.getpid())
+
+
+@pytest.mark.capability("Reinforcement learning of a model that workers hold together")
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [
+        ("grpo", {"updates": 2}),
+        pytest.param("ppo", {"adapter": {"rank": 4}}, marks=pytest.mark.long),
+        pytest.param("grpo", {"kl": 0.1, "rollout": {"ahead": 1}}, marks=pytest.mark.long),
+    ],
+)
+def test_a_policy_that_ranks_hold_together_learns_as_one(project, tmp_path, recipe, keys):
+    project.stages["tune"] = stage(project, recipe=recipe, parallel={"shard": True}, **keys)
+    tree = load(Path(project.write()).read_text(), "small.yaml").tree
+
+    def worked(run: str, ranks: int, parallel: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[Any, ...]]]:
+        run_ranks("meshes:work_on_stage", meshes.StageOnMesh(tree, str(tmp_path / run), parallel), ranks)
+        stage = Run(str(tmp_path / run)).stage("tune")
+        said = [(line["issue"], line["sample"], line["completion"]) for line in stage.rollouts.read()]
+        return stage.metrics.read(), sorted(said)
+
+    alone, said = worked("alone", 1, {})
+    for run, ranks, parallel in (("sharded", 2, {}), ("divided", 2, {"tensor": 2})):
+        together, answered = worked(run, ranks, parallel)
+        assert answered == said
+        assert [one["loss"] for one in together] == pytest.approx([one["loss"] for one in alone], rel=1e-3, abs=1e-5)
+        assert max(one["engine_gap_worst"] for one in together if "engine_gap_worst" in one) < 1e-4
 
 
 @pytest.mark.capability("Rounds answered while the one before is trained, with a bound on staleness")

@@ -235,7 +235,7 @@ def test_a_reward_that_never_works_ends_the_run_with_its_reason(project, unrelia
         ({"reward": []}, "'reward' is needed"),
         ({"rollout": {"max_tokens": 128}}, "leaves no room for a prompt"),
         ({"reference": {"path": "x"}}, "'reference' is read with"),
-        ({"parallel": {"shard": True}}, "leave 'parallel' out"),
+        ({"parallel": {"shard": True}}, "apart: true"),
         ({"evaluate": {"data": {"asked": 1.0}, "samples": 2}}, "are all the same"),
     ],
 )

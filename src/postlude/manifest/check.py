@@ -6,7 +6,7 @@ Everything that is wrong is gathered, so that one reading mends the whole file.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import ValidationError
 
@@ -44,7 +44,7 @@ def _misreferences(value: Value) -> Iterator[Problem]:
         recipe = STAGE.config(stage.plain()) if stage.is_mapping else None
         if recipe is not None and issubclass(recipe, StageConfig):
             used[name] = list(references(stage.plain(), STAGE))
-            pools |= {*recipe.pools, *filter(None, [_pool(stage, recipe)])}
+            pools |= {*filter(None, [_pool(stage, recipe), *_named(stage, recipe.pool_keys)])}
     for name, named in used.items():
         for reference in named:
             path = ("stages", name, *reference.path)
@@ -79,6 +79,14 @@ def _misreferences(value: Value) -> Iterator[Problem]:
 def _pool(stage: Value, recipe: type[StageConfig]) -> str | None:
     """The pool that a stage runs on: what it says, or what its recipe has."""
     return stage.text("pool") or recipe.model_fields["pool"].default
+
+
+def _named(stage: Value, keys: Iterable[str]) -> Iterator[str]:
+    """The names that stand under dotted keys, where there are any."""
+    for key in keys:
+        value = stage.at(tuple(key.split(".")))
+        if value is not None and isinstance(value.content, str):
+            yield value.content
 
 
 def _maker(dataset: Value) -> object:

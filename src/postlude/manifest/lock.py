@@ -129,7 +129,9 @@ def differences(locked: Lock, resolved: Resolved, stage: str, free: Collection[s
     ``free`` are keys of the stage that do not bear on it.
     """
     then = locked.stages[stage]
-    return changed_keys(_bearing(locked.manifest, stage, then.data, then.pools, free), bearing(resolved, stage, free))
+    placement = resolved.manifest.stages[stage].pool_keys
+    before = _bearing(locked.manifest, stage, then.data, then.pools, (*placement, *free))
+    return changed_keys(before, bearing(resolved, stage, free))
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -146,15 +148,16 @@ def bearing(resolved: Resolved, stage: str, free: Collection[str] | None = None)
     are free, by default those of its recipe."""
     config = resolved.manifest.stages[stage]
     data = sorted(set(datasets_used(config).values()))
-    return _bearing(resolved.tree, stage, data, config.all_pools, config.free if free is None else free)
+    # Which pools they are cannot change the result, only how many workers those have.
+    free = (*config.pool_keys, *(config.free if free is None else free))
+    return _bearing(resolved.tree, stage, data, config.all_pools, free)
 
 
 def _bearing(
     tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str], free: Collection[str]
 ) -> dict[str, Any]:
-    placement = ("pool", *free)  # which pool it is cannot change the result, only how many workers that has
     flat = _flat(basis(tree, stage, data, pools))
-    return {key: value for key, value in flat.items() if not _is_free(key, stage, placement)}
+    return {key: value for key, value in flat.items() if not _is_free(key, stage, free)}
 
 
 def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str]) -> dict[str, Any]:

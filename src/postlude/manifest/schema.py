@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -195,8 +196,8 @@ class StageConfig(Component):
 
     version: ClassVar[int] = 1
     """Raised when the recipe's result changes although its keys do not: what it made before is then made anew."""
-    pools: ClassVar[tuple[str, ...]] = ()
-    """The pools of ``compute.pools`` whose workers it uses besides those of its own ``pool``."""
+    pool_keys: ClassVar[tuple[str, ...]] = ("pool",)
+    """The keys, dotted, that name pools of ``compute.pools`` whose workers it uses; the one it runs on comes first."""
     amendable: ClassVar[tuple[str, ...]] = ()
     """Keys that ``postlude amend`` may change while the stage runs."""
     free: ClassVar[tuple[str, ...]] = ()
@@ -211,8 +212,8 @@ class StageConfig(Component):
     @property
     def all_pools(self) -> tuple[str, ...]:
         """Every pool whose workers it uses, its own first."""
-        own = (self.pool,) if self.pool is not None else ()
-        return tuple(dict.fromkeys((*own, *self.pools)))
+        named = (attrgetter(key)(self) for key in self.pool_keys)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
     def base_model(self) -> ModelPlace | None:
         """The model whose architecture and tokenizer the model has that the stage makes; None if it makes none."""

@@ -87,25 +87,27 @@ class Change:
         return changed[:, columns]
 
 
-def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The state of a model with an adapter in it as that of its base, the changes merged into its weights."""
+def merged_state(
+    state: Mapping[str, Tensor], config: LoraConfig, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of a model with an adapter in it as that of its base, the changes merged into its weights one after the
+    other. ``whole`` makes the tensor of which ranks hold parts: all of them are gone through in the same order."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         path, inside, rest = name.partition(".lora_")
         if inside:
-            parts.setdefault(path, {})[rest.split(".")[0]] = tensor.detach().float()
+            parts.setdefault(path, {})[rest.split(".")[0]] = tensor
     scaling = scaling_of(config)
-    merged = {}
     for name, tensor in state.items():
         if is_adapter_part(name):
             continue
         path, inside, rest = name.partition(".base_layer.")
+        gathered = whole(tensor)
         if inside and rest == "weight":
-            its = parts[path]
+            its = {part: whole(found).float() for part, found in parts[path].items()}
             change = Change(its["A"], its["B"], scaling, its.get("magnitude_vector"))
-            tensor = change.apply(tensor.detach()).to(tensor.dtype)
-        merged[f"{path}.{rest}" if inside else name] = tensor
-    return merged
+            gathered = change.apply(gathered).to(tensor.dtype)
+        yield f"{path}.{rest}" if inside else name, gathered
 
 
 @dataclass(frozen=True)

@@ -90,20 +90,34 @@ def write_model(
 
 
 def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write what an engine needs to run a model that this process holds whole: config and safetensors, as
-    :func:`write_model` does; an adapter merged into its base."""
+    """Write what an engine needs to run a model: config and safetensors, as :func:`write_model` does; an adapter merged
+    into its base. Where ranks hold the model together others may write, too, and the rest call :func:`send_weights`."""
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     written = _on_meta(AutoModelForCausalLM, model, config, dtype)
+    if model.mesh is not None:
+        written.tie_weights()
+        _write_config(written, Path(folder))
+        files = sharded_export.WeightFiles(written, Path(folder))
+        for name, tensor in sharded_export.gathered_causal(model, dtype):
+            files.add(name, tensor)
+        files.close()
+        return
     state = vocabulary.unpadded(model.causal, model.vocabulary)
     if model.attached is not None:
-        state = adapters.merged_state(state, model.attached.config)
+        state = dict(adapters.merged_state(state, model.attached.config))
     written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
     written.tie_weights()
-    # Where ranks train together transformers would write on the first alone; each of them has an engine of its own.
+    # Where ranks train together transformers would write on the first alone; each of them may have its own engine.
     written.should_save_on_this_rank = lambda is_main_process: True
     with quiet():
         written.save_pretrained(folder)
+
+
+def send_weights(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Take part in :func:`write_weights` on a rank that does not write, of those that hold the model together."""
+    for _ in sharded_export.gathered_causal(model, dtype):
+        pass
 
 
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:

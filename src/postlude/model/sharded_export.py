@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from postlude.manifest.errors import ManifestError
+from postlude.model import adapters
 from postlude.model.anatomy import name_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, is_adapter_part
 
@@ -45,14 +46,23 @@ def shapes(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
 def gathered(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model inside, and last the head ``scalar``, whole and on the CPU, tied ones once. All ranks
     run through it together."""
-    seen: set[int] = set()
-    for name, tensor in model.causal.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            whole = _whole(tensor)
-            yield name, _as_written(whole[: _rows(model, name)] if whole.ndim else whole, dtype)
+    yield from gathered_causal(model, dtype)
     if model.scalar is not None:
         yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
+
+
+def gathered_causal(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`gathered`, without a head ``scalar``, and with an adapter merged into its base."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.causal.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor))
+    state = dict(once.values())
+    if model.attached is None:
+        whole = ((name, _whole(tensor)) for name, tensor in state.items())
+    else:
+        whole = adapters.merged_state(state, model.attached.config, _whole)
+    for name, tensor in whole:
+        yield name, _as_written(tensor[: _rows(model, name)] if tensor.ndim else tensor, dtype)
 
 
 def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | None]:

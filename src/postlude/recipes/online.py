@@ -139,8 +139,11 @@ class OnlineRecipe(TrainingRecipe):
             raise ValueError(
                 "an engine that is apart takes over unpacked weights: leave 'adapter.base' out, or 'apart'"
             )
-        if self.parallel.divides:
-            raise ValueError("the native engine answers with the whole model on each worker: leave 'parallel' out")
+        if self.parallel.divides and not engine.is_apart:
+            raise ValueError(
+                "a policy that workers hold together does not answer by itself: set rollout.engine to {name: native, "
+                "apart: true} or to vllm, or leave 'parallel' out"
+            )
         return self
 
     @property

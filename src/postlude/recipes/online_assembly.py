@@ -15,10 +15,10 @@ from postlude.data.dataset import Dataset
 from postlude.data.document import WEIGHT, Document
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace
-from postlude.model.export import write_weights
 from postlude.recipes.assembly import Assembly
 from postlude.recipes.forward import ForwardModels, stop_ids_of
 from postlude.recipes.online import OnlineRecipe
+from postlude.recipes.online_engines import engine_of
 from postlude.recipes.parts import StageTask
 from postlude.recipes.prompting import count_left
 from postlude.rollout.answers import Answerer
@@ -31,11 +31,9 @@ from postlude.rollout.pool import RewardPool
 from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.rounds import Plan, Rounds
 from postlude.rollout.scoring import Score, Scorer, pass_at_k
-from postlude.rollout.serving import Serving
 from postlude.runs import Run
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
-from postlude.training.precision import DTYPES
 from postlude.training.timing import Phases
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
@@ -101,22 +99,7 @@ class OnlineAssembly(Assembly, ForwardModels):
     @cached_property
     def policy_engine(self) -> PolicyEngine | ApartEngine:
         """What answers."""
-        policy, rollout = self.program.roles["policy"].model, self.config.rollout
-        if not rollout.engine.is_apart:
-            return PolicyEngine(policy, self.precision, rollout.concurrency)
-        rollout.engine.check()
-        dtype = DTYPES[self.precision.name]
-        serving = Serving(
-            context=self.config.batch.block,
-            concurrency=rollout.concurrency,
-            weights=sum(parameter.numel() for parameter in policy.causal.parameters()) * dtype.itemsize,
-            dtype=str(dtype).removeprefix("torch."),
-            seconds=float(rollout.engine_seconds),
-            threads=self.task.threads,
-        )
-        return ApartEngine(
-            rollout.engine, serving, lambda folder: write_weights(policy, folder, dtype), self.journal.event
-        )
+        return engine_of(self)
 
     @cached_property
     def correction(self) -> float | None:
@@ -164,6 +147,7 @@ class OnlineAssembly(Assembly, ForwardModels):
             room=self.config.batch.block,
             environment=self.config.environment,
             most_turns=rollout.turns or 8,
+            few=len(self.task.engines) or None,
         )
 
     def _stops(self, source: str) -> frozenset[int]:

@@ -5,7 +5,7 @@ A rank builds everything from the resolved manifest and the run directory alone,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -36,6 +36,10 @@ class StageTask:
     run: str
     """URI of the run directory."""
     threads: int
+    engines: Sequence[str] = ()
+    """The names of the hosts of engines that answer for it, where these have a pool of their own."""
+    engine_threads: int = 0
+    """CPU threads of each of them."""
 
 
 class Parts:
@@ -61,8 +65,8 @@ class Parts:
     @property
     def gpus_per_worker(self) -> float:
         """Devices of each worker of the stage's pool; 0 computes on the CPU."""
-        pools = self.manifest.compute.pools
-        return next((p.gpus_per_worker for n in self.stage_config.all_pools if (p := pools.get(n))), 0)
+        own = self.manifest.compute.pools.get(self.stage_config.pool or "")
+        return own.gpus_per_worker if own else 0
 
     def mesh_shape(self, world: int) -> Shape | None:
         """How so many ranks hold each model together; None where each has all of it, as one alone does whatever the

@@ -56,8 +56,15 @@ class Answerer:
     environment: Environment | None = None
     """What answers between turns."""
     most_turns: int = 1
+    few: int | None = None
+    """Data ranks that have engines to ask, the first ones; None where all have."""
     background: Executor | None = None
     """Where answers are made while this thread goes on; None makes them in this thread."""
+
+    @property
+    def askers(self) -> int:
+        """How many data ranks there are that ask."""
+        return min(self.workers.data_world, self.few or self.workers.data_world)
 
     def begin(self, issue: Issue, prompt: Prompt, samples: int) -> Group | str:
         """Trajectories of a prompt to which nothing is answered yet; why there are none, where it cannot be asked."""
@@ -76,7 +83,8 @@ class Answerer:
 
     def start(self, groups: Sequence[Group], needed: int | None = None) -> Answering:
         """Begin to answer this rank's share of groups; in the background, where there is one."""
-        own = list(groups[self.workers.data_rank :: self.workers.data_world])
+        asks = self.workers.data_rank < self.askers and (self.workers.speaks or not self.engine.apart)
+        own = list(groups[self.workers.data_rank :: self.askers]) if asks else []
         records = len({group[0].issue for group in groups})
         share = None if needed is None else needed / max(records, 1)
         answering = Answering(groups, own, share, Phases(self.phases.synchronize))
@@ -100,7 +108,7 @@ class Answerer:
             parts = self.workers.gather((self.workers.data_rank, own if self.workers.speaks else None))
         by_rank: Mapping[int, list[Group]] = {rank: part for rank, part in parts if part is not None}
         places = {rank: iter(part) for rank, part in by_rank.items()}
-        return [next(places[place % self.workers.data_world]) for place in range(len(groups))]
+        return [next(places[place % self.askers]) for place in range(len(groups))]
 
     def _work(self, answering: Answering) -> None:
         trajectories = [trajectory for group in answering.own for trajectory in group]

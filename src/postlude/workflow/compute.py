@@ -19,9 +19,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def pools_of(stage: StageConfig) -> tuple[str, ...]:
+    """The pools that a stage takes up while it runs, its own first. One that has none takes the place of one that
+    trains."""
+    return stage.all_pools or (DEFAULT_POOL,)
+
+
 def pool_name(stage: StageConfig) -> str:
-    """The pool that a stage takes up while it runs. One that has none takes the place of one that trains."""
-    return next(iter(stage.all_pools), DEFAULT_POOL)
+    """The pool whose workers run a stage."""
+    return pools_of(stage)[0]
 
 
 def pool_of(manifest: Manifest, stage: StageConfig) -> Pool:

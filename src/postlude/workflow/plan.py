@@ -16,7 +16,7 @@ from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of, run_of
-from postlude.workflow.compute import pool_name
+from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier
 from postlude.workflow.selection import Selection
 
@@ -57,7 +57,8 @@ class Decision:
     identity: Identity
     """What it will be begun with, or was."""
     needs: Sequence[str] = ()
-    pool: str = ""
+    pools: Sequence[str] = ()
+    """Those that it takes up, its own first."""
     step: int = 0
     """Where a resume goes on."""
     reasons: Sequence[str] = ()
@@ -87,7 +88,7 @@ class Decision:
             "reasons": list(self.reasons),
             "from_run": run_of(self.source) if self.source else None,
             "needs": list(self.needs),
-            "pool": self.pool,
+            "pool": self.pools[0],
             "fingerprint": self.identity.fingerprint,
         }
 
@@ -169,8 +170,8 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
             + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what may "
             "change while a stage runs with `postlude amend`."
         )
-    pools = {name: pool_name(resolved.manifest.stages[name]) for name in needed}
-    return Plan(run, [replace(one, pool=pools[one.stage]) for one in decisions if one.stage in chosen])
+    pools = {name: pools_of(resolved.manifest.stages[name]) for name in needed}
+    return Plan(run, [replace(one, pools=pools[one.stage]) for one in decisions if one.stage in chosen])
 
 
 class _Refusal(Decision):

@@ -122,11 +122,11 @@ def workers_for(manifest: Manifest) -> Iterator[Cluster]:
 def can_begin(left: Mapping[str, Decision], at_work: Mapping[str, Decision]) -> list[Decision]:
     """The stages that wait for nothing: all they need is done, and their pools are free. One for each pool."""
     unfinished = {*left, *at_work}
-    taken = {decision.pool for decision in at_work.values()}
+    taken = {pool for decision in at_work.values() for pool in decision.pools}
     ready = []
     for decision in left.values():
-        if decision.pool not in taken and not unfinished & set(decision.needs):
-            taken.add(decision.pool)
+        if not taken & set(decision.pools) and not unfinished & set(decision.needs):
+            taken |= set(decision.pools)
             ready.append(decision)
     return ready
 

@@ -1,0 +1,58 @@
+"""Which engines a rank of a stage of online reinforcement learning asks, and how they come by the policy's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from postlude.rollout.apart import ApartEngine, Seat
+from postlude.rollout.colocated import PolicyEngine
+from postlude.rollout.handover import Handover, write_for_engines
+from postlude.rollout.serving import Server, Serving
+from postlude.training.precision import DTYPES
+
+if TYPE_CHECKING:
+    from postlude.recipes.online_assembly import OnlineAssembly
+
+VERSIONS = 3
+"""Of the weights that may be there at a time: one that is read, one that waits, one that is written."""
+
+
+def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
+    """The policy itself; or the engine beside this rank; or its part of those that are in a pool of their own."""
+    policy, rollout = parts.program.roles["policy"].model, parts.config.rollout
+    choice = rollout.engine
+    if not choice.is_apart:
+        return PolicyEngine(policy, parts.precision, rollout.concurrency)
+    dtype = DTYPES[parts.precision.name]
+    serving = Serving(
+        context=parts.config.batch.block,
+        concurrency=rollout.concurrency,
+        weights=sum(parameter.numel() for parameter in policy.causal.parameters()) * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=float(rollout.engine_seconds),
+        threads=parts.task.engine_threads or parts.task.threads,
+    )
+
+    def write(folder: Path) -> None:
+        write_for_engines(policy, folder, dtype, parts.workers)
+
+    handover = Handover(write, lambda: choice.meets(VERSIONS * serving.weights))
+    seats = [Seat(choice.component_name, make, handover, parts.journal.event) for make in _servers(parts, serving)]
+    return ApartEngine(seats, handover, serving.context, choice.updates_in_flight)
+
+
+def _servers(parts: OnlineAssembly, serving: Serving) -> list[Callable[[], Server]]:
+    """What makes each engine that this rank asks. Of ranks with the same data one asks for all."""
+    workers, choice, hosts = parts.workers, parts.config.rollout.engine, parts.task.engines
+    if not workers.speaks:
+        return []
+    if not hosts:
+        choice.check()
+        return [partial(choice.server, serving)]
+    from postlude.cluster.engines import HostedServer  # loads Ray
+
+    own = range(workers.data_rank, len(hosts), workers.data_world)
+    return [partial(HostedServer, hosts, number, choice, serving) for number in own]

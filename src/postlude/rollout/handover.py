@@ -1,0 +1,105 @@
+"""How engines apart come by the policy's weights: they are written once for each version, and read from there.
+
+Notable:
+
+- The folder is in shared memory, so that nothing touches a disk.
+- Of the ranks of one host the first writes, and the others link to its files. Ranks that hold the policy together
+  gather it tensor by tensor, all hosts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from postlude.model.export import send_weights, write_weights
+from postlude.model.language_model import LanguageModel
+from postlude.training.workers import Workers
+
+
+class Handover:
+    """The newest weights as a folder. ``write`` writes them, as they now are, into one that is empty; ``place`` is
+    where the room is made that holds it."""
+
+    def __init__(self, write: Callable[[Path], None], place: Callable[[], Path]) -> None:
+        self._write, self._place = write, place
+        self._room: Path | None = None
+        self._version = -1
+        self._read: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def room(self) -> Path:
+        """The folder that holds everything of this process which engines are to see."""
+        if self._room is None:
+            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=self._place()))
+        return self._room
+
+    @property
+    def version(self) -> int:
+        """That of the newest weights; -1 where there are none yet."""
+        return self._version
+
+    def publish(self, version: int) -> None:
+        """Write the weights, which are now those after ``version`` steps. All ranks call it."""
+        if version == self._version:
+            return
+        folder = self._folder(version)
+        folder.mkdir()
+        self._write(folder)
+        with self._lock:
+            before, self._version = self._version, version
+            self._put_away(before)
+
+    @contextmanager
+    def newest(self) -> Iterator[tuple[Path, int]]:
+        """The newest weights and their version, which stay while they are read."""
+        with self._lock:
+            version = self._version
+            assert version >= 0, "weights are given before anything is asked"
+            self._read[version] += 1
+        try:
+            yield self._folder(version), version
+        finally:
+            with self._lock:
+                self._read[version] -= 1
+                self._put_away(version)
+
+    def close(self) -> None:
+        """Leave no file."""
+        if self._room is not None:
+            shutil.rmtree(self._room, ignore_errors=True)
+            self._room, self._version = None, -1
+
+    def _put_away(self, version: int) -> None:
+        if version not in (self._version, -1) and not self._read[version]:
+            shutil.rmtree(self._folder(version), ignore_errors=True)
+
+    def _folder(self, version: int) -> Path:
+        return self.room / f"version-{version}"
+
+
+def write_for_engines(policy: LanguageModel, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
+    """Write the policy as engines read it, into a folder of each rank. All ranks call it.
+
+    Where the folders of ranks are on one file system, that of the first has the files and the others link to them.
+    """
+    here = (os.uname().nodename, folder.stat().st_dev)
+    told = workers.gather((here, str(folder)))
+    first = Path(next(place for where, place in told if where == here))
+    if first == folder:
+        write_weights(policy, folder, dtype)
+    elif policy.mesh is not None:
+        send_weights(policy, dtype)
+    workers.barrier()
+    if first != folder:
+        for file in first.iterdir():
+            os.link(file, folder / file.name)
