@@ -38,20 +38,13 @@ class WorkerGroup:
         self.size, self._room = size, room
         self.addresses: list[Address] = []
         self.workers: list[Any] = []
-        options = {
-            "num_cpus": demand.resources.get("CPU", 0),
-            "num_gpus": demand.resources.get("GPU", 0),
-            "memory": int(demand.resources.get("memory", 0)) or None,
-            "namespace": NAMESPACE,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
+        options = actor_options(demand)
         actor: Any = ray.remote(concurrency_groups={"control": 1})(Worker)  # type: ignore[call-overload]
         try:
-            _remove_left_behind(name)
+            remove_left_behind(name)
             for rank in range(size):
                 here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
-                named = actor.options(name=_actor_name(name, rank), scheduling_strategy=here, **options)
+                named = actor.options(name=actor_name(name, rank), scheduling_strategy=here, **options)
                 self.workers.append(named.remote(rank, setting))
             self.addresses = self._started([worker.address.remote() for worker in self.workers])
             meeting = f"{self.addresses[0].host}:{self.addresses[0].free_port}"
@@ -158,11 +151,24 @@ class WorkerGroup:
         placement.remove(self._room)
 
 
-def _actor_name(name: str, rank: int) -> str:
+def actor_name(name: str, rank: int) -> str:
+    """Ray's name of one of a group of actors."""
     return f"{name}:{rank}"
 
 
-def _remove_left_behind(name: str) -> None:
+def actor_options(demand: Demand) -> dict[str, Any]:
+    """What Ray is asked for an actor."""
+    return {
+        "num_cpus": demand.resources.get("CPU", 0),
+        "num_gpus": demand.resources.get("GPU", 0),
+        "memory": int(demand.resources.get("memory", 0)) or None,
+        "namespace": NAMESPACE,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+
+
+def remove_left_behind(name: str) -> None:
     """Kill workers of this name that another controller has left, and wait until they are gone."""
     deadline = time.monotonic() + GONE_SECONDS
     while True:

@@ -81,6 +81,11 @@ class Supervisor:
         """Ask the ranks to stop with a checkpoint. From any thread."""
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop, or to abandon its work."""
+        return self._stop.is_set() or self._abandon.is_set()
+
     def abandon(self) -> None:
         """Kill the ranks at once. From any thread."""
         self._abandon.set()

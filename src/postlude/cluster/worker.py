@@ -54,6 +54,13 @@ class Setting:
         """As in this process."""
         return Setting(name, os.getcwd(), list(sys.path), threads, dict(environment), modules)
 
+    def enter(self) -> None:
+        """Make it that of this process."""
+        with contextlib.suppress(OSError):  # another machine may have no such folder
+            os.chdir(self.folder)
+        sys.path.extend(entry for entry in self.path if entry not in sys.path and os.path.isdir(entry))
+        os.environ.update({"OMP_NUM_THREADS": str(self.threads), **self.environment})
+
 
 @dataclass(frozen=True)
 class Address:
@@ -83,12 +90,9 @@ class Worker:
     """One rank. ``take_place`` comes first, then ``work`` or ``build`` and ``call``."""
 
     def __init__(self, rank: int, setting: Setting) -> None:
-        _die_with_parent()
+        die_with_parent()
         self._rank, self._name = rank, setting.name
-        with contextlib.suppress(OSError):  # another machine may have no such folder
-            os.chdir(setting.folder)
-        sys.path.extend(entry for entry in setting.path if entry not in sys.path and os.path.isdir(entry))
-        os.environ.update({"OMP_NUM_THREADS": str(setting.threads), **setting.environment})
+        setting.enter()
         self._threads, self._modules = setting.threads, setting.modules
         self._stop, self._relay = Interruption(), Relay()
         self._noticed = False
@@ -213,7 +217,7 @@ def loaded(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this process when Ray's process on the node dies, however it dies."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

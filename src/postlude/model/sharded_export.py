@@ -57,9 +57,8 @@ def gathered_causal(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[
     for name, tensor in model.causal.state_dict(keep_vars=True).items():
         once.setdefault(id(tensor), (name, tensor))
     state = dict(once.values())
-    if model.attached is None:
-        whole = ((name, _whole(tensor)) for name, tensor in state.items())
-    else:
+    whole: Iterator[tuple[str, Tensor]] = ((name, _whole(tensor)) for name, tensor in state.items())
+    if model.attached is not None:
         whole = adapters.merged_state(state, model.attached.config, _whole)
     for name, tensor in whole:
         yield name, _as_written(tensor[: _rows(model, name)] if tensor.ndim else tensor, dtype)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config, Named
 from postlude.manifest.schema import Evaluate, ModelPlace
-from postlude.manifest.types import Positive
+from postlude.manifest.types import Name, Positive
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
@@ -37,6 +37,9 @@ class Rollout(Config):
     engine: Annotated[EngineChoice, Named("engines", default="native"), Field(validate_default=True)] = "native"  # type: ignore
     """What answers: ``native`` is the policy itself, in the process that trains it or (``apart: true``) in one of its
     own; ``vllm`` a server of vLLM."""
+    pool: Name | None = None
+    """The pool of ``compute.pools`` that the engines have for themselves, one for each of its workers: on devices of
+    their own, and warm when those that train are started anew. By default each worker that trains has one beside it."""
     oversample: Annotated[float, Field(ge=1)] | Positive = 1.0
     """So many times the prompts of a round are answered at a time. A round is over when its prompts are complete, so
     that it does not wait for the longest answers; these are cut, kept, and go on first of all in the next."""
@@ -91,6 +94,7 @@ class OnlineRecipe(TrainingRecipe):
     """Base of the recipes of online reinforcement learning."""
 
     half: ClassVar[str] = "bf16"
+    pool_keys: ClassVar[tuple[str, ...]] = ("pool", "rollout.pool")
     needs_reward: ClassVar[bool] = True
 
     rollout: Rollout = Rollout()
@@ -130,6 +134,13 @@ class OnlineRecipe(TrainingRecipe):
                 "'rollout.ahead' needs an engine that answers while the policy is trained: set rollout.engine to "
                 "{name: native, apart: true} or to vllm"
             )
+        if self.rollout.pool is not None and (not engine.is_apart or engine.runs_already):
+            raise ValueError(
+                "'rollout.pool' is for engines that are started there: set rollout.engine to {name: native, apart: "
+                "true} or to vllm without addresses"
+            )
+        if self.rollout.pool == self.pool:
+            raise ValueError(f"the pool '{self.pool}' is that of the workers that train: name another one")
         if self.rollout.oversample > 1 and self.environment is not None:
             raise ValueError("an episode is not cut in its midst: leave 'rollout.oversample' out, or 'environment'")
         objection = engine.objection(self.rollout.top_p)
@@ -200,6 +211,7 @@ class OnlineRecipe(TrainingRecipe):
                 "prompts": 2,
                 "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS),
                 "engine": Native(),
+                "pool": None,
                 "ahead": 0,
                 "oversample": 1.0,
             }

@@ -164,9 +164,7 @@ class ApartEngine:
             one.result()
 
 
-def dealt(
-    requests: Sequence[Request], enough: Enough | None, shares: int
-) -> list[tuple[Sequence[int], Enough | None]]:
+def dealt(requests: Sequence[Request], enough: Enough | None, shares: int) -> list[tuple[Sequence[int], Enough | None]]:
     """The places of requests, and when enough of them have ended, dealt in so many shares: what is of use only together
     stays together, and so do the completions of a prompt, which share its forward pass."""
     if shares <= 1:

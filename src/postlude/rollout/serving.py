@@ -85,6 +85,11 @@ class EngineChoice(Component):
         """Whether it is a process of its own; else it is the policy in the process that trains it."""
         return True
 
+    @property
+    def runs_already(self) -> bool:
+        """Whether it is a server that others have started."""
+        return False
+
     def objection(self, top_p: float) -> str | None:
         """Why it cannot sample so, if it cannot."""
         return None

@@ -35,6 +35,12 @@ def pool_of(manifest: Manifest, stage: StageConfig) -> Pool:
     return manifest.compute.pools.get(pool_name(stage), Pool())
 
 
+def engines_of(manifest: Manifest, stage: StageConfig) -> Pool | None:
+    """What the manifest says of the pool of a stage's engines; None where they have none of their own."""
+    others = pools_of(stage)[1:]
+    return manifest.compute.pools.get(others[0], Pool()) if others else None
+
+
 def ranks_of(manifest: Manifest, stage: StageConfig) -> int:
     """How many workers run the stage, where there is room."""
     return pool_of(manifest, stage).most
@@ -76,6 +82,12 @@ def check_compute(manifest: Manifest) -> None:
     compute = manifest.compute
     check_transport(compute)
     for name, stage in manifest.stages.items():
+        engines = engines_of(manifest, stage)
+        if engines is not None and engines.least != engines.most:
+            raise ComputeError(
+                f"stages.{name}: the pool '{pools_of(stage)[1]}' of its engines has between {engines.least} and "
+                f"{engines.most} workers, and what they answer depends on their number. Give it a fixed one."
+            )
         parallel = getattr(stage, "parallel", None)
         if parallel is not None:
             try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from postlude.manifest.errors import UserError
+from postlude.manifest.errors import ManifestError, UserError
 from postlude.manifest.load import Resolved
 from postlude.recipes.parts import StageTask
 from postlude.runs import Run
@@ -15,7 +17,7 @@ from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import begin, identity_now, make_room, taken_over, verify_inputs
-from postlude.workflow.compute import pool_of, threads_of
+from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class StagesAtWork:
         supervisor = self._supervisor(decision, progress)
 
         def supervise() -> Any:
-            with progress:
+            with progress, self._engines(decision, lambda: supervisor.stopping):
                 return supervisor.run()
 
         self.decisions[decision.stage] = decision
@@ -122,8 +124,39 @@ class StagesAtWork:
         return False
 
     def _task(self, decision: Decision, inline: bool = False) -> StageTask:
-        threads = threads_of(self.resolved.manifest, decision.stage, inline)
-        return StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
+        manifest = self.resolved.manifest
+        threads = threads_of(manifest, decision.stage, inline)
+        task = StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
+        pool = engines_of(manifest, manifest.stages[decision.stage])
+        if pool is None:
+            return task
+        if inline:
+            raise ManifestError(
+                f"stages.{decision.stage}: its engines have a pool of their own, and with --inline all is one process. "
+                "Leave --inline out, or 'rollout.pool'."
+            )
+        from postlude.cluster.engines import host_names
+
+        hosts = host_names(self._job_name(decision), pool.most)
+        return replace(task, engines=hosts, engine_threads=pool.cpus_per_worker or 0)
+
+    def _job_name(self, decision: Decision) -> str:
+        return f"{decision.stage}@{self.run.uri}"
+
+    def _engines(self, decision: Decision, give_up: Callable[[], bool]) -> AbstractContextManager[None]:
+        """The hosts of a stage's engines, where these have a pool of their own."""
+        from postlude.cluster.engines import engine_hosts
+        from postlude.cluster.placement import Demand
+        from postlude.cluster.worker import Setting
+
+        manifest, name = self.resolved.manifest, decision.stage
+        pool, compute = engines_of(manifest, manifest.stages[name]), manifest.compute
+        if pool is None:
+            return nullcontext()
+        threads = pool.cpus_per_worker or threads_of(manifest, name)
+        setting = Setting.here(name, threads, compute.environment)
+        seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
+        return engine_hosts(self._job_name(decision), demand, pool.most, setting, seconds, give_up)
 
     def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
         from postlude.cluster.observer import Observer
@@ -136,7 +169,7 @@ class StagesAtWork:
         compute, pool = manifest.compute, pool_of(manifest, manifest.stages[name])
         task, stage = self._task(decision), self.run.stage(name)
         job = Job(
-            name=f"{name}@{self.run.uri}",
+            name=self._job_name(decision),
             function=FUNCTION,
             task=task,
             demand=Demand.of(compute, pool),

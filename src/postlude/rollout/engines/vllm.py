@@ -65,6 +65,10 @@ class Vllm(EngineChoice):
                 raise ValueError(f"'{address}' is no address of the form http://host:port")
         return addresses
 
+    @property
+    def runs_already(self) -> bool:
+        return self.addresses is not None
+
     def meets(self, size: int) -> Path:
         return super().meets(size) if self.exchange is None else Path(self.exchange)
 

@@ -1,0 +1,287 @@
+"""Engines in a pool of their own: one actor holds each, and those that train ask it by name.
+
+Notable:
+
+- The controller starts the actors, so that they outlive the workers: when those are formed anew the engines are warm,
+  and are given the weights of the checkpoint.
+- Ray starts an actor again that is gone, on another node if need be. Until it is back its prompts go to the others.
+- Weights go as a path where both are on one node, else through Ray's object store, piece by piece, and with its
+  encryption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from postlude.cluster import placement
+from postlude.cluster.group import GONE_SECONDS, NAMESPACE, actor_name, actor_options, remove_left_behind
+from postlude.cluster.placement import Demand
+from postlude.cluster.worker import Setting, die_with_parent
+from postlude.manifest.errors import ComputeError, UserError
+from postlude.rollout.engine import Completion, Enough, Request, Sampling
+from postlude.rollout.serving import EngineChoice, EngineDied, Server, Serving
+from postlude.telemetry.progress import waiting
+
+SOURCE = uuid.uuid4().hex
+"""This process as a source of weights: what another left under the same version may be others."""
+PIECE_BYTES = 32 * 2**20
+PIECES_UNDER_WAY = 2
+CALL_SECONDS = 60.0
+START_SECONDS = 900.0
+"""How long an engine may take to be there: to start, or to take over weights."""
+HOME_SECONDS = 30.0
+"""How long its own host is waited for before the prompts of an engine go to another."""
+MOST_CALLS = 64
+VERSIONS = 3
+Answer = tuple[str, Any]
+"""``done`` with a result, ``died`` with the reason, or ``failed`` with the error."""
+
+
+# --- where the engine is ------------------------------------------------------------------------------------
+
+
+class EngineHost:
+    """The actor that holds one engine, started when it is first asked for."""
+
+    def __init__(self, setting: Setting) -> None:
+        die_with_parent()
+        setting.enter()
+        self._server: Server | None = None
+        self._made_of: tuple[EngineChoice, Serving] | None = None
+        self._has: tuple[str, int] | None = None
+        """The source and the version of its weights."""
+        self._serial = 0
+        """Which server it is, counted from 1."""
+        self._room: Path | None = None
+        self._lock = threading.Lock()
+
+    def where(self) -> str:
+        """Ray's id of the node."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def receive(self, key: str, choice: EngineChoice, size: int, name: str, offset: int, piece: np.ndarray) -> None:
+        """Keep a piece of a file of weights."""
+        folder = self._folder(choice, size) / key
+        folder.mkdir(exist_ok=True)
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(file, piece.data, offset)
+        finally:
+            os.close(file)
+
+    def take(
+        self, choice: EngineChoice, serving: Serving, source: str, version: int, folder: str | None, key: str
+    ) -> Answer:
+        """Have an engine with the weights in a folder, or in those that were received: its serial number."""
+        return _answer(lambda: self._take(choice, serving, (source, version), folder, key))
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> Answer:
+        """As :meth:`postlude.rollout.engine.Engine.generate`."""
+        server = self._server
+        if server is None:
+            return "died", "It has started anew, without weights."
+        return _answer(lambda: server.generate(requests, sampling, enough))
+
+    def kill(self, serial: int) -> None:
+        """Kill the engine, unless it is another by now."""
+        with self._lock:
+            if serial == self._serial:
+                self._end()
+
+    def close(self) -> None:
+        """Leave no process and no file."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        if self._room is not None:
+            shutil.rmtree(self._room, ignore_errors=True)
+
+    def _take(
+        self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, key: str
+    ) -> int:
+        received = self._folder(choice, serving.weights) / key
+        place = received if folder is None else Path(folder)
+        with self._lock:
+            if self._made_of != (choice, serving):
+                self._end()
+            if self._server is not None and self._has != weights:
+                try:
+                    self._server.update(place, weights[1])
+                except EngineDied:
+                    self._end()
+            if self._server is None:
+                choice.check()
+                self._server, self._made_of = choice.server(serving), (choice, serving)
+                self._serial += 1
+                try:
+                    self._server.start(self._folder(choice, serving.weights), place, weights[1])
+                except BaseException:
+                    self._end()
+                    raise
+            self._has = weights
+            shutil.rmtree(received, ignore_errors=True)
+            return self._serial
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.kill()
+        self._server = self._has = None
+
+    def _folder(self, choice: EngineChoice, size: int) -> Path:
+        if self._room is None or not self._room.is_dir():  # it is gone with an engine that has ended
+            place = choice.meets(VERSIONS * size)
+            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
+        return self._room
+
+
+def _answer(what: Callable[[], Any]) -> Answer:
+    try:
+        return "done", what()
+    except EngineDied as error:
+        return "died", str(error)
+    except (UserError, ValueError) as error:
+        return "failed", error
+
+
+# --- who asks it --------------------------------------------------------------------------------------------
+
+
+class HostedServer:
+    """The engine of the ``number``-th host as those see it that train; that of another host while it is not there."""
+
+    def __init__(self, hosts: Sequence[str], number: int, choice: EngineChoice, serving: Serving) -> None:
+        self._hosts = [*hosts[number:], *hosts[:number]]
+        self._choice, self._serving = choice, serving
+        self._host: Any = None
+        self._is_near = False
+        self._serial = 0
+
+    def start(self, room: Path, folder: Path, version: int) -> None:
+        self._host = self._found()
+        self._is_near = self._get("where", seconds=CALL_SECONDS) == ray.get_runtime_context().get_node_id()
+        self.update(folder, version)
+
+    def update(self, folder: Path, version: int) -> None:
+        key = f"{SOURCE}-{version}"
+        if not self._is_near:
+            self._send(folder, key)
+        near = str(folder) if self._is_near else None
+        self._serial = self._ask("take", START_SECONDS, self._choice, self._serving, SOURCE, version, near, key)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        made = self._ask("generate", self._serving.seconds + CALL_SECONDS, list(requests), sampling, enough)
+        return list(made)
+
+    def kill(self) -> None:
+        if self._host is not None:
+            with contextlib.suppress(EngineDied):
+                self._get("kill", self._serial, seconds=CALL_SECONDS)
+
+    def close(self) -> None:
+        """The engine stays for those who come next; the controller ends it."""
+
+    def _found(self) -> Any:
+        """The first host that answers; for a while only its own."""
+        begin = time.monotonic()
+        while (waited := time.monotonic() - begin) < START_SECONDS:
+            for name in self._hosts if waited > HOME_SECONDS else self._hosts[:1]:
+                with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                    host = ray.get_actor(name, NAMESPACE)
+                    ray.get(host.where.remote(), timeout=CALL_SECONDS / 6)
+                    return host
+            time.sleep(0.2)
+        raise EngineDied(f"None of the hosts of engines answers: {', '.join(self._hosts)}.")
+
+    def _send(self, folder: Path, key: str) -> None:
+        """The files of a folder, piece by piece."""
+        under_way: deque[Any] = deque()
+        for file in sorted(folder.iterdir()):
+            whole = np.memmap(file, np.uint8, "r")
+            for start in range(0, len(whole), PIECE_BYTES):
+                piece = ray.put(np.asarray(whole[start : start + PIECE_BYTES]))
+                call = self._host.receive.remote(key, self._choice, self._serving.weights, file.name, start, piece)
+                under_way.append(call)
+                if len(under_way) > PIECES_UNDER_WAY:
+                    _got(under_way.popleft(), CALL_SECONDS)
+        for call in under_way:
+            _got(call, CALL_SECONDS)
+
+    def _ask(self, method: str, seconds: float, *arguments: Any) -> Any:
+        kind, answer = self._get(method, *arguments, seconds=seconds)
+        if kind == "died":
+            raise EngineDied(answer)
+        if kind == "failed":
+            raise answer
+        return answer
+
+    def _get(self, method: str, *arguments: Any, seconds: float) -> Any:
+        return _got(getattr(self._host, method).remote(*arguments), seconds)
+
+
+def _got(call: Any, seconds: float) -> Any:
+    """What a host answers. EngineDied if it is gone, or does not within the time."""
+    try:
+        return ray.get(call, timeout=seconds)
+    except ray.exceptions.GetTimeoutError as error:
+        raise EngineDied(f"The host of the engine has not answered for {seconds:g} seconds.") from error
+    except ray.exceptions.RayActorError as error:
+        raise EngineDied(f"The host of the engine is gone: {str(error).splitlines()[0]}") from error
+
+
+# --- the controller -----------------------------------------------------------------------------------------
+
+
+def host_names(name: str, count: int) -> list[str]:
+    """The names of the hosts of engines of a job, by which its workers ask for them."""
+    return [actor_name(f"{name}:engines", number) for number in range(count)]
+
+
+@contextlib.contextmanager
+def engine_hosts(
+    name: str, demand: Demand, count: int, setting: Setting, seconds: float, give_up: Callable[[], bool]
+) -> Iterator[None]:
+    """Hosts of the engines of a job, for as long as the context lasts. ComputeError if there is no room for them within
+    ``seconds``."""
+    with waiting(f"room for {count} engines of {name}"):
+        room = placement.place(demand, count, seconds, give_up)
+    if room is None:
+        if give_up():
+            yield
+            return
+        raise ComputeError(
+            f"There is no room for {count} engines of {name}: each needs {demand}, and there is room for "
+            f"{placement.room(demand)} now, on {placement.described_nodes()}. Free or add nodes and run again."
+        )
+    actor: Any = ray.remote(EngineHost)
+    hosts: list[Any] = []
+    try:
+        remove_left_behind(f"{name}:engines")
+        for number, named in enumerate(host_names(name, count)):
+            here = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
+            options = {**actor_options(demand), "max_restarts": -1, "max_concurrency": MOST_CALLS}
+            hosts.append(actor.options(name=named, scheduling_strategy=here, **options).remote(setting))
+        yield
+    finally:
+        closed = [host.close.remote() for host in hosts]
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.wait(closed, num_returns=len(closed), timeout=GONE_SECONDS) if closed else None
+        for host in hosts:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(host)
+        placement.remove(room)

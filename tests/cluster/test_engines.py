@@ -1,0 +1,98 @@
+"""Engines in a pool of their own: they outlive those who train, and what is killed shows in nothing but an event."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.long
+
+EXACT = ("step", "loss", "grad_norm", "reward", "completion_tokens", "engine_gap", "tokens", "prompts_issued")
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, new_project) -> list[dict[str, Any]]:
+    """The metrics of an undisturbed run."""
+    project = asking(new_project(tmp_path_factory.mktemp("calm")))
+    project.start()
+    project.ended()
+    return told(project)
+
+
+def asking(project):
+    """A project whose stage asks two engines in a pool of their own."""
+    project.stage.clear()
+    project.stage |= {
+        "recipe": "grpo",
+        "model": {"new": {"architecture": "llama", "config": SIZE}},
+        "tokenizer": {"bytes": True},
+        "data": {"chats": 1.0},
+        "steps": 40,
+        "batch": {"tokens": 4096, "block": 128},
+        "optimizer": {"lr": 1e-2},
+        "threads": 1,
+        "checkpoint": {"every": 4},
+        "rollout": {"prompts": 4, "max_tokens": 8, "engine": {"name": "native", "apart": True}, "pool": "engines"},
+        "group": 4,
+        "reward": [{"function": {"name": "regex", "pattern": "[a-m]"}}],
+    }
+    project.manifest["compute"]["pools"] = {"train": {"workers": 2}, "engines": {"workers": 2}}
+    return project
+
+
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def told(project) -> list[dict[str, Any]]:
+    """The deterministic fields of the metrics."""
+    lines = project.run.stage("sft").metrics.read()
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    return [{key: line[key] for key in EXACT} for line in lines]
+
+
+def below(project, roots: list[int] | None, what: str) -> dict[int, psutil.Process]:
+    """The processes below the controller, or below these, whose command or name has a word in it, by number."""
+    found = {}
+    for root in roots or [project.process.pid]:
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(root).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    words = [one.name(), *one.cmdline()[:3]]
+                    if any(word.startswith(what) for word in words) and one.status() != psutil.STATUS_ZOMBIE:
+                        found[one.pid] = one
+    return found
+
+
+@pytest.mark.capability("Engines in a pool of their own stay warm when those who train are killed")
+def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed(project, calm):
+    project = asking(project)
+    project.start()
+    project.until(lambda: project.step() > 5)
+    engines = below(project, None, "postlude.rollout.native_server")
+    assert len(engines) == 2
+    for one in project.ranks():
+        one.kill()
+    before = project.step()
+    project.until(lambda: len(project.told("group_formed")) == 2 and project.step() > before + 3)
+    assert below(project, None, "postlude.rollout.native_server").keys() == engines.keys()
+    next(iter(engines.values())).kill()
+    before = project.step()
+    project.until(lambda: project.step() > before + 4)
+    hosts = below(project, None, "ray::EngineHost")
+    assert len(hosts) == 2
+    next(iter(hosts.values())).kill()
+    project.until(lambda: len(below(project, None, "ray::EngineHost").keys() | hosts.keys()) == 3)
+    project.ended()
+    assert told(project) == calm
+    assert len(project.told("group_formed")) == 2
+    assert project.told("engine_died")
+    assert all(outcome.total() == 1 for outcome in outcomes_of(project).values())
+
+
+def outcomes_of(project):
+    from postlude.rollout.rounds import outcomes
+
+    return outcomes(project.run.stage("sft").rollouts.read())
