@@ -144,6 +144,7 @@ class OnlineAssembly(Assembly, ForwardModels):
             pool=self.pool,
             workers=self.workers,
             phases=self.phases,
+            tell=self.journal.event,
             room=self.config.batch.block,
             environment=self.config.environment,
             most_turns=rollout.turns or 8,

@@ -40,7 +40,7 @@ def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
         write_for_engines(policy, folder, dtype, parts.workers)
 
     handover = Handover(write, lambda: choice.meets(VERSIONS * serving.weights))
-    seats = [Seat(choice.component_name, make, handover, parts.journal.event) for make in _servers(parts, serving)]
+    seats = [Seat(choice.component_name, make, handover) for make in _servers(parts, serving)]
     return ApartEngine(seats, handover, serving.context, choice.updates_in_flight)
 
 

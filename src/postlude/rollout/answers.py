@@ -51,6 +51,8 @@ class Answerer:
     pool: RewardPool
     workers: Workers
     phases: Phases
+    tell: Callable[..., None]
+    """Takes an event, its kind and fields."""
     room: int
     """Tokens that a prompt and its answer may have together."""
     environment: Environment | None = None
@@ -105,8 +107,11 @@ class Answerer:
         self.phases.add(answering.phases.take())
         groups, own = answering.groups, answering.own
         with self.phases.measure("gather"):
-            parts = self.workers.gather((self.workers.data_rank, own if self.workers.speaks else None))
-        by_rank: Mapping[int, list[Group]] = {rank: part for rank, part in parts if part is not None}
+            share = own if self.workers.speaks else None
+            parts = self.workers.gather((self.workers.data_rank, share, self.engine.deaths()))
+        for death in (death for *_, deaths in parts for death in deaths):
+            self.tell("engine_died", engine=death.engine, reason=death.reason)
+        by_rank: Mapping[int, list[Group]] = {rank: part for rank, part, _ in parts if part is not None}
         places = {rank: iter(part) for rank, part in by_rank.items()}
         return [next(places[place % self.askers]) for place in range(len(groups))]
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from postlude.rollout.engine import Completion, EngineLost, Enough, Request, Sampling
+from postlude.rollout.engine import Completion, Death, EngineLost, Enough, Request, Sampling
 from postlude.rollout.handover import Handover
 from postlude.rollout.serving import EngineDied, Server
 from postlude.telemetry.progress import waiting
@@ -27,14 +27,10 @@ MOST_THREADS = 64
 class Seat:
     """Where an engine is, and another when it dies. ``make`` makes one that is not started yet."""
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], Server],
-        handover: Handover,
-        tell: Callable[..., None] = lambda kind, **fields: None,
-    ) -> None:
-        self._name, self._make, self._handover, self._tell = name, make, handover, tell
+    def __init__(self, name: str, make: Callable[[], Server], handover: Handover) -> None:
+        self._name, self._make, self._handover = name, make, handover
+        self.died: list[Death] = []
+        """Those of which nobody has been told."""
         self._server: Server | None = None
         self._has = -1
         """The version that the server has."""
@@ -101,7 +97,7 @@ class Seat:
                 return
             self._server, self._deaths = None, self._deaths + 1
             died.kill()
-            self._tell("engine_died", reason=str(error), engine=self._name)
+            self.died.append(Death(self._name, str(error)))
             if self._deaths == TRIES:
                 raise EngineLost(
                     f"{TRIES} engines '{self._name}' died one after the other. The last: {error}"
@@ -145,6 +141,14 @@ class ApartEngine:
         shares = zip(self._seats, dealt(requests, enough, len(self._seats)), strict=True)
         self._together([lambda seat=seat, of=of: ask(seat, *of) for seat, of in shares if of[0]])  # type: ignore[misc]
         return [made[place] for place in range(len(requests))]
+
+    def deaths(self) -> list[Death]:
+        """The engines that have died since this was last asked."""
+        found = []
+        for seat in self._seats:
+            while seat.died:
+                found.append(seat.died.pop(0))
+        return found
 
     def close(self) -> None:
         """Leave no process and no file."""

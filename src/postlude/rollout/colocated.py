@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.engine import Completion, Enough, Request, Sampling
+from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling
 from postlude.rollout.native import NativeEngine
 from postlude.training.precision import Precision
 
@@ -33,6 +33,9 @@ class PolicyEngine:
     def update(self, version: int) -> None:
         """Note that the weights are now those after ``version`` steps."""
         self._version = version
+
+    def deaths(self) -> Sequence[Death]:
+        return ()
 
     def close(self) -> None: ...
 

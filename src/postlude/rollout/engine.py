@@ -76,6 +76,14 @@ class Completion:
     """Of each sampled token, of the weights that sampled it; none where the engine does not know."""
 
 
+@dataclass(frozen=True)
+class Death:
+    """An engine that died, and in whose place another is."""
+
+    engine: str
+    reason: str
+
+
 class EngineLost(UserError):
     """An engine died or hung, and so did those that took its place."""
 
@@ -97,6 +105,10 @@ class Engine(Protocol):
     def update(self, version: int) -> None:
         """Take over the weights of the policy as they now are, after ``version`` steps. What is being answered goes on
         with them."""
+        ...
+
+    def deaths(self) -> Sequence[Death]:
+        """The engines that have died since this was last asked."""
         ...
 
     def close(self) -> None:
