@@ -14,15 +14,18 @@ import psutil
 import pytest
 import torch
 
+from postlude.manifest.adapter import Adapter
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.schema import ModelFrom, NewModel
-from postlude.model.export import write_weights
+from postlude.model.adapters import Asked
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
-from postlude.rollout.apart import ApartEngine
+from postlude.rollout.apart import ApartEngine, Seat
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.engines.vllm import Client, Vllm
+from postlude.rollout.handover import Handover, write_for_engines
 from postlude.rollout.serving import Serving
+from postlude.training.workers import Workers
 
 SHAPE = {
     "max_position_embeddings": 4096,
@@ -41,20 +44,27 @@ def policy() -> LanguageModel:
     return load_model(ModelFrom(new=NewModel(architecture="llama", config=config)), None, None, seed=1)
 
 
-@pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
-    return []
+def apart(choice: Vllm, serving: Serving, policy: LanguageModel) -> ApartEngine:
+    """An engine that is given the policy's weights."""
+
+    def write(folder: Path, before: Path | None) -> None:
+        write_for_engines(policy, folder, torch.float32, Workers(), serving.adapter_rank > 0, before)
+
+    handover = Handover(write, lambda: choice.meets(serving.weights))
+    seat = Seat("vllm", lambda: choice.server(serving), handover)
+    return ApartEngine([seat], handover, serving.context, choice.updates_in_flight)
 
 
 @pytest.fixture(scope="module")
-def engine(vllm, policy, told) -> Iterator[ApartEngine]:
-    def publish(folder: Path) -> None:
-        write_weights(policy, folder, torch.float32)
-
-    engine = ApartEngine(vllm, SERVING, publish, lambda kind, **fields: told.append({"kind": kind, **fields}))
+def engine(vllm, policy) -> Iterator[ApartEngine]:
+    engine = apart(vllm, SERVING, policy)
     engine.update(0)
     yield engine
     engine.close()
+
+
+def server_of(engine: ApartEngine) -> Any:
+    return engine._seats[0]._server
 
 
 def requests(samples: int = 4) -> list[Request]:
@@ -100,12 +110,15 @@ def test_log_probabilities_are_the_policys(engine, policy, temperature):
 def test_requests_go_on_over_an_update(engine, policy):
     before = copy.deepcopy(policy)
     sampling = Sampling(300, frozenset(), temperature=0.9, seed=5)
-    for version, pause in enumerate((0.2, 0.5, 1.0, 2.0), 1):  # how soon a request is begun is the machine's affair
+    begin = time.perf_counter()
+    engine.generate(requests(), sampling)
+    takes = time.perf_counter() - begin
+    for version, share in enumerate([0.4, 0.1, 0.2, 0.3, 0.5, 0.05] * 5, 1):
         before.load_state_dict(policy.state_dict())
         made: list[Completion] = []
         work = threading.Thread(target=lambda made=made: made.extend(engine.generate(requests(), sampling)))
         work.start()
-        time.sleep(pause)
+        time.sleep(share * takes)
         move(policy)
         engine.update(version)
         work.join()
@@ -126,13 +139,9 @@ def test_requests_go_on_over_an_update(engine, policy):
 @pytest.mark.capability("A vLLM server that runs already, at an address")
 def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, policy, tmp_path):
     engine.generate(requests(1), Sampling(1, frozenset()))
-    address = engine._server._client.address
+    address = server_of(engine)._client.address
     move(policy)
-    other = ApartEngine(
-        Vllm(addresses=[address], exchange=str(tmp_path)),
-        SERVING,
-        lambda folder: write_weights(policy, folder, torch.float32),
-    )
+    other = apart(Vllm(addresses=[address], exchange=str(tmp_path)), SERVING, policy)
     other.update(30)
     made = other.generate(requests(), Sampling(24, frozenset(), seed=4))
     assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
@@ -160,7 +169,7 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 
 
 @pytest.mark.long
-def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy, told):
+def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     move(policy)
     engine.update(40)
     sampling = Sampling(200, frozenset(), temperature=0.9, seed=6)
@@ -177,12 +186,55 @@ def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy, tol
     assert [one.tokens for one in made] == [one.tokens for one in calm]
     assert [one.tokens for one in engine.generate(requests(), sampling)] == [one.tokens for one in calm]
     assert max(gaps(policy, one, 0.9).max() for one in made) < 1e-4
-    assert [event["kind"] for event in told] == ["engine_died"]
-    warden = psutil.Process(engine._server._process._warden.pid)
+    assert [death.engine for death in engine.deaths()] == ["vllm"]
+    warden = psutil.Process(server_of(engine)._process._warden.pid)
     everyone = [warden, *warden.children(recursive=True)]
     engine.close()
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not alive
+
+
+@pytest.mark.long
+@pytest.mark.capability("vLLM is given an adapter by itself")
+def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
+    config = {**SHAPE, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+    start = ModelFrom(new=NewModel(architecture="llama", config=config))
+    asked = Asked(Adapter(rank=12, targets=["attention", "mlp"]), 1, lambda stored: torch.float32)
+    policy = load_model(start, None, None, seed=1, adapter=asked)
+    assert vllm.takes_adapter(12, dora=False)
+    engine = apart(vllm, replace(SERVING, adapter_rank=12), policy)
+    try:
+        move_adapter(policy)
+        engine.update(0)
+        for version, seed in enumerate((5, 6, 7), 1):
+            before = copy.deepcopy(policy)
+            sampling = Sampling(300, frozenset(), temperature=0.9, seed=seed)
+            made: list[Completion] = []
+            work = threading.Thread(target=lambda: made.extend(engine.generate(requests(), sampling)))  # noqa: B023
+            work.start()
+            time.sleep(0.5)
+            move_adapter(policy)
+            engine.update(version)
+            work.join()
+            assert len(made) == len(requests())
+            for one in made:
+                old = torch.tensor([told == version - 1 for told in one.versions])
+                assert not old.any() or gaps(before, one, 0.9)[old].max() < 1e-4
+                assert old.all() or gaps(policy, one, 0.9)[~old].max() < 1e-4
+        [folder] = [one for one in engine._handover.room.iterdir() if one.name.startswith("version-")]
+        assert {file.name for file in (folder / "adapter").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+    finally:
+        engine.close()
+
+
+def move_adapter(policy: LanguageModel) -> None:
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def test_no_vllm_is_told_with_what_to_do(tmp_path):

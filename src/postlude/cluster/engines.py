@@ -33,7 +33,7 @@ from postlude.cluster.placement import Demand
 from postlude.cluster.worker import Setting, die_with_parent
 from postlude.manifest.errors import ComputeError, UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import EngineChoice, EngineDied, Server, Serving
+from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Server, Serving
 from postlude.telemetry.progress import waiting
 
 SOURCE = uuid.uuid4().hex
@@ -61,7 +61,6 @@ class EngineHost:
         die_with_parent()
         setting.enter()
         self._server: Server | None = None
-        self._made_of: tuple[EngineChoice, Serving] | None = None
         self._has: tuple[str, int] | None = None
         """The source and the version of its weights."""
         self._serial = 0
@@ -73,11 +72,15 @@ class EngineHost:
         """Ray's id of the node."""
         return str(ray.get_runtime_context().get_node_id())
 
+    def serves(self) -> bool:
+        """Whether it has an engine, whose base is there then."""
+        return self._server is not None
+
     def receive(self, key: str, choice: EngineChoice, size: int, name: str, offset: int, piece: np.ndarray) -> None:
         """Keep a piece of a file of weights."""
-        folder = self._folder(choice, size) / key
-        folder.mkdir(exist_ok=True)
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
+        place = self._folder(choice, size) / key / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(place, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             os.pwrite(file, piece.data, offset)
         finally:
@@ -116,24 +119,19 @@ class EngineHost:
         received = self._folder(choice, serving.weights) / key
         place = received if folder is None else Path(folder)
         with self._lock:
-            if self._made_of != (choice, serving):
-                self._end()
-            if self._server is not None and self._has != weights:
-                try:
-                    self._server.update(place, weights[1])
-                except EngineDied:
-                    self._end()
-            if self._server is None:
-                choice.check()
-                self._server, self._made_of = choice.server(serving), (choice, serving)
-                self._serial += 1
-                try:
+            try:
+                if self._server is None:
+                    choice.check()
+                    self._server, self._serial = choice.server(serving), self._serial + 1
                     self._server.start(self._folder(choice, serving.weights), place, weights[1])
-                except BaseException:
-                    self._end()
-                    raise
+                elif self._has != weights:
+                    self._server.update(place, weights[1])
+            except BaseException:
+                self._end()
+                raise
+            finally:
+                shutil.rmtree(received, ignore_errors=True)
             self._has = weights
-            shutil.rmtree(received, ignore_errors=True)
             return self._serial
 
     def _end(self) -> None:
@@ -173,12 +171,15 @@ class HostedServer:
     def start(self, room: Path, folder: Path, version: int) -> None:
         self._host = self._found()
         self._is_near = self._get("where", seconds=CALL_SECONDS) == ray.get_runtime_context().get_node_id()
-        self.update(folder, version)
+        self._hand_over(folder, version, ADAPTER if self._get("serves", seconds=CALL_SECONDS) else "")
 
     def update(self, folder: Path, version: int) -> None:
+        self._hand_over(folder, version, ADAPTER)
+
+    def _hand_over(self, folder: Path, version: int, changed: str) -> None:
         key = f"{SOURCE}-{version}"
         if not self._is_near:
-            self._send(folder, key)
+            self._send(folder, key, changed if self._serving.adapter_rank else "")
         near = str(folder) if self._is_near else None
         self._serial = self._ask("take", START_SECONDS, self._choice, self._serving, SOURCE, version, near, key)
 
@@ -208,14 +209,15 @@ class HostedServer:
             time.sleep(0.2)
         raise EngineDied(f"None of the hosts of engines answers: {', '.join(self._hosts)}.")
 
-    def _send(self, folder: Path, key: str) -> None:
-        """The files of a folder, piece by piece."""
+    def _send(self, folder: Path, key: str, part: str) -> None:
+        """The files of a folder, or of a part of it, piece by piece."""
         under_way: deque[Any] = deque()
-        for file in sorted(folder.iterdir()):
+        for file in sorted(one for one in folder.joinpath(part).rglob("*") if one.is_file()):
+            name = str(file.relative_to(folder))
             whole = np.memmap(file, np.uint8, "r")
             for start in range(0, len(whole), PIECE_BYTES):
                 piece = ray.put(np.asarray(whole[start : start + PIECE_BYTES]))
-                call = self._host.receive.remote(key, self._choice, self._serving.weights, file.name, start, piece)
+                call = self._host.receive.remote(key, self._choice, self._serving.weights, name, start, piece)
                 under_way.append(call)
                 if len(under_way) > PIECES_UNDER_WAY:
                     _got(under_way.popleft(), CALL_SECONDS)

@@ -87,11 +87,11 @@ class Change:
         return changed[:, columns]
 
 
-def merged_state(
-    state: Mapping[str, Tensor], config: LoraConfig, whole: Callable[[Tensor], Tensor] = Tensor.detach
+def base_state(
+    state: Mapping[str, Tensor], config: LoraConfig, merge: bool, whole: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """The state of a model with an adapter in it as that of its base, the changes merged into its weights one after the
-    other. ``whole`` makes the tensor of which ranks hold parts: all of them are gone through in the same order."""
+    """The state of a model with an adapter in it as that of its base, tensor by tensor; to ``merge`` is to make the
+    changes in its weights. ``whole`` makes the tensor of which ranks hold parts: all of them go through the same."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         path, inside, rest = name.partition(".lora_")
@@ -103,7 +103,7 @@ def merged_state(
             continue
         path, inside, rest = name.partition(".base_layer.")
         gathered = whole(tensor)
-        if inside and rest == "weight":
+        if merge and inside and rest == "weight":
             its = {part: whole(found).float() for part, found in parts[path].items()}
             change = Change(its["A"], its["B"], scaling, its.get("magnitude_vector"))
             gathered = change.apply(gathered).to(tensor.dtype)

@@ -89,9 +89,12 @@ def write_model(
     (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write what an engine needs to run a model: config and safetensors, as :func:`write_model` does; an adapter merged
-    into its base. Where ranks hold the model together others may write, too, and the rest call :func:`send_weights`."""
+def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype, merge: bool = True) -> None:
+    """Write what an engine needs to run a model: config and safetensors, as :func:`write_model` does; of one with an
+    adapter the base, with that merged into it or without it.
+
+    Where ranks hold the model together several may write, and the others call :func:`send_weights`.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     written = _on_meta(AutoModelForCausalLM, model, config, dtype)
@@ -99,13 +102,13 @@ def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) 
         written.tie_weights()
         _write_config(written, Path(folder))
         files = sharded_export.WeightFiles(written, Path(folder))
-        for name, tensor in sharded_export.gathered_causal(model, dtype):
+        for name, tensor in sharded_export.gathered_causal(model, dtype, merge):
             files.add(name, tensor)
         files.close()
         return
     state = vocabulary.unpadded(model.causal, model.vocabulary)
     if model.attached is not None:
-        state = dict(adapters.merged_state(state, model.attached.config))
+        state = dict(adapters.base_state(state, model.attached.config, merge))
     written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
     written.tie_weights()
     # Where ranks train together transformers would write on the first alone; each of them may have its own engine.
@@ -114,10 +117,20 @@ def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype) 
         written.save_pretrained(folder)
 
 
-def send_weights(model: LanguageModel, dtype: torch.dtype) -> None:
+def send_weights(model: LanguageModel, dtype: torch.dtype, merge: bool = True) -> None:
     """Take part in :func:`write_weights` on a rank that does not write, of those that hold the model together."""
-    for _ in sharded_export.gathered_causal(model, dtype):
+    for _ in sharded_export.gathered_causal(model, dtype, merge):
         pass
+
+
+def write_adapter(model: LanguageModel, folder: str | Path | None) -> None:
+    """Write the adapter of a model as PEFT does. Where ranks hold it together all call this, without a folder those
+    that do not write."""
+    assert model.attached is not None
+    tensors, _ = sharded_export.gathered_adapter(model)
+    if folder is not None:
+        Path(folder).mkdir()
+        adapters.write(tensors, model.attached, Path(folder))
 
 
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:

@@ -51,15 +51,16 @@ def gathered(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
 
 
-def gathered_causal(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """As :func:`gathered`, without a head ``scalar``, and with an adapter merged into its base."""
+def gathered_causal(model: LanguageModel, dtype: torch.dtype, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`gathered`, without a head ``scalar``; of a model with an adapter the base, with that merged into it or
+    without it."""
     once: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.causal.state_dict(keep_vars=True).items():
         once.setdefault(id(tensor), (name, tensor))
     state = dict(once.values())
     whole: Iterator[tuple[str, Tensor]] = ((name, _whole(tensor)) for name, tensor in state.items())
     if model.attached is not None:
-        whole = adapters.merged_state(state, model.attached.config, _whole)
+        whole = adapters.base_state(state, model.attached.config, merge, _whole)
     for name, tensor in whole:
         yield name, _as_written(tensor[: _rows(model, name)] if tensor.ndim else tensor, dtype)
 

@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from postlude.manifest.compute import Pool
 from postlude.rollout.apart import ApartEngine, Seat
 from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.handover import Handover, write_for_engines
-from postlude.rollout.serving import Server, Serving
+from postlude.rollout.serving import EngineChoice, Server, Serving
 from postlude.training.precision import DTYPES
 
 if TYPE_CHECKING:
+    from postlude.model.language_model import LanguageModel
     from postlude.recipes.online_assembly import OnlineAssembly
 
 VERSIONS = 3
@@ -26,6 +28,8 @@ def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
     choice = rollout.engine
     if not choice.is_apart:
         return PolicyEngine(policy, parts.precision, rollout.concurrency)
+    pools = parts.manifest.compute.pools
+    pool = pools.get(rollout.pool or parts.config.pool, Pool())
     dtype = DTYPES[parts.precision.name]
     serving = Serving(
         context=parts.config.batch.block,
@@ -33,15 +37,25 @@ def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
         weights=sum(parameter.numel() for parameter in policy.causal.parameters()) * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
         seconds=float(rollout.engine_seconds),
-        threads=parts.task.engine_threads or parts.task.threads,
+        adapter_rank=_rank_alone(policy, choice),
+        threads=(pool.cpus_per_worker if rollout.pool else None) or parts.task.threads,
+        gpus=pool.gpus_per_worker,
     )
 
-    def write(folder: Path) -> None:
-        write_for_engines(policy, folder, dtype, parts.workers)
+    def write(folder: Path, before: Path | None) -> None:
+        write_for_engines(policy, folder, dtype, parts.workers, serving.adapter_rank > 0, before)
 
     handover = Handover(write, lambda: choice.meets(VERSIONS * serving.weights))
     seats = [Seat(choice.component_name, make, handover) for make in _servers(parts, serving)]
     return ApartEngine(seats, handover, serving.context, choice.updates_in_flight)
+
+
+def _rank_alone(policy: LanguageModel, choice: EngineChoice) -> int:
+    """The rank of the policy's adapter, where it has one that the engine takes by itself; else 0."""
+    if policy.attached is None:
+        return 0
+    config = policy.attached.config
+    return config.r if choice.takes_adapter(config.r, config.use_dora) else 0
 
 
 def _servers(parts: OnlineAssembly, serving: Serving) -> list[Callable[[], Server]]:

@@ -38,8 +38,6 @@ class StageTask:
     threads: int
     engines: Sequence[str] = ()
     """The names of the hosts of engines that answer for it, where these have a pool of their own."""
-    engine_threads: int = 0
-    """CPU threads of each of them."""
 
 
 class Parts:

@@ -3,6 +3,7 @@
 Notable:
 
 - The folder is in shared memory, so that nothing touches a disk.
+- Where an engine takes an adapter by itself, the base is written once: later folders link to its files.
 - Of the ranks of one host the first writes, and the others link to its files. Ranks that hold the policy together
   gather it tensor by tensor, all hosts at once.
 """
@@ -20,16 +21,17 @@ from pathlib import Path
 
 import torch
 
-from postlude.model.export import send_weights, write_weights
+from postlude.model.export import send_weights, write_adapter, write_weights
 from postlude.model.language_model import LanguageModel
+from postlude.rollout.serving import ADAPTER
 from postlude.training.workers import Workers
 
 
 class Handover:
-    """The newest weights as a folder. ``write`` writes them, as they now are, into one that is empty; ``place`` is
-    where the room is made that holds it."""
+    """The newest weights as a folder. ``write`` writes them, as they now are, into one that is empty, and is given that
+    of the weights before, if there is one; ``place`` is where the room is made that holds them."""
 
-    def __init__(self, write: Callable[[Path], None], place: Callable[[], Path]) -> None:
+    def __init__(self, write: Callable[[Path, Path | None], None], place: Callable[[], Path]) -> None:
         self._write, self._place = write, place
         self._room: Path | None = None
         self._version = -1
@@ -54,7 +56,7 @@ class Handover:
             return
         folder = self._folder(version)
         folder.mkdir()
-        self._write(folder)
+        self._write(folder, None if self._version < 0 else self._folder(self._version))
         with self._lock:
             before, self._version = self._version, version
             self._put_away(before)
@@ -87,19 +89,41 @@ class Handover:
         return self.room / f"version-{version}"
 
 
-def write_for_engines(policy: LanguageModel, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
+def write_for_engines(
+    policy: LanguageModel,
+    folder: Path,
+    dtype: torch.dtype,
+    workers: Workers,
+    adapter_alone: bool = False,
+    before: Path | None = None,
+) -> None:
     """Write the policy as engines read it, into a folder of each rank. All ranks call it.
 
-    Where the folders of ranks are on one file system, that of the first has the files and the others link to them.
+    With ``adapter_alone`` an adapter is not merged into its base, whose files are those of the folder ``before``, if
+    there is one. Where the folders of ranks are on one file system, that of the first has the files and the others link
+    to them.
     """
     here = (os.uname().nodename, folder.stat().st_dev)
     told = workers.gather((here, str(folder)))
     first = Path(next(place for where, place in told if where == here))
-    if first == folder:
-        write_weights(policy, folder, dtype)
-    elif policy.mesh is not None:
-        send_weights(policy, dtype)
+    writes = first == folder
+    if writes and adapter_alone and before is not None:
+        _link(before, folder)
+    elif writes:
+        write_weights(policy, folder, dtype, merge=not adapter_alone)
+    elif policy.mesh is not None and not (adapter_alone and before is not None):
+        send_weights(policy, dtype, merge=not adapter_alone)
+    if adapter_alone and (writes or policy.mesh is not None):
+        write_adapter(policy, folder / ADAPTER if writes else None)
     workers.barrier()
-    if first != folder:
-        for file in first.iterdir():
-            os.link(file, folder / file.name)
+    if not writes:
+        _link(first, folder)
+        if adapter_alone:
+            (folder / ADAPTER).mkdir()
+            _link(first / ADAPTER, folder / ADAPTER)
+
+
+def _link(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file():
+            os.link(file, target / file.name)

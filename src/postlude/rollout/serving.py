@@ -20,6 +20,8 @@ from postlude.rollout.engine import Completion, Enough, Request, Sampling
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where weights are handed over: files that never touch a disk."""
+ADAPTER = "adapter"
+"""The folder of an adapter that comes by itself, beside the weights of its base."""
 LOG = "engine.log"
 TOLD_LINES = 12
 """Of the log of an engine that died."""
@@ -43,16 +45,21 @@ class Serving:
     """In which the weights are held: ``float32``, ``bfloat16`` or ``float16``."""
     seconds: float
     """How long one completion may take before the engine counts as hung."""
+    adapter_rank: int = 0
+    """Of an adapter that comes by itself, beside the base that it belongs to; 0 where the weights come whole."""
     threads: int = 1
     """Threads of the engine on a CPU."""
+    gpus: float = 0
+    """Devices that it has; 0 computes on the CPU."""
 
 
 class Server(Protocol):
     """An engine in another process. Each method raises :class:`EngineDied` where that is gone."""
 
     def start(self, room: Path, folder: Path, version: int) -> None:
-        """Start it with the model in a folder: configuration and safetensors. Returns when it answers. ``room`` is a
-        folder for what it writes, which is gone once it is, or this process is."""
+        """Start it with the model in a folder: configuration and safetensors, and beside them an adapter that comes by
+        itself. Returns when it answers. ``room`` is a folder for what it writes, which is gone once it is, or
+        this process is."""
         ...
 
     def update(self, folder: Path, version: int) -> None:
@@ -88,6 +95,10 @@ class EngineChoice(Component):
     @property
     def runs_already(self) -> bool:
         """Whether it is a server that others have started."""
+        return False
+
+    def takes_adapter(self, rank: int, dora: bool) -> bool:
+        """Whether it can be given such an adapter by itself; else it gets the base with that merged into it."""
         return False
 
     def objection(self, top_p: float) -> str | None:

@@ -138,7 +138,7 @@ class StagesAtWork:
         from postlude.cluster.engines import host_names
 
         hosts = host_names(self._job_name(decision), pool.most)
-        return replace(task, engines=hosts, engine_threads=pool.cpus_per_worker or 0)
+        return replace(task, engines=hosts)
 
     def _job_name(self, decision: Decision) -> str:
         return f"{decision.stage}@{self.run.uri}"

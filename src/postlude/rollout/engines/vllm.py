@@ -27,7 +27,7 @@ from pydantic import field_validator
 
 from postlude.manifest.errors import ComputeError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
+from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Process, Server, Serving
 
 KNOWN = ("0.32",)
 """Versions whose interface this file was tested with."""
@@ -35,8 +35,15 @@ PYTHON = "POSTLUDE_VLLM_PYTHON"
 MADE_HERE = Path("~/.cache/postlude/vllm/bin/python")
 """Where ``make vllm`` makes the environment."""
 START_SECONDS = 600.0
+BATCHED_TOKENS = 2048
+"""That a step computes at least, where prompts are read whole."""
 CALL_SECONDS = 120.0
-MODEL = "policy"
+MODEL, ADAPTED = "policy", "adapted"
+"""What the server calls the weights, and these with an adapter."""
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What can be said for the largest rank of an adapter."""
+WITHIN = Path(__file__).with_name("within_vllm")
+"""The folder of what runs in vLLM's own processes."""
 
 
 class Vllm(EngineChoice):
@@ -49,6 +56,9 @@ class Vllm(EngineChoice):
     ``POSTLUDE_VLLM_PYTHON`` says, else the environment that ``make vllm`` makes."""
     options: dict[str, str | int | float | bool] = {}
     """Further options of the server, as its command line has them, without the dashes."""
+    merge_adapters: bool = False
+    """Whether it is always given an adapter merged into its base. By default a server that is started here gets the
+    base once, and after that the adapter alone."""
     addresses: list[str] | None = None
     """Servers that run already, each as ``http://host:port``; the workers take them in turn. They must see the folder
     ``exchange`` under the same name, and have been started as docs/online.md says."""
@@ -71,6 +81,9 @@ class Vllm(EngineChoice):
 
     def meets(self, size: int) -> Path:
         return super().meets(size) if self.exchange is None else Path(self.exchange)
+
+    def takes_adapter(self, rank: int, dora: bool) -> bool:
+        return not (self.merge_adapters or self.runs_already or dora) and rank <= ADAPTER_RANKS[-1]
 
     def objection(self, top_p: float) -> str | None:
         if top_p == 1:
@@ -106,10 +119,10 @@ class Vllm(EngineChoice):
 class Client:
     """One server, as HTTP. Each call raises :class:`EngineDied` where the server is gone or refuses."""
 
-    def __init__(self, address: str, seconds: float = CALL_SECONDS) -> None:
+    def __init__(self, address: str, seconds: float = CALL_SECONDS, adapted: bool = False) -> None:
         self.address = address.rstrip("/")
         self._host = self.address.removeprefix("http://")
-        self._seconds = seconds
+        self._seconds, self._adapted = seconds, adapted
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = 0.0) -> Any:
         """The JSON of an answer. ValueError for a request that the server finds wrong."""
@@ -159,6 +172,7 @@ class Client:
         key = stream_key(sampling.seed, f"{request.prompt_id}+{request.position}", request.sample)
         asked = {
             "request_id": name,
+            **({"model": ADAPTED} if self._adapted else {}),
             "token_ids": list(request.tokens),
             "sampling_params": {
                 "max_tokens": request.limit or sampling.max_tokens,
@@ -189,10 +203,12 @@ class Client:
         self.call("POST", "/update_weight_version", {"new_version": str(version)})
 
     def update(self, folder: Path, version: int) -> None:
-        """Take over the weights in a folder."""
+        """Take over the weights in a folder, or the adapter in it alone."""
         self.call("POST", "/pause?mode=keep", {})
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self.call("POST", "/collective_rpc", reload, START_SECONDS)
+        take: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        if self._adapted:
+            take = {"method": "take_adapter", "kwargs": {"folder": str(folder / ADAPTER), "name": ADAPTED}}
+        self.call("POST", "/collective_rpc", take, START_SECONDS)
         self.label(version)
         self.call("POST", "/reset_prefix_cache?reset_running_requests=true", {})
         self.call("POST", "/resume", {})
@@ -213,7 +229,7 @@ class VllmServer:
             return
         port = _free_port()
         self._process = Process(room, self._command(self._keys, folder, port), self._environment())
-        self._client = Client(f"http://127.0.0.1:{port}", self._serving.seconds)
+        self._client = Client(f"http://127.0.0.1:{port}", self._serving.seconds, self._serving.adapter_rank > 0)
         self._await()
         self._client.check()
         self._client.label(version)
@@ -294,6 +310,8 @@ class VllmServer:
             "skip-tokenizer-init": True,
             "enable-scale-out": True,
             "disable-uvicorn-access-log": True,
+            **self._adapter_options(folder),
+            **({} if self._serving.gpus else self._whole_prompts()),
             **keys.options,
         }
         command = [keys.interpreter(), "-m", "vllm.entrypoints.openai.api_server"]
@@ -304,6 +322,24 @@ class VllmServer:
                 command += [f"--{name}", str(value)]
         return command
 
+    def _whole_prompts(self) -> dict[str, str | int | float | bool]:
+        """A prompt that is read in two steps ends vLLM on a CPU: it would set the offset of the request's generator,
+        and those of a CPU have none."""
+        most = max(self._serving.context, BATCHED_TOKENS)
+        return {"no-enable-chunked-prefill": True, "max-num-batched-tokens": most}
+
+    def _adapter_options(self, folder: Path) -> dict[str, str | int | float | bool]:
+        rank = self._serving.adapter_rank
+        if not rank:
+            return {}
+        return {
+            "enable-lora": True,
+            "max-loras": 1,
+            "max-lora-rank": next(known for known in ADAPTER_RANKS if known >= rank),
+            "lora-modules": f"{ADAPTED}={folder / ADAPTER}",
+            "worker-extension-cls": "postlude_within_vllm.TakesAdapters",
+        }
+
     def _environment(self) -> dict[str, str]:
         ours = {
             "HF_HUB_OFFLINE": "1",
@@ -313,7 +349,7 @@ class VllmServer:
         }
         left_out = ("PYTHONPATH", "PYTHONHOME")  # they are of our interpreter
         theirs = {name: value for name, value in os.environ.items() if name not in left_out}
-        return {"VLLM_CPU_KVCACHE_SPACE": "1", **theirs, **ours}
+        return {"VLLM_CPU_KVCACHE_SPACE": "1", **theirs, **ours, "PYTHONPATH": str(WITHIN)}
 
 
 def _message(said: bytes) -> str:
