@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.test_engines import asking, below, told
+
 pytestmark = pytest.mark.long
 
 STEPS, EVERY = 400, 10
@@ -150,6 +152,29 @@ def test_a_node_that_goes_away_is_left_without_losing_a_step(nodes, tmp_path, ne
     assert failure["what"] == "preemption"
     assert project.told("stage_started")[-1]["from_step"] == project.told("checkpoint_saved")[0]["step"] < 200
     assert project.lines() == calm
+
+
+@pytest.mark.capability("Engines on other nodes, which may be lost")
+def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp_path, new_project):
+    def begun(name: str):
+        project = asking(new_project(tmp_path, provider="ray", address=nodes.address)).called(name)
+        project.manifest["compute"]["pools"]["train"] = {"workers": 1}
+        project.start()
+        return project
+
+    calm = begun("calm")
+    calm.ended()
+    project = begun("shaken")
+    try:
+        project.until(lambda: project.step() > 8)
+        engine = next(iter(below(project, nodes.raylets, "ray::EngineHost").values()))
+        nodes.lose(next(pid for pid in nodes.raylets if engine in psutil.Process(pid).children(recursive=True)))
+        project.ended()
+    finally:
+        project.kill()
+    assert len(project.told("group_formed")) == 1
+    assert project.told("engine_died")
+    assert told(project) == told(calm)
 
 
 def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):

@@ -152,6 +152,15 @@ def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, polic
 
 
 @pytest.mark.long
+def test_more_prompts_than_a_step_computes_are_answered(engine, policy):
+    """On a CPU vLLM ends where the last of them is read in two steps."""
+    long = [Request(str(number), tuple(range(20, 320)), number) for number in range(16)]
+    made = engine.generate(long, Sampling(4, frozenset(), seed=9))
+    assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
+    assert not engine.deaths()
+
+
+@pytest.mark.long
 def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
     """Two prompts of four are needed, whose completions are short; the others are long."""
     sampling = Sampling(4000, frozenset(), temperature=0.9, seed=8)

@@ -66,7 +66,7 @@ class EngineHost:
         self._serial = 0
         """Which server it is, counted from 1."""
         self._room: Path | None = None
-        self._lock = threading.Lock()
+        self._lock, self._making_room = threading.Lock(), threading.Lock()
 
     def where(self) -> str:
         """Ray's id of the node."""
@@ -140,10 +140,11 @@ class EngineHost:
         self._server = self._has = None
 
     def _folder(self, choice: EngineChoice, size: int) -> Path:
-        if self._room is None or not self._room.is_dir():  # it is gone with an engine that has ended
-            place = choice.meets(VERSIONS * size)
-            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
-        return self._room
+        with self._making_room:
+            if self._room is None or not self._room.is_dir():  # it is gone with an engine that has ended
+                place = choice.meets(VERSIONS * size)
+                self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
+            return self._room
 
 
 def _answer(what: Callable[[], Any]) -> Answer:
