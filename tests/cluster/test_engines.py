@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
+from recipes.conftest import write_random_model
+
 pytestmark = pytest.mark.long
 
 EXACT = ("step", "loss", "grad_norm", "reward", "completion_tokens", "engine_gap", "tokens", "prompts_issued")
@@ -89,6 +91,28 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
     assert told(project) == calm
     assert len(project.told("group_formed")) == 2
     assert project.told("engine_died")
+    assert all(outcome.total() == 1 for outcome in outcomes_of(project).values())
+
+
+@pytest.mark.capability("vLLM in a pool of its own, given an adapter by itself")
+def test_vllm_stays_warm_when_those_who_train_are_killed(project, tmp_path, vllm):
+    project = asking(project)
+    wide = write_random_model(tmp_path / "wide", 1, hidden_size=64)  # on a CPU vLLM has no kernel for narrow heads
+    project.stage |= {"model": {"path": wide}, "adapter": {"rank": 4}}
+    del project.stage["tokenizer"]
+    project.stage["rollout"]["engine"] = "vllm"
+    project.manifest["compute"]["pools"] = {"train": {"workers": 2}, "engines": {"workers": 1}}
+    project.start()
+    project.until(lambda: project.step() > 5)
+    cores = below(project, None, "VLLM::EngineCore")
+    assert len(cores) == 1
+    for one in project.ranks():
+        one.kill()
+    project.ended()
+    assert not project.told("engine_died")
+    lines = project.run.stage("sft").metrics.read()
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert max(line["engine_gap_worst"] for line in lines) < 1e-3
     assert all(outcome.total() == 1 for outcome in outcomes_of(project).values())
 
 
