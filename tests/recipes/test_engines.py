@@ -202,12 +202,23 @@ def test_a_stage_on_vllm_learns_as_one_on_the_native_engine(project, tmp_path, v
         ({"engine": "vllm"}, {"adapter": {"rank": 2, "base": "int8"}}, "adapter"),
         ({"engine": {"name": "vllm", "addresses": ["localhost"]}}, {}, "http://host:port"),
         ({"engine": "vlm"}, {}, "vllm"),
+        ({"engine": "native", "pool": "engines"}, {}, "apart: true"),
+        ({"engine": {"name": "vllm", "addresses": ["http://one:1"]}, "pool": "engines"}, {}, "without addresses"),
+        ({"pool": "train"}, {}, "name another one"),
+        ({"pool": "engines"}, {}, "Leave --inline out"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(project, rollout, more, said):
     project.stages["rl"] = stage(project, rollout=rollout, **more)
     with pytest.raises(ManifestError, match=said):
         project.run()
+
+
+def test_engines_whose_number_may_change_are_refused_before_any_work(project):
+    project.manifest["compute"] = {"pools": {"engines": {"workers": {"min": 1, "max": 2}}}}
+    project.stages["rl"] = stage(project, rollout={"pool": "engines"})
+    assert project.validate().exit_code == 4
+    assert "Give it a fixed one" in str(project.validate().error)
 
 
 @pytest.mark.parametrize(

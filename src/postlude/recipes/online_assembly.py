@@ -24,6 +24,7 @@ from postlude.recipes.prompting import count_left
 from postlude.rollout.answers import Answerer
 from postlude.rollout.apart import ApartEngine
 from postlude.rollout.assess import Assessor
+from postlude.rollout.assessment import Assessment
 from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
@@ -81,8 +82,13 @@ class OnlineAssembly(Assembly, ForwardModels):
             oversample=config.rollout.oversample,
             ahead=config.rollout.ahead,
             resample=config.resample,
-            correction=self.correction,
+        )
+        assessment = Assessment(
+            self.assessor,
+            config.algorithm(),
+            self.journal,
             gap=MOST_GAP[self.precision.name],
+            correction=self.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
@@ -91,8 +97,7 @@ class OnlineAssembly(Assembly, ForwardModels):
             Ledger(self.datasets, config.data, self.manifest.seed, config.epochs),
             self.read_prompts,
             self.answerer,
-            self.assessor,
-            config.algorithm(),
+            assessment,
             self.journal,
         )
 

@@ -19,21 +19,16 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from postlude.data.document import REFERENCE_LOGP, WEIGHT, Block, Document, Unit, stream
+from postlude.data.document import Block, Document, Unit
 from postlude.data.loader import StepBlocks
 from postlude.data.packing import best_fit
 from postlude.manifest.errors import DataError
-from postlude.objectives.actor_critic import VALUE
-from postlude.objectives.policy import ADVANTAGE, BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
-from postlude.rollout.algorithm import Algorithm, Scored
+from postlude.objectives.policy import ADVANTAGE
 from postlude.rollout.answers import Answerer, Answering, Group, complete
-from postlude.rollout.assess import Assessor
-from postlude.rollout.engine import EngineLost
+from postlude.rollout.assessment import Assessment, Journal
 from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
@@ -44,14 +39,6 @@ ENDED = "the stage has made its steps"
 UNSCORED = "fewer samples than needed have a reward"
 MOST_TRIES = 8
 """How often prompts are issued anew in a round, where some of them are of no use."""
-
-
-class Journal(Protocol):
-    """Where the rollouts are told."""
-
-    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def event(self, kind: str, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,14 +65,6 @@ class Plan:
     """Rounds that are being answered while one is trained."""
     resample: bool = False
     """Whether prompts whose samples are all rewarded alike are dropped, and others issued in their place."""
-    gap: float = 1e-3
-    """How far the log-probabilities of an engine that is not quite the policy may be from the policy's, on average."""
-    correction: float | None = None
-    """The bound of the correction for an engine that is not quite the policy; None takes it for the policy."""
-    reference: str | None = None
-    """The model that the policy is compared with."""
-    critic: str | None = None
-    """The model that says what was to be expected."""
 
 
 class Rounds:
@@ -101,11 +80,10 @@ class Rounds:
         ledger: Ledger,
         prompts: Callable[[Sequence[Issue]], list[list[Prompt | str]]],
         answerer: Answerer,
-        assessor: Assessor,
-        algorithm: Algorithm,
+        assessment: Assessment,
         journal: Journal,
     ) -> None:
-        self.plan, self.ledger, self.algorithm, self.assessor = plan, ledger, algorithm, assessor
+        self.plan, self.ledger, self.assessment, self.algorithm = plan, ledger, assessment, assessment.algorithm
         self.answerer, self.workers, self.phases = answerer, answerer.workers, answerer.phases
         self._prompts, self._journal, self.engine = prompts, journal, answerer.engine
         self._step = 0
@@ -113,8 +91,6 @@ class Rounds:
         """The rounds that are being answered."""
         self._rest: list[Group] = []
         """What was cut when a round was complete, to go on with the next."""
-        self._compared = False
-        """Whether the engine was found to have the policy's weights."""
         self._collected_at = time.perf_counter()
         self._planned: deque[PlannedStep] = deque()
         self._documents: list[Document] = []
@@ -167,7 +143,8 @@ class Rounds:
         busy = self._busy()
         self._begin(min(self.plan.ahead, self._rounds_left() - 1))
         groups = self._collect(answered)
-        documents, metrics = self._assess(groups)
+        with self.phases.measure("assess"):
+            documents, metrics = self.assessment.of(groups, self._step)
         self._divide(groups, documents, {**metrics, **busy})
 
     # --- a round --------------------------------------------------------------------------------------------
@@ -294,93 +271,6 @@ class Rounds:
     def _drop(self, issue: Issue, reason: str, lines: Sequence[Mapping[str, Any]]) -> None:
         self.ledger.settle(issue, reason)
         self._lines += [{**line, "outcome": "dropped", "reason": reason} for line in lines]
-
-    # --- assessment -----------------------------------------------------------------------------------------
-
-    def _assess(self, groups: Sequence[Group]) -> tuple[list[Document], dict[str, float]]:
-        """The samples as documents with all the streams that are trained on, and the metrics of the round."""
-        samples = [one for group in groups for one in group]
-        numbers = [number for number, group in enumerate(groups) for _ in group]
-        documents = [one.document(number) for one, number in zip(samples, numbers, strict=True)]
-        sampled = [{BEHAVIOUR_LOGP.name: d.streams[BEHAVIOUR_LOGP.name][d.streams[WEIGHT.name] > 0]} for d in documents]
-        if documents:
-            with self.phases.measure("assess"):
-                self._ask_models(documents, sampled)
-        gaps = self._engine_gaps(samples, sampled)
-        rewards = [one.reward if one.score is not None else 0.0 for one in samples]
-        made, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
-        whole = [
-            _with_streams(document, {**before, **after})
-            for document, before, after in zip(documents, sampled, made, strict=True)
-        ]
-        return whole, {**self._measured(groups), **gaps, **metrics}
-
-    def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
-        """Add to the streams of the sampled tokens what the models of the step say of them."""
-        plan = self.plan
-        if plan.correction is not None:
-            for streams, old in zip(sampled, self.assessor.log_probabilities("policy", documents), strict=True):
-                ratio = np.exp(old - streams[BEHAVIOUR_LOGP.name])
-                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, plan.correction)}
-        else:
-            for streams in sampled:
-                streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
-        if plan.reference is not None:
-            for streams, said in zip(sampled, self.assessor.log_probabilities(plan.reference, documents), strict=True):
-                streams[REFERENCE_LOGP.name] = said
-        if plan.critic is not None:
-            for streams, said in zip(sampled, self.assessor.values(plan.critic, documents), strict=True):
-                streams[VALUE.name] = said
-
-    def _engine_gaps(
-        self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]]
-    ) -> dict[str, float]:
-        """How far the engine's log-probabilities are from the policy's, over the tokens that its present weights
-        sampled. EngineLost where that is more than the arithmetic explains: the engine has other weights."""
-        if self.plan.correction is None:
-            return {}
-        gaps = [
-            np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(one.sampled_versions) == self._step]
-            for one, streams in zip(samples, sampled, strict=True)
-        ]
-        found = np.concatenate(gaps) if gaps else np.zeros(0)
-        if not len(found):
-            return {}
-        mean, worst = float(found.mean()), float(found.max())
-        if mean > self.plan.gap:
-            if not self._compared:
-                raise EngineLost(
-                    f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
-                    f"{len(found)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
-                    f"{self.plan.gap:g}. It has not the policy's weights, or computes another model of them."
-                )
-            reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
-            self._journal.event("alarm", what="the engine is not the policy", reason=reason, step=self._step)
-        self._compared = True
-        return {"engine_gap": mean, "engine_gap_worst": worst}
-
-    def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
-        samples = [one for group in groups for one in group]
-        if not samples:
-            return {}
-        lengths = [one.sampled_tokens for one in samples]
-        measured = {
-            "completion_tokens": float(np.mean(lengths)),
-            "longest_completion": float(max(lengths)),
-            "stopped": float(np.mean([one.ended == "stop" for one in samples])),
-            "staleness": float(np.mean([self._step - one.oldest_version for one in samples])),
-        }
-        if samples[0].score is not None:
-            rewards = [one.reward for one in samples]
-            alike = [len({one.reward for one in group}) == 1 for group in groups]
-            measured |= {
-                "reward": float(np.mean(rewards)),
-                "reward_deviation": float(np.std(rewards)),
-                "groups_alike": float(np.mean(alike)),
-            }
-            for name in samples[0].score.parts:  # type: ignore[union-attr]
-                measured[f"reward_{name}"] = float(np.mean([one.score.parts[name] for one in samples]))  # type: ignore[union-attr]
-        return measured
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -519,17 +409,6 @@ class Rounds:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _with_streams(document: Document, sampled: Mapping[str, np.ndarray]) -> Document:
-    """The document with streams given over its sampled tokens."""
-    places = document.streams[WEIGHT.name] > 0
-    streams = dict(document.streams)
-    for name, values in sampled.items():
-        row = np.full(len(document), stream(name).fill, stream(name).dtype)
-        row[places] = values
-        streams[name] = row
-    return replace(document, streams=streams)
 
 
 def outcomes(lines: Sequence[Mapping[str, Any]]) -> dict[int, Counter[str]]:

@@ -1,0 +1,149 @@
+"""Groups that were answered become documents with all that is trained on: log-probabilities, values, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from postlude.data.document import REFERENCE_LOGP, WEIGHT, Document, stream
+from postlude.objectives.actor_critic import VALUE
+from postlude.objectives.policy import BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
+from postlude.rollout.algorithm import Algorithm, Scored
+from postlude.rollout.answers import Group
+from postlude.rollout.assess import Assessor
+from postlude.rollout.engine import EngineLost
+from postlude.rollout.trajectory import Trajectory
+
+
+class Journal(Protocol):
+    """Where the rollouts are told."""
+
+    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+
+
+class Assessment:
+    """Makes documents of what was answered. Every rank does it with the same groups, and gets the same.
+
+    ``correction`` is the bound of the correction for an engine that is not quite the policy, and None takes it for the
+    policy; ``gap`` is how far its log-probabilities may be from the policy's, on average. ``reference`` is the model
+    that the policy is compared with, ``critic`` the one that says what was to be expected.
+    """
+
+    def __init__(
+        self,
+        assessor: Assessor,
+        algorithm: Algorithm,
+        journal: Journal,
+        gap: float = 1e-3,
+        correction: float | None = None,
+        reference: str | None = None,
+        critic: str | None = None,
+    ) -> None:
+        self.algorithm = algorithm
+        self._assessor, self._journal = assessor, journal
+        self._gap, self._correction, self._reference, self._critic = gap, correction, reference, critic
+        self._compared = False
+        """Whether the engine was found to have the policy's weights."""
+
+    def of(self, groups: Sequence[Group], version: int) -> tuple[list[Document], dict[str, float]]:
+        """The samples as documents with all the streams that are trained on, and the metrics of the round. The policy's
+        weights are those after ``version`` steps."""
+        samples = [one for group in groups for one in group]
+        numbers = [number for number, group in enumerate(groups) for _ in group]
+        documents = [one.document(number) for one, number in zip(samples, numbers, strict=True)]
+        sampled = [{BEHAVIOUR_LOGP.name: d.streams[BEHAVIOUR_LOGP.name][d.streams[WEIGHT.name] > 0]} for d in documents]
+        if documents:
+            self._ask_models(documents, sampled)
+        gaps = self._engine_gaps(samples, sampled, version)
+        rewards = [one.reward if one.score is not None else 0.0 for one in samples]
+        made, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
+        whole = [
+            _with_streams(document, {**before, **after})
+            for document, before, after in zip(documents, sampled, made, strict=True)
+        ]
+        return whole, {**_measured(groups, version), **gaps, **metrics}
+
+    def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
+        """Add to the streams of the sampled tokens what the models of the step say of them."""
+        if self._correction is not None:
+            for streams, old in zip(sampled, self._assessor.log_probabilities("policy", documents), strict=True):
+                ratio = np.exp(old - streams[BEHAVIOUR_LOGP.name])
+                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, self._correction)}
+        else:
+            for streams in sampled:
+                streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
+        if self._reference is not None:
+            for streams, said in zip(
+                sampled, self._assessor.log_probabilities(self._reference, documents), strict=True
+            ):
+                streams[REFERENCE_LOGP.name] = said
+        if self._critic is not None:
+            for streams, said in zip(sampled, self._assessor.values(self._critic, documents), strict=True):
+                streams[VALUE.name] = said
+
+    def _engine_gaps(
+        self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]], version: int
+    ) -> dict[str, float]:
+        """How far the engine's log-probabilities are from the policy's, over the tokens that its present weights
+        sampled. EngineLost where that is more than the arithmetic explains: the engine has other weights."""
+        if self._correction is None:
+            return {}
+        gaps = [
+            np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(one.sampled_versions) == version]
+            for one, streams in zip(samples, sampled, strict=True)
+        ]
+        found = np.concatenate(gaps) if gaps else np.zeros(0)
+        if not len(found):
+            return {}
+        mean, worst = float(found.mean()), float(found.max())
+        if mean > self._gap:
+            if not self._compared:
+                raise EngineLost(
+                    f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
+                    f"{len(found)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
+                    f"{self._gap:g}. It has not the policy's weights, or computes another model of them."
+                )
+            reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
+            self._journal.event("alarm", what="the engine is not the policy", reason=reason, step=version)
+        self._compared = True
+        return {"engine_gap": mean, "engine_gap_worst": worst}
+
+
+def _measured(groups: Sequence[Group], version: int) -> dict[str, float]:
+    samples = [one for group in groups for one in group]
+    if not samples:
+        return {}
+    lengths = [one.sampled_tokens for one in samples]
+    measured = {
+        "completion_tokens": float(np.mean(lengths)),
+        "longest_completion": float(max(lengths)),
+        "stopped": float(np.mean([one.ended == "stop" for one in samples])),
+        "staleness": float(np.mean([version - one.oldest_version for one in samples])),
+    }
+    if samples[0].score is not None:
+        rewards = [one.reward for one in samples]
+        alike = [len({one.reward for one in group}) == 1 for group in groups]
+        measured |= {
+            "reward": float(np.mean(rewards)),
+            "reward_deviation": float(np.std(rewards)),
+            "groups_alike": float(np.mean(alike)),
+        }
+        for name in samples[0].score.parts:  # type: ignore[union-attr]
+            measured[f"reward_{name}"] = float(np.mean([one.score.parts[name] for one in samples]))  # type: ignore[union-attr]
+    return measured
+
+
+def _with_streams(document: Document, sampled: Mapping[str, np.ndarray]) -> Document:
+    """The document with streams given over its sampled tokens."""
+    places = document.streams[WEIGHT.name] > 0
+    streams = dict(document.streams)
+    for name, values in sampled.items():
+        row = np.full(len(document), stream(name).fill, stream(name).dtype)
+        row[places] = values
+        streams[name] = row
+    return replace(document, streams=streams)
