@@ -15,10 +15,12 @@ import pytest
 
 from cluster import hosts
 from postlude.cluster.certificates import make_certificates
-from postlude.cluster.transport import check_transport, probe, variables
+from postlude.cluster.transport import check_collectives, check_transport, probe, variables
 from postlude.manifest.compute import Certificates, Compute, Pool, Transport
 from postlude.manifest.errors import ComputeError
 from postlude.manifest.load import load
+from postlude.manifest.schema import Manifest
+from postlude.workflow.compute import check_compute
 
 needs_hosts = pytest.mark.skipif(not hosts.can_be_made(), reason="this machine makes no network namespaces")
 
@@ -77,10 +79,33 @@ def test_a_run_that_would_send_clear_text_is_refused(files, monkeypatch):
     assert raised.value.exit_code == 4
     two = {"train": Pool(workers=2)}
     with pytest.raises(ComputeError, match="torch sends their gradients in clear text"):
-        check_transport(Compute(**far, pools=two, transport=Transport(**asked, tls=files)))
+        check_collectives(Compute(**far, pools=two, transport=Transport(**asked, tls=files)), ["train"])
+    check_collectives(Compute(**far, pools=two, transport=Transport(**asked, tls=files)), ["another"])
     one_node = {"train": Pool(workers=2, placement="one_node")}
-    check_transport(Compute(**far, pools=one_node, transport=Transport(**asked, tls=files)))
-    check_transport(Compute(**far, pools=two, transport=Transport(**asked, network_is_encrypted=True)))
+    check_collectives(Compute(**far, pools=one_node, transport=Transport(**asked, tls=files)), ["train"])
+    check_collectives(Compute(**far, pools=two, transport=Transport(**asked, network_is_encrypted=True)), ["train"])
+    check_transport(Compute(**far, pools=two, transport=Transport(**asked, tls=files)))
+
+
+def test_engines_that_would_be_asked_in_clear_text_are_refused():
+    def asking(address: str, **transport: bool) -> Manifest:
+        stage = {
+            "recipe": "grpo",
+            "model": {"path": "x"},
+            "data": {"d": 1.0},
+            "steps": 1,
+            "batch": {"tokens": 4096, "block": 1024},
+            "optimizer": {"lr": 1e-5},
+            "reward": [{"function": "exact_match"}],
+            "rollout": {"engine": {"name": "vllm", "addresses": [address]}},
+        }
+        read = load(json.dumps({**manifest(transport=transport), "stages": {"s": stage}}), "m.yaml")
+        return read.manifest
+
+    check_compute(asking("http://127.0.0.1:8000", require_encryption=True))
+    check_compute(asking("http://10.0.0.9:8000", require_encryption=True, network_is_encrypted=True))
+    with pytest.raises(ComputeError, match="HTTP in clear text"):
+        check_compute(asking("http://10.0.0.9:8000", require_encryption=True))
 
 
 def test_ray_is_told_everything_and_a_missing_file_is_named(files, tmp_path, monkeypatch):

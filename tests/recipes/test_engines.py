@@ -23,10 +23,9 @@ from postlude.rollout.apart import ApartEngine
 from postlude.rollout.rounds import outcomes
 from postlude.rollout.serving import SHARED_MEMORY
 from postlude.runs import Run
-from postlude.training.trainer import Trainer
 from ranks import run_ranks
 from recipes.conftest import write_random_model
-from recipes.test_online import lines, online, rollouts
+from recipes.test_online import lines, online, rollouts, run_cut_off
 
 APART = {"name": "native", "apart": True}
 
@@ -257,20 +256,8 @@ def test_a_stage_that_keeps_what_was_cut_goes_on_bitwise(project, monkeypatch, m
     keys = {"steps": 6, "group": 2, "updates": 2, "checkpoint": {"every": 1}, "rollout": rollout}
     calm = ran(project, "calm", stage(project, **keys))
     said = rollouts(project)
-    train, left = Trainer.train, [2, 4, 5]
-
-    def stopping(self, work):
-        if left and self.step == left[0]:
-            left.pop(0)
-            raise RuntimeError("cut off")
-        train(self, work)
-
-    monkeypatch.setattr(Trainer, "train", stopping)
     project.stages["rl"] = stage(project, **keys)
     project.manifest |= {"name": "shaken", "run_dir": str(project.folder / "shaken")}
-    while left:
-        with pytest.raises(RuntimeError):
-            project.run()
-    assert project.run() == 0
+    run_cut_off(project, monkeypatch, [2, 4, 5])
     assert lines(project) == calm
     assert rollouts(project) == said

@@ -15,6 +15,7 @@ import pytest
 
 from postlude.manifest.errors import DataError, ManifestError
 from postlude.rollout.rounds import outcomes
+from postlude.training.trainer import Trainer
 
 TIMED = ("seconds", "busy", "tokens_per_second", "memory_bytes", "mfu")
 
@@ -45,6 +46,23 @@ def lines(project, stage: str = "rl") -> list[dict[str, Any]]:
 
 def rollouts(project, stage: str = "rl") -> list[dict[str, Any]]:
     return project.directory.stage(stage).rollouts.read()
+
+
+def run_cut_off(project, monkeypatch, steps: list[int]) -> None:
+    """Run to the end, begun again each time that it is cut off: when it is to train these steps."""
+    train, left = Trainer.train, list(steps)
+
+    def stopping(self, work):
+        if left and self.step == left[0]:
+            left.pop(0)
+            raise RuntimeError("cut off")
+        train(self, work)
+
+    monkeypatch.setattr(Trainer, "train", stopping)
+    while left:
+        with pytest.raises(RuntimeError, match="cut off"):
+            project.run()
+    assert project.run() == 0
 
 
 @pytest.mark.capability("Online reinforcement learning: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, PPO")
@@ -99,25 +117,8 @@ def test_a_stage_that_stopped_goes_on_bitwise(project, monkeypatch, every):
     project.manifest |= {"name": "calm", "run_dir": str(project.folder / "calm")}
     assert project.run() == 0
     calm, said = lines(project), rollouts(project)
-    from postlude.training.trainer import Trainer
-
-    train, left = Trainer.train, [2, 4, 7]
-
-    def stopping(self, work):
-        if left and self.step == left[0]:
-            left.pop(0)
-            raise RuntimeError("cut off")
-        train(self, work)
-
-    monkeypatch.setattr(Trainer, "train", stopping)
     project.manifest |= {"name": "shaken", "run_dir": str(project.folder / "shaken")}
-    while True:
-        try:
-            assert project.run() == 0
-            break
-        except RuntimeError:
-            continue
-    assert not left
+    run_cut_off(project, monkeypatch, [2, 4, 7])
     assert lines(project) == calm
     assert rollouts(project) == said
     assert all(outcome.total() == 1 for outcome in outcomes(said).values())

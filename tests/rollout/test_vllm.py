@@ -22,6 +22,7 @@ from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.apart import ApartEngine, Seat
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
+from postlude.rollout.engines import sender
 from postlude.rollout.engines.vllm import Client, Vllm
 from postlude.rollout.handover import Handover, write_for_engines
 from postlude.rollout.serving import Serving
@@ -149,6 +150,25 @@ def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, polic
     other.close()
     assert not list(tmp_path.iterdir())
     assert engine.generate(requests(1), Sampling(1, frozenset()))  # the server is still there
+
+
+@pytest.mark.long
+@pytest.mark.capability("Weights are sent to a vLLM server over the network")
+def test_a_server_that_sees_no_folder_is_sent_the_weights(engine, policy, tmp_path, monkeypatch):
+    """In packs: of several tensors, and of a single one that is larger than a pack."""
+    monkeypatch.setattr(sender, "PACK_BYTES", 100_000)
+    engine.generate(requests(1), Sampling(1, frozenset()))
+    choice = Vllm(addresses=[server_of(engine)._client.address], network=True)
+    choice.check()
+    other = apart(choice, SERVING, policy)
+    for version in (50, 51):
+        move(policy)
+        other.update(version)
+        assert len(sender.packed(other._handover.room / f"version-{version}")) > 2
+        made = other.generate(requests(), Sampling(24, frozenset(), seed=4))
+        assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
+        assert all(set(one.versions) == {version} for one in made)
+    other.close()
 
 
 @pytest.mark.long

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from postlude import storage
-from postlude.manifest.compute import Certificates, Compute, Transport
+from postlude.manifest.compute import Certificates, Compute, Pool, Transport
 from postlude.manifest.errors import ComputeError
 
 PROBE_SECONDS = 5.0
@@ -57,8 +57,17 @@ def check_transport(compute: Compute) -> None:
             "compute.transport.tls with the files that `postlude certificates` makes, or say network_is_encrypted: "
             "true if what lies below encrypts, as WireGuard or IPsec do."
         )
-    for name, pool in compute.pools.items():
-        if pool.most > 1 and pool.placement != "one_node" and not transport.network_is_encrypted:
+
+
+def check_collectives(compute: Compute, pools: Iterable[str]) -> None:
+    """:class:`ComputeError` if the manifest requires encryption and the workers of one of the pools, which work on one
+    model together, would cross the network without it."""
+    transport = compute.transport
+    if not transport.require_encryption or compute.provider == "local" or transport.network_is_encrypted:
+        return
+    for name in dict.fromkeys(pools):
+        pool = compute.pools.get(name, Pool())
+        if pool.most > 1 and pool.placement != "one_node":
             raise ComputeError(
                 f"compute.transport requires encryption, and the {pool.most} workers of the pool '{name}' may be on "
                 "several hosts: torch sends their gradients in clear text, which TLS of Ray does not change. Encrypt "

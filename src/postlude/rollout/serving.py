@@ -97,6 +97,11 @@ class EngineChoice(Component):
         """Whether it is a server that others have started."""
         return False
 
+    @property
+    def is_asked_in_clear_text(self) -> bool:
+        """Whether what is said to it crosses the network, with nothing of ours that encrypts it."""
+        return False
+
     def takes_adapter(self, rank: int, dora: bool) -> bool:
         """Whether it can be given such an adapter by itself; else it gets the base with that merged into it."""
         return False

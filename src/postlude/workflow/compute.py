@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from postlude.cluster.transport import check_transport
+from postlude.cluster.transport import check_collectives, check_transport
 from postlude.manifest.compute import Pool
 from postlude.manifest.errors import ComputeError, ManifestError
 from postlude.manifest.graph import ancestors, descendants
@@ -81,7 +81,9 @@ def check_compute(manifest: Manifest) -> None:
     known before it is asked."""
     compute = manifest.compute
     check_transport(compute)
+    check_collectives(compute, map(pool_name, manifest.stages.values()))
     for name, stage in manifest.stages.items():
+        _check_engines_elsewhere(manifest, name)
         engines = engines_of(manifest, stage)
         if engines is not None and engines.least != engines.most:
             raise ComputeError(
@@ -110,6 +112,21 @@ def check_compute(manifest: Manifest) -> None:
             )
     if any(pool.labels for pool in compute.pools.values()):
         raise ComputeError("compute.pools asks for nodes with labels, and 'provider: local' has none.")
+
+
+def _check_engines_elsewhere(manifest: Manifest, stage: str) -> None:
+    """ComputeError if encryption is required and a stage's engines are servers that others have started: they are asked
+    in clear text."""
+    transport = manifest.compute.transport
+    rollout = getattr(manifest.stages[stage], "rollout", None)
+    if rollout is None or not transport.require_encryption or transport.network_is_encrypted:
+        return
+    if rollout.engine.is_asked_in_clear_text:
+        raise ComputeError(
+            f"compute.transport requires encryption, and the stage '{stage}' asks servers at addresses, over HTTP in "
+            "clear text. Give its engines a pool with rollout.pool, which Ray's TLS protects, or say "
+            "network_is_encrypted: true if what lies below encrypts."
+        )
 
 
 def _devices() -> int:

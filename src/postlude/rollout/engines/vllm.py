@@ -21,16 +21,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from postlude.manifest.errors import ComputeError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Process, Server, Serving
 
+if TYPE_CHECKING:
+    from postlude.rollout.engines.sender import Sender
+
 KNOWN = ("0.32",)
 """Versions whose interface this file was tested with."""
+HERE = ("http://127.", "http://localhost:")
 PYTHON = "POSTLUDE_VLLM_PYTHON"
 MADE_HERE = Path("~/.cache/postlude/vllm/bin/python")
 """Where ``make vllm`` makes the environment."""
@@ -64,6 +68,9 @@ class Vllm(EngineChoice):
     ``exchange`` under the same name, and have been started as docs/online.md says."""
     exchange: str | None = None
     """The folder in which weights are handed to servers at ``addresses``; by default the shared memory of this host."""
+    network: bool = False
+    """Whether servers at ``addresses`` are sent the weights over the network (by gloo, or by NCCL where both sides
+    compute on CUDA) instead, and need see no folder."""
 
     @field_validator("addresses")
     @classmethod
@@ -79,8 +86,20 @@ class Vllm(EngineChoice):
     def runs_already(self) -> bool:
         return self.addresses is not None
 
+    @model_validator(mode="after")
+    def _says_how_weights_go(self) -> Self:
+        if self.addresses is None and (self.exchange is not None or self.network):
+            raise ValueError("'exchange' and 'network' are for servers at 'addresses': name them, or leave these out")
+        if self.exchange is not None and self.network:
+            raise ValueError("weights go through 'exchange' or over the 'network': leave one of them out")
+        return self
+
     def meets(self, size: int) -> Path:
         return super().meets(size) if self.exchange is None else Path(self.exchange)
+
+    @property
+    def is_asked_in_clear_text(self) -> bool:
+        return any(not address.startswith(HERE) for address in self.addresses or [])
 
     def takes_adapter(self, rank: int, dora: bool) -> bool:
         return not (self.merge_adapters or self.runs_already or dora) and rank <= ADAPTER_RANKS[-1]
@@ -97,7 +116,7 @@ class Vllm(EngineChoice):
         if self.addresses is None:
             self.interpreter()
         for address in self.addresses or []:
-            Client(address).check()
+            Client(address, network=self.network).check()
 
     def interpreter(self) -> str:
         """ComputeError if there is none."""
@@ -112,17 +131,21 @@ class Vllm(EngineChoice):
     def server(self, serving: Serving) -> Server:
         if self.addresses is not None:
             rank = int(os.environ.get("RANK", 0))
-            return VllmServer(serving, Client(self.addresses[rank % len(self.addresses)], serving.seconds), None)
+            client = Client(self.addresses[rank % len(self.addresses)], serving.seconds, network=self.network)
+            return VllmServer(serving, client, None)
         return VllmServer(serving, None, self)
 
 
 class Client:
     """One server, as HTTP. Each call raises :class:`EngineDied` where the server is gone or refuses."""
 
-    def __init__(self, address: str, seconds: float = CALL_SECONDS, adapted: bool = False) -> None:
+    def __init__(
+        self, address: str, seconds: float = CALL_SECONDS, adapted: bool = False, network: bool = False
+    ) -> None:
         self.address = address.rstrip("/")
         self._host = self.address.removeprefix("http://")
-        self._seconds, self._adapted = seconds, adapted
+        self._seconds, self._adapted, self._network = seconds, adapted, network
+        self._sender: Sender | None = None
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = 0.0) -> Any:
         """The JSON of an answer. ValueError for a request that the server finds wrong."""
@@ -155,6 +178,8 @@ class Client:
                     "interface for reinforcement learning changes from version to version."
                 )
             self.call("GET", "/weight_info")
+            if self._network:
+                self._every_worker("place")
         except (EngineDied, ValueError, KeyError, TypeError) as error:
             raise ComputeError(
                 f"rollout.engine: no vLLM server for reinforcement learning at {self.address}: {error} Start it as "
@@ -205,13 +230,33 @@ class Client:
     def update(self, folder: Path, version: int) -> None:
         """Take over the weights in a folder, or the adapter in it alone."""
         self.call("POST", "/pause?mode=keep", {})
-        take: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        if self._adapted:
-            take = {"method": "take_adapter", "kwargs": {"folder": str(folder / ADAPTER), "name": ADAPTED}}
-        self.call("POST", "/collective_rpc", take, START_SECONDS)
+        if self._network:
+            self._send(folder)
+        elif self._adapted:
+            self._every_worker("take_adapter", folder=str(folder / ADAPTER), name=ADAPTED)
+        else:
+            self._every_worker("reload_weights", weights_path=str(folder))
         self.label(version)
         self.call("POST", "/reset_prefix_cache?reset_running_requests=true", {})
         self.call("POST", "/resume", {})
+
+    def _send(self, folder: Path) -> None:
+        """Send the weights in a folder over the network."""
+        from postlude.rollout.engines.sender import Sender
+
+        host = self._host.rsplit(":", 1)[0]
+        try:
+            if self._sender is None:
+                self._sender = Sender(self._every_worker, host, CALL_SECONDS)
+            self._sender.send(folder)
+        except (RuntimeError, OSError) as error:
+            raise EngineDied(f"{self.address} cannot be sent the weights: {error}") from error
+
+    def _every_worker(self, method: str, **arguments: Any) -> list[Any]:
+        """What each of the server's workers answers to a call."""
+        asked = {"method": method, "kwargs": arguments}
+        answered = self.call("POST", "/collective_rpc", asked, START_SECONDS)
+        return list(answered["results"]) if answered else []
 
 
 class VllmServer:
@@ -306,6 +351,7 @@ class VllmServer:
             "dtype": self._serving.dtype,
             "max-model-len": self._serving.context,
             "max-num-seqs": self._serving.concurrency,
+            "worker-extension-cls": "postlude_within_vllm.TakesWeights",
             "logprobs-mode": "processed_logprobs",  # without it the temperature is not in them
             "skip-tokenizer-init": True,
             "enable-scale-out": True,
@@ -337,7 +383,6 @@ class VllmServer:
             "max-loras": 1,
             "max-lora-rank": next(known for known in ADAPTER_RANKS if known >= rank),
             "lora-modules": f"{ADAPTED}={folder / ADAPTER}",
-            "worker-extension-cls": "postlude_within_vllm.TakesAdapters",
         }
 
     def _environment(self) -> dict[str, str]:
