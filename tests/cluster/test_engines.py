@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from recipes.conftest import write_random_model
+from recipes.test_engines import rooms
 
 pytestmark = pytest.mark.long
 
@@ -75,19 +76,23 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
     project.until(lambda: project.step() > 5)
     engines = below(project, None, "postlude.rollout.native_server")
     assert len(engines) == 2
-    for one in project.ranks():
+    ranks, begun = project.ranks(), project.step()
+    assert all(rooms(one.pid) for one in ranks)
+    for one in ranks:
         one.kill()
-    before = project.step()
-    project.until(lambda: len(project.told("group_formed")) == 2 and project.step() > before + 3)
+    project.until(lambda: len(project.told("group_formed")) == 2 and project.step() > begun + 3)
+    project.until(lambda: not any(rooms(one.pid) for one in ranks))
     assert below(project, None, "postlude.rollout.native_server").keys() == engines.keys()
     next(iter(engines.values())).kill()
     before = project.step()
     project.until(lambda: project.step() > before + 4)
     hosts = below(project, None, "ray::EngineHost")
     assert len(hosts) == 2
+    assert all(map(rooms, hosts))
     next(iter(hosts.values())).kill()
     project.until(lambda: len(below(project, None, "ray::EngineHost").keys() | hosts.keys()) == 3)
     project.ended()
+    assert not any(map(rooms, hosts))
     assert told(project) == calm
     assert len(project.told("group_formed")) == 2
     assert project.told("engine_died")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -33,7 +32,7 @@ from postlude.cluster.placement import Demand
 from postlude.cluster.worker import Setting, die_with_parent
 from postlude.manifest.errors import ComputeError, UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Server, Serving
+from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Room, Server, Serving
 from postlude.telemetry.progress import waiting
 
 SOURCE = uuid.uuid4().hex
@@ -47,6 +46,7 @@ HOME_SECONDS = 30.0
 """How long its own host is waited for before the prompts of an engine go to another."""
 MOST_CALLS = 64
 VERSIONS = 3
+ANEW = "It has started anew, and has no weights."
 Answer = tuple[str, Any]
 """``done`` with a result, ``died`` with the reason, or ``failed`` with the error."""
 
@@ -65,7 +65,7 @@ class EngineHost:
         """The source and the version of its weights."""
         self._serial = 0
         """Which server it is, counted from 1."""
-        self._room: Path | None = None
+        self._room: Room | None = None
         self._lock, self._making_room = threading.Lock(), threading.Lock()
 
     def where(self) -> str:
@@ -73,7 +73,7 @@ class EngineHost:
         return str(ray.get_runtime_context().get_node_id())
 
     def serves(self) -> bool:
-        """Whether it has an engine, whose base is there then."""
+        """Whether it has an engine, which needs only what has changed."""
         return self._server is not None
 
     def receive(self, key: str, choice: EngineChoice, size: int, name: str, offset: int, piece: np.ndarray) -> None:
@@ -87,16 +87,17 @@ class EngineHost:
             os.close(file)
 
     def take(
-        self, choice: EngineChoice, serving: Serving, source: str, version: int, folder: str | None, key: str
+        self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
     ) -> Answer:
-        """Have an engine with the weights in a folder, or in those that were received: its serial number."""
-        return _answer(lambda: self._take(choice, serving, (source, version), folder, key))
+        """Have an engine with weights, known by their source and version: its serial number. They are in a folder, or
+        were received; all of them, or what has changed."""
+        return _answer(lambda: self._take(choice, serving, weights, folder, whole))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> Answer:
         """As :meth:`postlude.rollout.engine.Engine.generate`."""
         server = self._server
         if server is None:
-            return "died", "It has started anew, without weights."
+            return "died", ANEW
         return _answer(lambda: server.generate(requests, sampling, enough))
 
     def kill(self, serial: int) -> None:
@@ -111,15 +112,17 @@ class EngineHost:
         if server is not None:
             server.close()
         if self._room is not None:
-            shutil.rmtree(self._room, ignore_errors=True)
+            self._room.close()
 
     def _take(
-        self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, key: str
+        self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
     ) -> int:
-        received = self._folder(choice, serving.weights) / key
+        received = self._folder(choice, serving.weights) / _key(weights)
         place = received if folder is None else Path(folder)
         with self._lock:
             try:
+                if self._server is None and not whole:
+                    raise EngineDied(ANEW)
                 if self._server is None:
                     choice.check()
                     self._server, self._serial = choice.server(serving), self._serial + 1
@@ -141,10 +144,14 @@ class EngineHost:
 
     def _folder(self, choice: EngineChoice, size: int) -> Path:
         with self._making_room:
-            if self._room is None or not self._room.is_dir():  # it is gone with an engine that has ended
-                place = choice.meets(VERSIONS * size)
-                self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
-            return self._room
+            if self._room is None:
+                self._room = Room(choice.meets(VERSIONS * size))
+            return self._room.path
+
+
+def _key(weights: tuple[str, int]) -> str:
+    """The folder in which weights are received."""
+    return "-".join(map(str, weights))
 
 
 def _answer(what: Callable[[], Any]) -> Answer:
@@ -172,17 +179,18 @@ class HostedServer:
     def start(self, room: Path, folder: Path, version: int) -> None:
         self._host = self._found()
         self._is_near = self._get("where", seconds=CALL_SECONDS) == ray.get_runtime_context().get_node_id()
-        self._hand_over(folder, version, ADAPTER if self._get("serves", seconds=CALL_SECONDS) else "")
+        self._hand_over(folder, version, whole=not self._get("serves", seconds=CALL_SECONDS))
 
     def update(self, folder: Path, version: int) -> None:
-        self._hand_over(folder, version, ADAPTER)
+        self._hand_over(folder, version, whole=False)
 
-    def _hand_over(self, folder: Path, version: int, changed: str) -> None:
-        key = f"{SOURCE}-{version}"
-        if not self._is_near:
-            self._send(folder, key, changed if self._serving.adapter_rank else "")
-        near = str(folder) if self._is_near else None
-        self._serial = self._ask("take", START_SECONDS, self._choice, self._serving, SOURCE, version, near, key)
+    def _hand_over(self, folder: Path, version: int, whole: bool) -> None:
+        """Give the host weights: a folder that it sees, or the files of it that it has not."""
+        weights, near = (SOURCE, version), str(folder) if self._is_near else None
+        whole = whole or self._is_near or not self._serving.adapter_rank
+        if near is None:
+            self._send(folder, _key(weights), "" if whole else ADAPTER)
+        self._serial = self._ask("take", START_SECONDS, self._choice, self._serving, weights, near, whole)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
@@ -282,8 +290,8 @@ def engine_hosts(
         yield
     finally:
         closed = [host.close.remote() for host in hosts]
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.wait(closed, num_returns=len(closed), timeout=GONE_SECONDS) if closed else None
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=GONE_SECONDS)
         for host in hosts:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(host)

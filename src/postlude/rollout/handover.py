@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import torch
 
 from postlude.model.export import send_weights, write_adapter, write_weights
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.serving import ADAPTER
+from postlude.rollout.serving import ADAPTER, Room
 from postlude.training.workers import Workers
 
 
@@ -33,7 +32,7 @@ class Handover:
 
     def __init__(self, write: Callable[[Path, Path | None], None], place: Callable[[], Path]) -> None:
         self._write, self._place = write, place
-        self._room: Path | None = None
+        self._room: Room | None = None
         self._version = -1
         self._read: Counter[int] = Counter()
         self._lock = threading.Lock()
@@ -42,8 +41,8 @@ class Handover:
     def room(self) -> Path:
         """The folder that holds everything of this process which engines are to see."""
         if self._room is None:
-            self._room = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=self._place()))
-        return self._room
+            self._room = Room(self._place())
+        return self._room.path
 
     @property
     def version(self) -> int:
@@ -78,7 +77,7 @@ class Handover:
     def close(self) -> None:
         """Leave no file."""
         if self._room is not None:
-            shutil.rmtree(self._room, ignore_errors=True)
+            self._room.close()
             self._room, self._version = None, -1
 
     def _put_away(self, version: int) -> None:

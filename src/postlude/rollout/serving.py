@@ -167,3 +167,14 @@ class Process:
                 self._warden.stdin.close()
         self._warden.wait()
         shutil.rmtree(self._room, ignore_errors=True)  # where it had ended by itself
+
+
+class Room:
+    """A folder that is gone once it is closed, or this process has ended, in whatever way."""
+
+    def __init__(self, place: Path) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
+        self._watch = Process(self.path, ["sleep", "infinity"], os.environ)
+
+    def close(self) -> None:
+        self._watch.close()

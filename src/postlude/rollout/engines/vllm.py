@@ -269,7 +269,6 @@ class VllmServer:
 
     def start(self, room: Path, folder: Path, version: int) -> None:
         if self._keys is None:
-            self._process = Process(room, ["sleep", "infinity"], os.environ)  # watches over the room alone
             self.update(folder, version)
             return
         port = _free_port()
