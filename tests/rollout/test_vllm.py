@@ -140,7 +140,7 @@ def test_requests_go_on_over_an_update(engine, policy):
 @pytest.mark.capability("A vLLM server that runs already, at an address")
 def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, policy, tmp_path):
     engine.generate(requests(1), Sampling(1, frozenset()))
-    address = server_of(engine)._client.address
+    address = server_of(engine).address
     move(policy)
     other = apart(Vllm(addresses=[address], exchange=str(tmp_path)), SERVING, policy)
     other.update(30)
@@ -158,7 +158,7 @@ def test_a_server_that_sees_no_folder_is_sent_the_weights(engine, policy, tmp_pa
     """In packs: of several tensors, and of a single one that is larger than a pack."""
     monkeypatch.setattr(sender, "PACK_BYTES", 100_000)
     engine.generate(requests(1), Sampling(1, frozenset()))
-    choice = Vllm(addresses=[server_of(engine)._client.address], network=True)
+    choice = Vllm(addresses=[server_of(engine).address], network=True)
     choice.check()
     other = apart(choice, SERVING, policy)
     for version in (50, 51):

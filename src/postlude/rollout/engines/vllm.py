@@ -267,6 +267,11 @@ class VllmServer:
         self._process: Process | None = None
         self._threads = ThreadPoolExecutor(serving.concurrency, thread_name_prefix="vllm")
 
+    @property
+    def address(self) -> str:
+        """Where it answers."""
+        return self._living().address
+
     def start(self, room: Path, folder: Path, version: int) -> None:
         if self._keys is None:
             self.update(folder, version)
