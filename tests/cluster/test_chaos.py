@@ -21,7 +21,7 @@ from cluster.test_engines import asking, below, told
 pytestmark = pytest.mark.long
 
 STEPS, EVERY = 400, 10
-ROUNDS = 2
+ROUNDS, NODES = 2, 3
 
 
 class Nodes:
@@ -31,7 +31,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._small})
-        self._nodes = [self._add() for _ in range(3)]
+        self._nodes: list = []
+        self.fill()
 
     _small = {"object_store_memory": 80 * 2**20}
 
@@ -47,12 +48,18 @@ class Nodes:
         """The processes of Ray that have the ranks below them."""
         return [node.all_processes["raylet"][0].process.pid for node in self._nodes]
 
-    def lose(self, raylet: int) -> None:
-        """Kill the Ray of a node; another node takes its place in the cluster."""
+    def lose(self, raylet: int, replaced: bool = True) -> None:
+        """Kill the Ray of a node; another node takes its place in the cluster, or none until :meth:`fill`."""
         lost = self._nodes.pop(self.raylets.index(raylet))
         os.kill(raylet, signal.SIGKILL)
-        self._nodes.append(self._add())
+        if replaced:
+            self.fill()
         self._cluster.remove_node(lost, allow_graceful=False)
+
+    def fill(self) -> None:
+        """Have as many nodes as at first."""
+        while len(self._nodes) < NODES:
+            self._nodes.append(self._add())
 
     def drain(self, raylet: int, seconds: int) -> None:
         """Say that a node goes away, as a provider does beforehand; another one comes."""
@@ -154,7 +161,7 @@ def test_a_node_that_goes_away_is_left_without_losing_a_step(nodes, tmp_path, ne
     assert project.lines() == calm
 
 
-@pytest.mark.capability("Engines on other nodes, which may be lost")
+@pytest.mark.capability("Engines on other nodes: where one is lost another starts, or its prompts go elsewhere")
 def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp_path, new_project):
     def begun(name: str):
         project = asking(new_project(tmp_path, provider="ray", address=nodes.address)).called(name)
@@ -162,19 +169,23 @@ def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp
         project.start()
         return project
 
-    calm = begun("calm")
-    calm.ended()
-    project = begun("shaken")
-    try:
-        project.until(lambda: project.step() > 8)
-        engine = next(iter(below(project, nodes.raylets, "ray::EngineHost").values()))
-        nodes.lose(next(pid for pid in nodes.raylets if engine in psutil.Process(pid).children(recursive=True)))
-        project.ended()
-    finally:
-        project.kill()
-    assert len(project.told("group_formed")) == 1
-    assert project.told("engine_died")
-    assert told(project) == told(calm)
+    undisturbed = begun("calm")
+    undisturbed.ended()
+    calm = told(undisturbed)
+    for name, replaced in (("replaced", True), ("elsewhere", False)):
+        project = begun(name)
+        try:
+            project.until(lambda: project.step() > 8)  # noqa: B023
+            engine = next(iter(below(project, nodes.raylets, "ray::EngineHost").values()))
+            raylet = next(pid for pid in nodes.raylets if engine in psutil.Process(pid).children(recursive=True))
+            nodes.lose(raylet, replaced)
+            project.ended()
+        finally:
+            project.kill()
+            nodes.fill()
+        assert len(project.told("group_formed")) == 1
+        assert project.told("engine_died")
+        assert told(project) == calm
 
 
 def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):

@@ -200,6 +200,8 @@ def test_a_stage_on_vllm_learns_as_one_on_the_native_engine(project, tmp_path, v
         ({"engine": "vllm", "top_p": 0.9}, {}, "top_p"),
         ({"engine": "vllm"}, {"adapter": {"rank": 2, "base": "int8"}}, "adapter"),
         ({"engine": {"name": "vllm", "addresses": ["localhost"]}}, {}, "http://host:port"),
+        ({"engine": {"name": "vllm", "sleeps": True}, "ahead": 1}, {}, "sleeps"),
+        ({"engine": {"name": "vllm", "network": True}}, {}, "addresses"),
         ({"engine": "vlm"}, {}, "vllm"),
         ({"engine": "native", "pool": "engines"}, {}, "apart: true"),
         ({"engine": {"name": "vllm", "addresses": ["http://one:1"]}, "pool": "engines"}, {}, "without addresses"),

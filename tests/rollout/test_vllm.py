@@ -259,6 +259,25 @@ def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
         engine.close()
 
 
+@pytest.mark.long
+def test_a_server_sleeps_while_nothing_is_asked(vllm, policy):
+    """On a CPU it has nothing to give back: that it is told, and answers afterwards, is what there is to see."""
+    engine = apart(vllm.model_copy(update={"sleeps": True}), SERVING, policy)
+    try:
+        engine.update(0)
+        for version in (1, 2):
+            assert engine.generate(requests(1), Sampling(2, frozenset()))
+            assert Client(server_of(engine).address).is_asleep
+            move(policy)
+            engine.update(version)
+            assert not Client(server_of(engine).address).is_asleep
+            made = engine.generate(requests(), Sampling(8, frozenset(), seed=2))
+            assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
+        assert not engine.deaths()
+    finally:
+        engine.close()
+
+
 def move_adapter(policy: LanguageModel) -> None:
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

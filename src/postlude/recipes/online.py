@@ -143,7 +143,7 @@ class OnlineRecipe(TrainingRecipe):
             raise ValueError(f"the pool '{self.pool}' is that of the workers that train: name another one")
         if self.rollout.oversample > 1 and self.environment is not None:
             raise ValueError("an episode is not cut in its midst: leave 'rollout.oversample' out, or 'environment'")
-        objection = engine.objection(self.rollout.top_p)
+        objection = engine.objection(self.rollout.top_p, self.rollout.ahead)
         if objection is not None:
             raise ValueError(objection)
         if engine.is_apart and self.adapter is not None and self.adapter.base is not None:

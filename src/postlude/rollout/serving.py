@@ -106,8 +106,8 @@ class EngineChoice(Component):
         """Whether it can be given such an adapter by itself; else it gets the base with that merged into it."""
         return False
 
-    def objection(self, top_p: float) -> str | None:
-        """Why it cannot sample so, if it cannot."""
+    def objection(self, top_p: float, ahead: int) -> str | None:
+        """Why it cannot sample so, or answer so many rounds while one is trained, if it cannot."""
         return None
 
     def check(self) -> None:

@@ -63,6 +63,8 @@ class Vllm(EngineChoice):
     merge_adapters: bool = False
     """Whether it is always given an adapter merged into its base. By default a server that is started here gets the
     base once, and after that the adapter alone."""
+    sleeps: bool = False
+    """Whether it gives its memory of the GPU back while the policy is trained there."""
     addresses: list[str] | None = None
     """Servers that run already, each as ``http://host:port``; the workers take them in turn. They must see the folder
     ``exchange`` under the same name, and have been started as docs/online.md says."""
@@ -92,6 +94,8 @@ class Vllm(EngineChoice):
             raise ValueError("'exchange' and 'network' are for servers at 'addresses': name them, or leave these out")
         if self.exchange is not None and self.network:
             raise ValueError("weights go through 'exchange' or over the 'network': leave one of them out")
+        if self.addresses is not None and self.sleeps:
+            raise ValueError("'sleeps' is for servers that are started here: leave it out, or 'addresses'")
         return self
 
     def meets(self, size: int) -> Path:
@@ -104,13 +108,15 @@ class Vllm(EngineChoice):
     def takes_adapter(self, rank: int, dora: bool) -> bool:
         return not (self.merge_adapters or self.runs_already or dora) and rank <= ADAPTER_RANKS[-1]
 
-    def objection(self, top_p: float) -> str | None:
-        if top_p == 1:
-            return None
-        return (
-            "vLLM tells log-probabilities after 'top_p' has cut tokens away, and training needs those before: leave "
-            "rollout.top_p at 1, or take the engine 'native'"
-        )
+    def objection(self, top_p: float, ahead: int) -> str | None:
+        if top_p != 1:
+            return (
+                "vLLM tells log-probabilities after 'top_p' has cut tokens away, and training needs those before: "
+                "leave rollout.top_p at 1, or take the engine 'native'"
+            )
+        if self.sleeps and ahead:
+            return "what sleeps while the policy is trained answers nothing ahead: leave 'sleeps' or 'ahead' out"
+        return None
 
     def check(self) -> None:
         if self.addresses is None:
@@ -223,6 +229,18 @@ class Client:
         values = tuple(one["logprob"] for one in choice["logprobs"]["content"]) if tokens else ()
         return Completion(request, tokens, values, ended, tuple(versions))  # type: ignore[arg-type]
 
+    @property
+    def is_asleep(self) -> bool:
+        return bool(self.call("GET", "/is_sleeping")["is_sleeping"])
+
+    def sleep(self) -> None:
+        """Give the memory of the GPU back: the weights wait in that of the host, keys and values are gone."""
+        self.call("POST", "/sleep?level=1", {})
+
+    def wake(self) -> None:
+        """Take the memory again."""
+        self.call("POST", "/wake_up", {}, START_SECONDS)
+
     def label(self, version: int) -> None:
         """Say what the weights that it has are called."""
         self.call("POST", "/update_weight_version", {"new_version": str(version)})
@@ -266,6 +284,7 @@ class VllmServer:
         self._serving, self._client, self._keys = serving, client, keys
         self._process: Process | None = None
         self._threads = ThreadPoolExecutor(serving.concurrency, thread_name_prefix="vllm")
+        self._sleeps, self._is_asleep = keys is not None and keys.sleeps, False
 
     @property
     def address(self) -> str:
@@ -284,12 +303,21 @@ class VllmServer:
         self._client.label(version)
 
     def update(self, folder: Path, version: int) -> None:
-        self._living().update(folder, version)
+        self._awake().update(folder, version)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
     ) -> list[Completion]:
-        client, over = self._living(), threading.Event()
+        made = self._generate(self._awake(), requests, sampling, enough)
+        if self._sleeps:
+            self._living().sleep()
+            self._is_asleep = True
+        return made
+
+    def _generate(
+        self, client: Client, requests: Sequence[Request], sampling: Sampling, enough: Enough | None
+    ) -> list[Completion]:
+        over = threading.Event()
         call = uuid.uuid4().hex
         names = [f"{call}-{place}" for place in range(len(requests))]
 
@@ -321,6 +349,13 @@ class VllmServer:
         if self._process is not None:
             self._process.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _awake(self) -> Client:
+        client = self._living()
+        if self._is_asleep:
+            client.wake()
+            self._is_asleep = False
+        return client
 
     def _living(self) -> Client:
         if self._process is not None and not self._process.alive:
@@ -361,7 +396,7 @@ class VllmServer:
             "enable-scale-out": True,
             "disable-uvicorn-access-log": True,
             **self._adapter_options(folder),
-            **({} if self._serving.gpus else self._whole_prompts()),
+            **({"enable-sleep-mode": keys.sleeps} if self._serving.gpus else self._whole_prompts()),
             **keys.options,
         }
         command = [keys.interpreter(), "-m", "vllm.entrypoints.openai.api_server"]
