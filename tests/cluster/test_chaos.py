@@ -166,6 +166,7 @@ def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp
     def begun(name: str):
         project = asking(new_project(tmp_path, provider="ray", address=nodes.address)).called(name)
         project.manifest["compute"]["pools"]["train"] = {"workers": 1}
+        project.stage["steps"] = 12
         project.start()
         return project
 
@@ -175,7 +176,7 @@ def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp
     for name, replaced in (("replaced", True), ("elsewhere", False)):
         project = begun(name)
         try:
-            project.until(lambda: project.step() > 8)  # noqa: B023
+            project.until(lambda: project.step() > 3)  # noqa: B023
             engine = next(iter(below(project, nodes.raylets, "ray::EngineHost").values()))
             raylet = next(pid for pid in nodes.raylets if engine in psutil.Process(pid).children(recursive=True))
             nodes.lose(raylet, replaced)

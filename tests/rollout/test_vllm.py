@@ -172,6 +172,26 @@ def test_a_server_that_sees_no_folder_is_sent_the_weights(engine, policy, tmp_pa
 
 
 @pytest.mark.long
+def test_a_server_sleeps_while_nothing_is_asked(engine, policy, monkeypatch):
+    """On a CPU it has nothing to give back: that it is told, and answers afterwards, is what there is to see."""
+    engine.generate(requests(1), Sampling(1, frozenset()))
+    monkeypatch.setattr(server_of(engine), "_sleeps", True)
+    client = Client(server_of(engine).address)
+    for version in (60, 61):
+        assert engine.generate(requests(1), Sampling(2, frozenset()))
+        assert client.is_asleep
+        move(policy)
+        engine.update(version)
+        assert not client.is_asleep
+        made = engine.generate(requests(), Sampling(8, frozenset(), seed=2))
+        assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
+    monkeypatch.undo()
+    engine.update(62)
+    assert not client.is_asleep
+    assert not engine.deaths()
+
+
+@pytest.mark.long
 def test_more_prompts_than_a_step_computes_are_answered(engine, policy):
     """On a CPU vLLM ends where the last of them is read in two steps."""
     long = [Request(str(number), tuple(range(20, 320)), number) for number in range(16)]
@@ -200,7 +220,7 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 @pytest.mark.long
 def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     move(policy)
-    engine.update(40)
+    engine.update(70)
     sampling = Sampling(200, frozenset(), temperature=0.9, seed=6)
     calm = engine.generate(requests(), sampling)
     cores = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]
@@ -255,25 +275,6 @@ def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
             "adapter_config.json",
             "adapter_model.safetensors",
         }
-    finally:
-        engine.close()
-
-
-@pytest.mark.long
-def test_a_server_sleeps_while_nothing_is_asked(vllm, policy):
-    """On a CPU it has nothing to give back: that it is told, and answers afterwards, is what there is to see."""
-    engine = apart(vllm.model_copy(update={"sleeps": True}), SERVING, policy)
-    try:
-        engine.update(0)
-        for version in (1, 2):
-            assert engine.generate(requests(1), Sampling(2, frozenset()))
-            assert Client(server_of(engine).address).is_asleep
-            move(policy)
-            engine.update(version)
-            assert not Client(server_of(engine).address).is_asleep
-            made = engine.generate(requests(), Sampling(8, frozenset(), seed=2))
-            assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
-        assert not engine.deaths()
     finally:
         engine.close()
 

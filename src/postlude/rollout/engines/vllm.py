@@ -1,12 +1,14 @@
-"""The engine ``vllm``: a vLLM server, over HTTP. This file alone knows vLLM.
+"""The engine ``vllm``: a vLLM server, over HTTP. This file alone knows vLLM, but for what runs within it.
 
 It lives in an environment of its own (``make vllm`` makes one), since it wants its own torch. Notable:
 
 - Tokens go in and come out; nothing is tokenised on the way.
 - While weights are taken over the requests in flight stand still, then go on; their keys and values are made anew.
   vLLM says itself which of their tokens came from which weights.
-- Weights are handed over as safetensors in shared memory, which ``reload_weights`` reads. ``load_weights`` called from
-  a worker extension would leave a half-written model that goes on serving.
+- Weights are handed over as safetensors in shared memory, which ``reload_weights`` reads, or sent over the network.
+  ``load_weights`` called from a worker extension would leave a half-written model that goes on serving.
+- A small class within vLLM's workers (``within_vllm``) takes what HTTP cannot bring: an adapter in the place of the one
+  before, and weights over the network.
 """
 
 from __future__ import annotations
