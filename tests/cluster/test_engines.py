@@ -99,6 +99,23 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
     assert all(outcome.total() == 1 for outcome in outcomes_of(project).values())
 
 
+def test_workers_that_make_room_for_others_leave_no_engine(project):
+    """One is killed, and the controller ends the other: each has an engine beside it."""
+    project = asking(project)
+    del project.stage["rollout"]["pool"]
+    project.manifest["compute"]["pools"] = {"train": {"workers": 2}}
+    project.start()
+    project.until(lambda: project.step() > 3)
+    ranks, watches = project.ranks(), below(project, None, "sleep")
+    assert all(rooms(one.pid) for one in ranks)
+    assert len(watches) == 2
+    ranks[0].kill()
+    project.until(lambda: len(project.told("group_formed")) == 2)
+    project.until(lambda: not any(rooms(one.pid) for one in ranks))
+    project.until(lambda: not any(one.is_running() for one in watches.values()))
+    project.ended()
+
+
 @pytest.mark.capability("vLLM in a pool of its own, given an adapter by itself")
 def test_vllm_stays_warm_when_those_who_train_are_killed(project, tmp_path, vllm):
     project = asking(project)
