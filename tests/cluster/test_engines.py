@@ -27,16 +27,10 @@ def calm(tmp_path_factory, new_project) -> list[dict[str, Any]]:
 
 def asking(project):
     """A project whose stage asks two engines in a pool of their own."""
-    project.stage.clear()
     project.stage |= {
         "recipe": "grpo",
-        "model": {"new": {"architecture": "llama", "config": SIZE}},
-        "tokenizer": {"bytes": True},
-        "data": {"chats": 1.0},
         "steps": 40,
         "batch": {"tokens": 4096, "block": 128},
-        "optimizer": {"lr": 1e-2},
-        "threads": 1,
         "checkpoint": {"every": 4},
         "rollout": {"prompts": 4, "max_tokens": 8, "engine": {"name": "native", "apart": True}, "pool": "engines"},
         "group": 4,
@@ -44,9 +38,6 @@ def asking(project):
     }
     project.manifest["compute"]["pools"] = {"train": {"workers": 2}, "engines": {"workers": 2}}
     return project
-
-
-SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def told(project) -> list[dict[str, Any]]:

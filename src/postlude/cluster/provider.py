@@ -51,8 +51,6 @@ _QUIET = {
     "RAY_event_stats": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_enable_timeline": "0",
-    # What watches over an engine has to outlive the worker, so as to clear away what that leaves.
-    "RAY_kill_child_processes_on_worker_exit": "false",
     # The controller sets CUDA_VISIBLE_DEVICES by what the manifest says, also where that is nothing.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -27,6 +27,7 @@ def main() -> None:
     for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(asked, lambda *_: None)  # unlike one that is ignored, it is not handed on to the command
     passed = [] if descriptor < 0 else [descriptor]
+    _step_behind(passed)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=passed)
     for one in passed:
         os.close(one)  # so that the other end is told when the command is gone
@@ -42,6 +43,17 @@ def main() -> None:
         process.wait()
     shutil.rmtree(folder, ignore_errors=True)
     _end()
+
+
+def _step_behind(passed: list[int]) -> None:
+    """Go on as a grandchild of whoever started this, since Ray kills the children of a worker that it ends; the child
+    only waits, so that it is there for as long as this is."""
+    grandchild = os.fork()
+    if grandchild:
+        for one in passed:
+            os.close(one)
+        os.waitpid(grandchild, 0)
+        os._exit(0)
 
 
 def _wait(process: subprocess.Popen[bytes], ends: threading.Event) -> None:
@@ -60,7 +72,7 @@ def _end() -> None:
 
 
 def _others() -> bool:
-    """Whether another process shares the group that this one leads."""
+    """Whether another process shares the group of this one and of that which waits for it."""
     for path in glob.glob("/proc/[0-9]*/stat"):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -68,7 +80,7 @@ def _others() -> bool:
         except OSError:  # it is gone
             continue
         state, _, group = rest.rpartition(")")[2].split()[:3]
-        if int(group) == os.getpid() != int(number) and state != "Z":
+        if int(group) == os.getpgrp() and int(number) not in (os.getpid(), os.getppid()) and state != "Z":
             return True
     return False
 
