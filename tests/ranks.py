@@ -1,4 +1,7 @@
-"""The ranks of a test as processes of this machine, without Ray: they meet through a file, and die with the test."""
+"""The ranks of a test as processes of this machine, without Ray: they meet through a file, and die with the test.
+
+They are forked from one process that has imported what every rank imports, and has done nothing else.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,20 @@ import traceback
 from multiprocessing.connection import wait
 from typing import Any
 
+IMPORTED = ["postlude.recipes.execution", "postlude.recipes.parts", "torch.distributed.checkpoint", "torch._dynamo"]
+
 
 def run_ranks(function: str, task: Any, ranks: int, threads: int = 1) -> list[Any]:
     """Call ``function`` ("module:name") with ``task`` in every rank and return the results in rank order.
 
     RuntimeError with the traceback of a rank that raised, once another has not returned within its grace.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory(prefix="ranks-") as meeting:
         processes, ends = [], {}
         for rank in range(ranks):
-            told = {
+            told = os.environ | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
@@ -31,7 +37,7 @@ def run_ranks(function: str, task: Any, ranks: int, threads: int = 1) -> list[An
                 "OMP_NUM_THREADS": str(threads),
             }
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(function, task, threads, os.getpid(), told, theirs))
+            process = context.Process(target=_rank, args=(function, task, threads, told, theirs))
             process.start()
             theirs.close()
             processes.append(process)
@@ -57,11 +63,12 @@ def run_ranks(function: str, task: Any, ranks: int, threads: int = 1) -> list[An
     return [results[rank] for rank in range(ranks)]
 
 
-def _rank(function: str, task: Any, threads: int, parent: int, environment: dict[str, str], end: Any) -> None:
+def _rank(function: str, task: Any, threads: int, environment: dict[str, str], end: Any) -> None:
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() == 1:
         os._exit(1)
+    os.environ.clear()
     os.environ.update(environment)
     import torch
 

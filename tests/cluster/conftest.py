@@ -16,11 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.hosts import RayOnHosts
+from cluster.hosts import PATIENCE_SECONDS, RayOnHosts
 from postlude.runs import Run
 
 EXACT = ("step", "epoch", "progress", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "documents", "skipped")
-PATIENCE_SECONDS = 120.0
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -102,7 +101,7 @@ class Project:
         while not (found := what()):
             assert self.process is not None
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.run.events.read()
             time.sleep(0.002)
         return found
 

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 EVERY_PROTOCOL = 0x0003
+PATIENCE_SECONDS = 600.0
+"""A wait that is longer has failed; how fast a machine is plays no part."""
 
 
 def can_be_made() -> bool:
@@ -94,7 +96,7 @@ class Hosts:
 
     def kill(self, number: int) -> None:
         """Kill all that runs on a host."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while (pids := self.pids(number)) and time.monotonic() < deadline:
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -200,12 +202,12 @@ class RayOnHosts:
         asked = "import ray, sys; ray.init(sys.argv[1], configure_logging=False, log_to_driver=False)"
         asked += "; print(sum(node['Alive'] for node in ray.nodes()))"
         command = self.hosts.command(1, [sys.executable, "-c", asked, self.address])
-        done = subprocess.run(command, env=self._of(1), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=self._of(1), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
         return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
     def until_nodes(self, count: int) -> None:
         """Wait until so many nodes are alive."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while self.nodes() < count:
             assert time.monotonic() < deadline, "the nodes did not come up"
             time.sleep(0.5)

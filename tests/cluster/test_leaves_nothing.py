@@ -37,7 +37,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def nothing_is_left(mark: str, place: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [one.name() for one in left] == []

@@ -94,7 +94,7 @@ def _loss(values, segments):
 def _rank(rank: int, meeting: str, values: torch.Tensor, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     results = []
     for split in SPLITS:
@@ -116,7 +116,7 @@ def test_over_two_ranks_the_result_is_that_of_one_process(tmp_path):
     ranks = [context.Process(target=_rank, args=(r, str(tmp_path / "meeting"), values, queue)) for r in range(2)]
     for process in ranks:
         process.start()
-    of_rank = dict(queue.get(timeout=120) for _ in ranks)
+    of_rank = dict(queue.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join()
         assert process.exitcode == 0

@@ -418,8 +418,9 @@ def progress_of(project) -> tuple[int, int]:
 
 @pytest.mark.long
 @pytest.mark.capability("Killed while streams are stored or read, a run ends bitwise as if undisturbed")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_in_the_pass_and_in_the_training_it_is_as_if_undisturbed(preferences, workers):
+@pytest.mark.parametrize(("workers", "kills"), [(1, [(2, 0), (6, 0), (0, 3), (0, 8)]), (2, [(4, 0), (0, 5)])])
+def test_killed_in_the_pass_and_in_the_training_it_is_as_if_undisturbed(preferences, workers, kills):
+    """Each kill is after so many stored parts and so many steps."""
     preferences.written("pairs", pairs(2600), "preference")
     preferences.manifest["compute"] = {"pools": {"train": {"workers": workers}}}
     preferences.stages["tune"] |= {"precompute_reference": True, "steps": 12, "evaluate": {"data": {"unseen": 1.0}}}
@@ -429,7 +430,7 @@ def test_killed_in_the_pass_and_in_the_training_it_is_as_if_undisturbed(preferen
     assert len(calm) == 12
     place(preferences, "shaken")
     rng, hits = random.Random(workers), []
-    for least_parts, least_steps in [(2, 0), (6, 0), (0, 3), (0, 8)]:
+    for least_parts, least_steps in kills:
         process = start(preferences)
         while process.poll() is None:
             now_parts, now_steps = progress_of(preferences)

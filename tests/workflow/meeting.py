@@ -10,7 +10,7 @@ from postlude.manifest.component import register
 from postlude.runs import Run
 from postlude.telemetry.sinks import OpenSink, Sink
 
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 600.0
 
 
 @register("sinks", "meeting")
