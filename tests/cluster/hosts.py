@@ -162,7 +162,7 @@ class RayOnHosts:
             "RAY_AUTH_MODE": "disabled",
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_USAGE_STATS_ENABLED": "0",
         }

@@ -81,7 +81,7 @@ def nodes():
     """The cluster, for processes that are not this one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        for name, value in (("period_ms", "1000"), ("timeout_ms", "2000"), ("failure_threshold", "3")):
+        for name, value in (("period_ms", "1000"), ("timeout_ms", "10000"), ("failure_threshold", "3")):
             patch.setenv(f"RAY_health_check_{name}", value)
         made = Nodes()
         yield made

@@ -34,7 +34,7 @@ def test_a_group_goes_on_without_a_host_and_grows_back(cluster, new_project, tmp
     project = new_project(tmp_path, provider="ray", address=cluster.address)
     project.stage |= {"steps": 30000, "checkpoint": {"every": 10}}
     project.manifest["compute"]["pools"]["train"]["workers"] = {"min": 1, "max": 2}
-    project.manifest["compute"]["supervision"] = {"silence_seconds": 12}
+    project.manifest["compute"]["supervision"] = {"silence_seconds": 30}
     project.called("shaken")
 
     def formed() -> list[int]:

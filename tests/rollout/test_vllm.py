@@ -218,6 +218,21 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 
 
 @pytest.mark.long
+def test_what_comes_late_to_the_server_is_cut_as_well(engine, monkeypatch):
+    """The long request is on its way while the short one ends: the server does not know it when it is to be cut."""
+    ask = Client.generate
+
+    def late(self, request, sampling, name):
+        time.sleep(0.0 if request.limit else 2.0)
+        return ask(self, request, sampling, name)
+
+    monkeypatch.setattr(Client, "generate", late)
+    short, long = (replace(one, limit=limit) for one, limit in zip(requests(1), (4, None), strict=False))
+    made = engine.generate([short, long], Sampling(4000, frozenset(), 0.9, seed=8), Enough(((0,), (1,)), needed=1))
+    assert [one.ended for one in made] == ["length", "cut"]
+
+
+@pytest.mark.long
 def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     move(policy)
     engine.update(70)

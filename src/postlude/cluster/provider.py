@@ -37,10 +37,10 @@ _QUIET = {
     "MALLOC_ARENA_MAX": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    # Nodes and workers are found dead within seconds, not minutes.
+    # Nodes and workers are found dead within seconds, not minutes; one that a busy machine holds up is not dead.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
     # Workers are no less than what else runs here, and none is started before it is asked for.
     "RAY_worker_niceness": "0",

@@ -44,6 +44,9 @@ START_SECONDS = 600.0
 BATCHED_TOKENS = 2048
 """That a step computes at least, where prompts are read whole."""
 CALL_SECONDS = 120.0
+ABORT_SECONDS = 0.5
+"""After so long requests are cut again: one that was still on its way when the others were is not known to the server
+then, and it forgets that it was to be cut."""
 MODEL, ADAPTED = "policy", "adapted"
 """What the server calls the weights, and these with an adapter."""
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -327,19 +330,21 @@ class VllmServer:
             return Completion(request, (), (), "cut") if over.is_set() else client.generate(request, sampling, name)
 
         asked = [self._threads.submit(ask, *both) for both in zip(requests, names, strict=True)]
-        left = set(asked)
+        left, patience = set(asked), None
         while left:
-            done, left = wait(left, return_when=FIRST_COMPLETED)
+            done, left = wait(left, patience, FIRST_COMPLETED)
             failed = [error for one in done if (error := one.exception()) is not None]
             if failed:
                 for one in left:
                     one.cancel()
                 raise next((error for error in failed if not isinstance(error, EngineDied)), self._died(failed[0]))
-            if enough is not None and left and not over.is_set():
+            if enough is not None and not over.is_set():
                 ended = {place for place, one in enumerate(asked) if one not in left and one.result().ended != "cut"}
                 if enough.reached(ended):
                     over.set()
-                    client.abort([name for name, one in zip(names, asked, strict=True) if one in left])
+                    done, patience = set(), ABORT_SECONDS
+            if over.is_set() and left and not done:
+                client.abort([name for name, one in zip(names, asked, strict=True) if one in left])
         return [one.result() for one in asked]
 
     def kill(self) -> None:
