@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from postlude.cluster.engines import EngineHost
+from postlude.cluster.worker import Setting
+from postlude.rollout.engine import Request, Sampling
+from postlude.rollout.engines.native import Native
+from postlude.rollout.serving import Serving
 from recipes.conftest import write_random_model
 from recipes.test_engines import rooms
 
@@ -88,6 +95,26 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
     assert len(project.told("group_formed")) == 2
     assert project.told("engine_died")
     assert all(outcome.total() == 1 for outcome in outcomes_of(project).values())
+
+
+def test_weights_that_are_gone_with_who_wrote_them_leave_the_engine_as_it_is(tmp_path):
+    host, choice = EngineHost(Setting.here("host", 1, {})), Native(apart=True)
+    serving = Serving(context=64, weights=10**6, concurrency=4, dtype="float32", seconds=60.0)
+    asked, sampling = [Request("a", (1, 2, 3), 0)], Sampling(8, frozenset(), 1.0, seed=1)
+    folder = write_random_model(tmp_path / "weights", 1)
+    try:
+        assert host.take(choice, serving, ("first", 0), folder, True) == ("done", 1)
+        said = host.generate(asked, sampling, None)
+        assert said[0] == "done"
+        died, why = host.take(choice, serving, ("first", 1), str(tmp_path / "gone"), True)
+        assert died == "died"
+        assert "are gone" in why
+        assert host.generate(asked, sampling, None) == said
+        assert host.take(choice, serving, ("second", 0), folder, True) == ("done", 1)
+        assert Path(folder, "config.json").exists()
+        assert not list(rooms(os.getpid())[0].rglob("*.safetensors"))
+    finally:
+        host.close()
 
 
 def test_workers_that_make_room_for_others_leave_no_engine(project):

@@ -90,7 +90,7 @@ class EngineHost:
         self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
     ) -> Answer:
         """Have an engine with weights, known by their source and version: its serial number. They are in a folder, or
-        were received; all of them, or what has changed."""
+        were received; all of them, or what has changed. Where they are gone before they are read it stays as it is."""
         return _answer(lambda: self._take(choice, serving, weights, folder, whole))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> Answer:
@@ -117,9 +117,10 @@ class EngineHost:
     def _take(
         self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
     ) -> int:
-        received = self._folder(choice, serving.weights) / _key(weights)
-        place = received if folder is None else Path(folder)
+        place = self._folder(choice, serving.weights) / _key(weights)
         with self._lock:
+            if folder is not None:
+                _hold(Path(folder), place)
             try:
                 if self._server is None and not whole:
                     raise EngineDied(ANEW)
@@ -133,7 +134,7 @@ class EngineHost:
                 self._end()
                 raise
             finally:
-                shutil.rmtree(received, ignore_errors=True)
+                shutil.rmtree(place, ignore_errors=True)
             self._has = weights
             return self._serial
 
@@ -147,6 +148,22 @@ class EngineHost:
             if self._room is None:
                 self._room = Room(choice.meets(VERSIONS * size))
             return self._room.path
+
+
+def _hold(folder: Path, place: Path) -> None:
+    """Have the files of a folder in another as well: an engine that reads them does not die with who wrote them."""
+    try:
+        shutil.copytree(folder, place, copy_function=_link)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(place, ignore_errors=True)
+        raise EngineDied(f"The weights in {folder} are gone, and whoever wrote them.") from error
+
+
+def _link(file: str, other: str) -> None:
+    try:
+        os.link(file, other)
+    except OSError:  # they are on two file systems
+        shutil.copyfile(file, other)
 
 
 def _key(weights: tuple[str, int]) -> str:
