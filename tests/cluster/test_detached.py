@@ -22,7 +22,7 @@ def postlude(project, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, new_project, tmp_path_factory):
     calm_project = new_project(tmp_path_factory.mktemp("calm"))
     for one in (project, calm_project):
-        one.stage |= {"steps": 200, "batch": {"tokens": 4096, "block": 128}}  # longer than a few commands take
+        one.stage |= {"steps": 400, "batch": {"tokens": 4096, "block": 128}}  # longer than a few commands take
     calm = calm_project.finished()
     path = project.write()
 
@@ -40,7 +40,7 @@ def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, new_projec
     assert stopped.returncode == 0, stopped.stderr
     assert "has stopped" in stopped.stdout
     reached = project.step()
-    assert 20 <= reached < 200
+    assert 20 <= reached < 400
     assert project.run.stage("sft").checkpoints()[0].step == reached
     assert "nothing to stop" in postlude(project, "stop", project.run.uri).stderr
 

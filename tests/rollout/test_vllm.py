@@ -224,15 +224,21 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 @pytest.mark.long
 def test_what_comes_late_to_the_server_is_cut_as_well(engine, monkeypatch):
     """The long request is on its way while the short one ends: the server does not know it when it is to be cut."""
-    ask = Client.generate
+    ask, cut, was_cut = Client.generate, Client.abort, threading.Event()
 
     def late(self, request, sampling, name):
-        time.sleep(0.0 if request.limit else 2.0)
+        assert request.limit or was_cut.wait(60)
         return ask(self, request, sampling, name)
 
+    def told(self, names):
+        cut(self, names)
+        was_cut.set()
+
     monkeypatch.setattr(Client, "generate", late)
+    monkeypatch.setattr(Client, "abort", told)
     short, long = (replace(one, limit=limit) for one, limit in zip(requests(1), (4, None), strict=False))
     for seed in range(8):
+        was_cut.clear()
         sampling = Sampling(4000, frozenset(), 0.9, seed=seed)
         made = engine.generate([short, long], sampling, Enough(((0,), (1,)), needed=1))
         if made[1].ended == "cut":

@@ -156,7 +156,7 @@ def _hold(folder: Path, place: Path) -> None:
         shutil.copytree(folder, place, copy_function=_link)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(place, ignore_errors=True)
-        raise EngineDied(f"The weights in {folder} are gone, and whoever wrote them.") from error
+        raise EngineDied(f"The weights cannot be taken over, and who wrote them may be gone: {error}") from error
 
 
 def _link(file: str, other: str) -> None:

@@ -330,9 +330,13 @@ class VllmServer:
             return Completion(request, (), (), "cut") if over.is_set() else client.generate(request, sampling, name)
 
         asked = [self._threads.submit(ask, *both) for both in zip(requests, names, strict=True)]
-        left, patience = set(asked), None
+        left = set(asked)
         while left:
-            done, left = wait(left, patience, FIRST_COMPLETED)
+            if over.is_set():
+                client.abort([name for name, one in zip(names, asked, strict=True) if one in left])
+                done, left = wait(left, ABORT_SECONDS)
+            else:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
             failed = [error for one in done if (error := one.exception()) is not None]
             if failed:
                 for one in left:
@@ -342,9 +346,6 @@ class VllmServer:
                 ended = {place for place, one in enumerate(asked) if one not in left and one.result().ended != "cut"}
                 if enough.reached(ended):
                     over.set()
-                    done, patience = set(), ABORT_SECONDS
-            if over.is_set() and left and not done:
-                client.abort([name for name, one in zip(names, asked, strict=True) if one in left])
         return [one.result() for one in asked]
 
     def kill(self) -> None:
