@@ -71,7 +71,7 @@ def under_ray(folder: Path, name: str, ranks: int) -> float:
 
 def under_torchrun(folder: Path, name: str, ranks: int) -> float:
     from postlude.manifest.load import load
-    from postlude.recipes.parts import StageTask
+    from postlude.stages.parts import StageTask
 
     run = folder / name / name
     tree = load(json.dumps(manifest_of(folder, name, ranks)), f"{name}.yaml").tree
@@ -84,7 +84,7 @@ def under_torchrun(folder: Path, name: str, ranks: int) -> float:
 
 def as_rank(task: Path) -> None:
     """What each process does that torchrun starts."""
-    from postlude.recipes.execution import run_stage_here
+    from postlude.stages.run import run_stage_here
 
     run_stage_here(pickle.loads(task.read_bytes()))
 

@@ -73,7 +73,7 @@ def manifest_of(folder: Path, name: str, ranks: int, keys: dict[str, Any], steps
 
 def as_rank(task: Path) -> None:
     """What each process does that torchrun starts."""
-    from postlude.recipes.execution import run_stage_here
+    from postlude.stages.run import run_stage_here
 
     told = pickle.loads(task.read_bytes())
     run_stage_here(told)
@@ -84,7 +84,7 @@ def as_rank(task: Path) -> None:
 
 def measured(folder: Path, name: str, ranks: int, keys: dict[str, Any], steps: int) -> dict[str, float]:
     from postlude.manifest.load import load
-    from postlude.recipes.parts import StageTask
+    from postlude.stages.parts import StageTask
 
     label = "".join(letter if letter.isalnum() else "-" for letter in name)
     run = folder / "runs" / label

@@ -21,17 +21,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import lookup
-from postlude.manifest.errors import ComputeError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.adapters import Asked
 from postlude.model.export import write_weights
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.engine import Request, Sampling
-from postlude.rollout.handover import write_for_engines
-from postlude.rollout.serving import SHARED_MEMORY, Server, Serving
+from postlude.rollout.serving.server import SHARED_MEMORY, Server, Serving
+from postlude.rollout.serving.weight_transfer import write_for_engines
 from postlude.training.workers import Workers
 
 SHAPE = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from postlude.errors import ComputeError
 from postlude.manifest.component import lookup
-from postlude.manifest.errors import ComputeError
-from postlude.rollout.serving import EngineChoice
+from postlude.rollout.serving.server import EngineChoice
 
 pytest_plugins = ["status"]
 

@@ -185,7 +185,7 @@ def answers_as_handed_over(model, workers) -> bool:
 
     from postlude.data.batch import collate
     from postlude.data.document import Document, Unit
-    from postlude.rollout.handover import write_for_engines
+    from postlude.rollout.serving.weight_transfer import write_for_engines
 
     ids = np.random.default_rng(1).integers(0, model.vocabulary, 12)
     with tempfile.TemporaryDirectory() as folder:
@@ -221,8 +221,8 @@ def work_on_stage(task: StageOnMesh) -> int:
     """Work on the stage ``tune`` of a run, from where it is."""
     import copy
 
-    from postlude.recipes.execution import run_stage
-    from postlude.recipes.parts import StageTask
+    from postlude.stages.parts import StageTask
+    from postlude.stages.run import run_stage
     from postlude.telemetry.progress import StageProgress
     from postlude.training.interruption import Interruption
 

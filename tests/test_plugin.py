@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 from postlude.workflow.run import run
 
 SCRIPTS = ["User: What is {n} and {n}?\nGuide: It is {m}.", "User: And {n}?\nGuide: That one is {n}, friend."]

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 from status import ABSENT
 
 MANIFEST = {

@@ -12,8 +12,8 @@ import pytest
 
 import postlude.workflow
 from postlude.cli import main
-from postlude.manifest.errors import ComputeError, DataError, ManifestError, UserError
-from postlude.manifest.problem import Problem
+from postlude.errors import ComputeError, DataError, UserError
+from postlude.manifest.problem import ManifestError, Problem
 from postlude.manifest.value import Origin
 
 PLAIN_RUN = {"stage": None, "inline": False, "begin": None, "until": None, "wait_seconds": 0.0}

@@ -50,7 +50,7 @@ def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
 FAILS = """
 import sys
 from postlude.cli import app
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 def fails(json: bool = False) -> None:
     raise UserError("it went wrong")

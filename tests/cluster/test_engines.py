@@ -14,9 +14,9 @@ from postlude.cluster.engines import EngineHost
 from postlude.cluster.worker import Setting
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.engines.native import Native
-from postlude.rollout.serving import Serving
-from recipes.conftest import write_random_model
-from recipes.test_engines import rooms
+from postlude.rollout.serving.server import Serving
+from stages.conftest import write_random_model
+from stages.test_engines import rooms
 
 pytestmark = pytest.mark.long
 
@@ -72,7 +72,7 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
     project = asking(project)
     project.start()
     project.until(lambda: project.step() > 5)
-    engines = below(project, None, "postlude.rollout.native_server")
+    engines = below(project, None, "postlude.rollout.serving.native_server")
     assert len(engines) == 2
     ranks, begun = project.ranks(), project.step()
     assert all(rooms(one.pid) for one in ranks)
@@ -80,7 +80,7 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
         one.kill()
     project.until(lambda: len(project.told("group_formed")) == 2 and project.step() > begun + 3)
     project.until(lambda: not any(rooms(one.pid) for one in ranks))
-    assert below(project, None, "postlude.rollout.native_server").keys() == engines.keys()
+    assert below(project, None, "postlude.rollout.serving.native_server").keys() == engines.keys()
     next(iter(engines.values())).kill()
     before = project.step()
     project.until(lambda: project.step() > before + 4)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postlude.cluster.failure import POLICY, Failure, Kind, Outcome, first_cause, outcome_of
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 
 def test_every_kind_has_a_policy():

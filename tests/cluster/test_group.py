@@ -15,8 +15,8 @@ from postlude.cluster.placement import Demand
 from postlude.cluster.provider import open_cluster
 from postlude.cluster.topology import check_topology
 from postlude.cluster.worker import Setting
+from postlude.errors import ComputeError, DataError
 from postlude.manifest.compute import Compute, Pool
-from postlude.manifest.errors import ComputeError, DataError
 
 
 class Counter:

@@ -16,8 +16,8 @@ import pytest
 from cluster import hosts
 from postlude.cluster.certificates import make_certificates
 from postlude.cluster.transport import check_collectives, check_transport, probe, variables
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Certificates, Compute, Pool, Transport
-from postlude.manifest.errors import ComputeError
 from postlude.manifest.load import load
 from postlude.manifest.schema import Manifest
 from postlude.workflow.compute import check_compute

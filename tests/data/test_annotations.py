@@ -9,7 +9,7 @@ from postlude import storage
 from postlude.data import annotations
 from postlude.data.annotations import Parts, StoredStreams, document_key
 from postlude.data.document import REFERENCE_LOGP, WEIGHT, Document, Unit, define_stream
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 WIDE = define_stream("stored_test_pairs", "int32", fill=-7, width=(2,))
 STREAMS = (REFERENCE_LOGP.name, WIDE.name)

@@ -12,7 +12,8 @@ import pytest
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.example import Conversation
 from postlude.data.tokenizer import load_tokenizer
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom
 
 CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "look", "arguments": {"at": "Ω", "n": 2}}}

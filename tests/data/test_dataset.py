@@ -21,8 +21,9 @@ from postlude.data.filters.filter import Content, Filter
 from postlude.data.records import record_json
 from postlude.data.sources import files
 from postlude.data.sources.sequential import Sequential
+from postlude.errors import DataError
 from postlude.manifest.component import register
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig
 
 

@@ -20,7 +20,8 @@ from postlude.data.formats.tree import Tree
 from postlude.data.tokenizer import CHATML, load_tokenizer, train_tokenizer
 from postlude.data.truncate import NOTHING_LEFT, TOO_LONG
 from postlude.data.turns import MaskError
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
 
 BYTES = load_tokenizer(TokenizerFrom(bytes=True))

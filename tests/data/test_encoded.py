@@ -16,7 +16,7 @@ from postlude.data.encoded import EncodedDataset
 from postlude.data.example import BadRecord
 from postlude.data.loader import Loader
 from postlude.data.measure import measure
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.manifest.schema import DatasetConfig
 
 PACKING = {"seed": 1, "block": 128, "window": 8}

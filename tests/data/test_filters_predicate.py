@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postlude.data.filters.predicate import Predicates
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 
 def keeps(predicate: str, records: Sequence[Any], batch_rows: int = 2) -> list[bool]:

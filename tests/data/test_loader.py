@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postlude.data.loader import Loader
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 BLOCK = 16
 

@@ -24,7 +24,7 @@ from postlude.data.example import Conversation
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import load_tokenizer
 from postlude.data.turns import MaskError, Turns
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 SPECIAL = re.compile(
     r"<\|[^|<>\s']{1,30}\|>|<｜[^｜<>\s']{1,30}｜>|<[a-z_]+\|>|<\|[a-z_]+>|</?(?:start|end)_of_turn>|<seed:eos>|<sep>"

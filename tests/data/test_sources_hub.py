@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from postlude.data.sources.hub import Hub
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 ROWS = [{"messages": [{"role": "user", "content": f"{i} ü"}], "n": i} for i in range(20)]
 

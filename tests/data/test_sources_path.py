@@ -22,7 +22,7 @@ from postlude.data.records import Records, Unreadable
 from postlude.data.sources import files, tables
 from postlude.data.sources.path import Path as PathSource
 from postlude.data.sources.text import JsonArray
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 CONTAINERS = ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "parquet", "csv", "csv.gz", "tsv", "tsv.zst"]
 

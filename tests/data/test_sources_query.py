@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from postlude.data.records import Records
 from postlude.data.sources.query import Query
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 HISTORIES = """
 SELECT user, list({title: title, rating: rating} ORDER BY time, item) AS items, count(*) AS films

@@ -16,7 +16,7 @@ from postlude.data.document import Document, Unit
 from postlude.data.loader import Loader
 from postlude.data.measure import measure
 from postlude.data.statistics import SHOWN, Dropped, SourceStatistics
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 PACKING = {"seed": 3, "block": 64, "window": 4}
 

@@ -12,7 +12,7 @@ from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.formats.write import write
 from postlude.data.synthetic import synthetic, try_synthetic
 from postlude.manifest.component import lookup, names
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 
 OURS = [name for name in names("formats") if lookup("formats", name).__module__.startswith("postlude.")]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -68,7 +68,7 @@ def test_what_the_chat_formats_are_given() -> None:
 
 def test_what_becomes_of_them_is_told_by_kind() -> None:
     from postlude.data.encode import Encoded
-    from postlude.manifest.errors import DataError
+    from postlude.errors import DataError
 
     def encode(examples: Sequence[tuple[str, Example]], source: str) -> list[Encoded]:
         """A template that knows no developer, and a block too short for what is very long."""

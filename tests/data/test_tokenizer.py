@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from postlude import storage
 from postlude.data.tokenizer import load_tokenizer, train_tokenizer
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
 
 BYTES = load_tokenizer(TokenizerFrom(bytes=True))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from postlude.manifest.amend import amended, amendment
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 
 
 @pytest.fixture

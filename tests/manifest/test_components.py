@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from postlude.manifest import component
 from postlude.manifest.catalogue import catalogue
 from postlude.manifest.component import BrokenExtension, Component, Config, Named, lookup, names, register
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load, restore
+from postlude.manifest.problem import ManifestError
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.explain import explain
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 
 
 @pytest.mark.capability("explain tells a value, where it came from, what it overrode and what the key means")

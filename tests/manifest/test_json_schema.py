@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from ruamel.yaml import YAML
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.json_schema import schema
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 
 jsonschema = pytest.importorskip("jsonschema", reason="the JSON Schema is checked by the package jsonschema")
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load, restore
 from postlude.manifest.lock import Lock, LockedStage, differences, lock, lock_text, manifest_hash, read_lock, written
+from postlude.manifest.problem import ManifestError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 trees = st.recursive(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
 
 
 def refused(text: str | bytes, *overrides: str) -> list[str]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load, restore
+from postlude.manifest.problem import ManifestError
 
 LAYERS = ("defaults", "command line, defaults", "stage", "command line, stage")
 VALUES: dict[str, st.SearchStrategy[Any]] = {

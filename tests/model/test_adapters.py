@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import meshes
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, TokenizerFrom
 from postlude.model import adapters
 from postlude.model.adapters import Asked

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postlude.manifest.errors import ManifestError, UserError
+from postlude.errors import UserError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
 from postlude.model.generate import encode_prompt, generate, stream
 from postlude.model.load import load_model

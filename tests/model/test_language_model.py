@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.model import recompute
 
 LENGTHS = (7, 1, 24)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.export import write_model
 from postlude.model.load import configuration, count_parameters, load_causal, load_model

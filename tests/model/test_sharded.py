@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import meshes
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.model import tensor_parallel
-from postlude.model.lazy_tensors import Extended, InMemory, Joined, Stacked, Transposed
+from postlude.model.weights import Extended, InMemory, Joined, Stacked, Transposed
 from ranks import run_ranks
 
 FEW = ("llama", "qwen3 tied", "gpt_oss")

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from postlude.data.tokenizer import load_tokenizer
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel, TokenizerFrom
 from postlude.model.load import load_causal
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.environment import Reply, play
 from postlude.rollout.environments.tools import Tools
 from postlude.rollout.native import NativeEngine
-from postlude.rollout.pool import RewardPool, Task, Unscored
 from postlude.rollout.prompts import Prompt, PromptEncoder
+from postlude.rollout.reward_pool import RewardPool, Task, Unscored
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.rollout.ledger import Ledger
 from postlude.storage import exact_json
 

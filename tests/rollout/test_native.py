@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.load import load_causal, load_model
 from postlude.rollout.engine import Completion, Request, Sampling

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 from postlude.rollout.prompts import Prompt
 from postlude.rollout.reward import Reward, part_names
 from postlude.rollout.rewards.number import number_in

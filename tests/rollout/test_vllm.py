@@ -14,18 +14,18 @@ import psutil
 import pytest
 import torch
 
+from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.errors import ComputeError
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.adapters import Asked
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
-from postlude.rollout.apart import ApartEngine, Seat
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.engines import sender
 from postlude.rollout.engines.vllm import Client, Vllm
-from postlude.rollout.handover import Handover, write_for_engines
-from postlude.rollout.serving import Serving
+from postlude.rollout.serving import sender
+from postlude.rollout.serving.external import ApartEngine, Seat
+from postlude.rollout.serving.server import Serving
+from postlude.rollout.serving.weight_transfer import Handover, write_for_engines
 from postlude.training.workers import Workers
 
 SHAPE = {
@@ -265,8 +265,8 @@ def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     assert [one.tokens for one in engine.generate(requests(), sampling)] == [one.tokens for one in calm]
     assert max(gaps(policy, one, 0.9).max() for one in made) < 1e-4
     assert [death.engine for death in engine.deaths()] == ["vllm"]
-    warden = psutil.Process(server_of(engine)._process._warden.pid)
-    everyone = [warden, *warden.children(recursive=True)]
+    guardian = psutil.Process(server_of(engine)._process._guardian.pid)
+    everyone = [guardian, *guardian.children(recursive=True)]
     engine.close()
     _, alive = psutil.wait_procs(everyone, timeout=300)
     assert not alive

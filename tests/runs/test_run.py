@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from postlude import runs, storage
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 from postlude.runs import Run
 
 Start = Callable[..., BaseProcess]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from postlude.errors import UserError
 from postlude.manifest.component import lookup
-from postlude.manifest.errors import UserError
 from postlude.runs import Run
 from postlude.telemetry import events
 from postlude.telemetry.recorder import Recorder
-from postlude.telemetry.sinks import OpenSink, Sink
+from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 
 class Kept(OpenSink):

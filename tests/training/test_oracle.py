@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from postlude.manifest.load import load
-from postlude.recipes.assembly import Assembly, StageTask
+from postlude.stages.training import Assembly, StageTask
 from postlude.training.meters import Meters
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers

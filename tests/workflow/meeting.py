@@ -8,7 +8,7 @@ from typing import Any
 
 from postlude.manifest.component import register
 from postlude.runs import Run
-from postlude.telemetry.sinks import OpenSink, Sink
+from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 DEADLINE_SECONDS = 600.0
 

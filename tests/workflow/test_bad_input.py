@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from postlude import storage
+from postlude.errors import DataError, UserError
 from postlude.manifest.component import register
-from postlude.manifest.errors import DataError, ManifestError, UserError
+from postlude.manifest.problem import ManifestError
 from postlude.runs import Run
-from postlude.telemetry.sinks import OpenSink, Sink
+from postlude.telemetry.sinks.sink import OpenSink, Sink
 from postlude.training.trainer import Diverged
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postlude.manifest.load import load
-from postlude.recipes.assembly import Assembly, StageTask
 from postlude.runs import Run
+from postlude.stages.training import Assembly, StageTask
 from postlude.training import checkpoint
 from postlude.training.state import trained_state
 from postlude.training.workers import Workers

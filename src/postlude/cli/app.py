@@ -10,7 +10,7 @@ import typer
 
 from postlude.cli import manifests, models, runs
 from postlude.cli.output import tell
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 app = typer.Typer(
     name="postlude",

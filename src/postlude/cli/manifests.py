@@ -18,7 +18,7 @@ def init(
 ) -> None:
     """Write a commented manifest that runs as it is."""
     from postlude import storage
-    from postlude.manifest.errors import UserError
+    from postlude.errors import UserError
     from postlude.manifest.starter import starter
 
     path = output or f"{recipe}.yaml"

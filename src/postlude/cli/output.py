@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any, Protocol
 
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 WIDTH = 120
 """Characters of a line where the output is no terminal."""

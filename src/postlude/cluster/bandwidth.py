@@ -13,8 +13,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from postlude.cluster import placement
 from postlude.cluster.placement import Demand
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
-from postlude.manifest.errors import ComputeError
 
 MEASURE_SECONDS = 1.0
 _PIECE = bytes(2**20)

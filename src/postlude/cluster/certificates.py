@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from postlude.manifest.errors import ComputeError
+from postlude.errors import ComputeError
 
 AUTHORITY = "authority.pem"
 

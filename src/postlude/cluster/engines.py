@@ -30,9 +30,9 @@ from postlude.cluster import placement
 from postlude.cluster.group import GONE_SECONDS, NAMESPACE, actor_name, actor_options, remove_left_behind
 from postlude.cluster.placement import Demand
 from postlude.cluster.worker import Setting, die_with_parent
-from postlude.manifest.errors import ComputeError, UserError
+from postlude.errors import ComputeError, UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Room, Server, Serving
+from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Room, Server, Serving
 from postlude.telemetry.progress import waiting
 
 SOURCE = uuid.uuid4().hex

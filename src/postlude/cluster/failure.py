@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 
 class Kind(Enum):

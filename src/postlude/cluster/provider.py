@@ -19,8 +19,8 @@ from functools import cache
 from typing import Any
 
 from postlude.cluster.transport import check_transport, probe, variables
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
-from postlude.manifest.errors import ComputeError
 from postlude.telemetry.progress import waiting
 
 OBJECT_STORE_BYTES = 256 * 2**20

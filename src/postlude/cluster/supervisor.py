@@ -20,8 +20,8 @@ from postlude.cluster.observer import Observer
 from postlude.cluster.placement import Demand
 from postlude.cluster.watch import Watch
 from postlude.cluster.worker import Look, Setting
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Supervision
-from postlude.manifest.errors import ComputeError
 from postlude.telemetry.progress import waiting
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0

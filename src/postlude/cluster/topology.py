@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from postlude.cluster import placement
 from postlude.cluster.placement import Demand
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
-from postlude.manifest.errors import ComputeError
 
 
 def check_topology(compute: Compute) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from postlude import storage
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Certificates, Compute, Pool, Transport
-from postlude.manifest.errors import ComputeError
 
 PROBE_SECONDS = 5.0
 

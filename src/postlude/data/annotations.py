@@ -24,7 +24,7 @@ import numpy as np
 
 from postlude import storage
 from postlude.data.document import Block, Document, Unit, stream
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow

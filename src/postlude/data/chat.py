@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.data.example import Conversation
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -33,8 +33,9 @@ from postlude.data.filters.sieve import Sieve
 from postlude.data.records import Unreadable, digest, record_json
 from postlude.data.sources.cache import cached
 from postlude.data.sources.source import Source
+from postlude.errors import DataError
 from postlude.manifest.component import Component, lookup, names
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig
 
 BATCH_ROWS = 2048

@@ -31,7 +31,8 @@ from postlude.data.example import (
 from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.truncate import Policy, shared_limit, truncate
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

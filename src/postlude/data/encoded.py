@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from postlude.data.document import Document, Unit
 from postlude.data.statistics import Dropped, SourceStatistics
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 if TYPE_CHECKING:
     from postlude.data.dataset import Dataset

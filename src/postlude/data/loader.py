@@ -22,7 +22,7 @@ from typing import Any
 
 from postlude.data.document import Block
 from postlude.data.windows import Cursor, UnitSource, Window, WindowReader
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 
 @dataclass(frozen=True)

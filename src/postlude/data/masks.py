@@ -24,7 +24,7 @@ from postlude.data.example import BadRecord, Conversation
 from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_parts
 from postlude.data.stop_tokens import StopTokens
 from postlude.data.turns import MaskError, Span, Turns
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.manifest.schema import TrainOnSpans
 from postlude.manifest.schema import Turns as TurnsTrained
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from postlude.data.chat import REASONING_KEYS, Chat
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 Render = Callable[[Chat], str]
 Path = tuple[str | int, ...]

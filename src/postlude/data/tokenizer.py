@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken
 
 from postlude import storage
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
 
 if TYPE_CHECKING:

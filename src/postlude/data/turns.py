@@ -25,7 +25,7 @@ from itertools import pairwise
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.sentinels import Finding, Marked, Part, Place, Unproven, call_parts, locate, spoken_parts
 from postlude.data.stop_tokens import StopTokens
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 """What two different tags have in common: ``<|`` of ``<|end|>`` and ``<|user|>``."""

@@ -16,7 +16,7 @@ from postlude.data.mixture import Mixture
 from postlude.data.order import SourceOrder, permutation
 from postlude.data.packing import close_window
 from postlude.data.statistics import SourceStatistics
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 _CHUNK = range(16, 1025)
 """How many draws are asked for together, at least and at most."""

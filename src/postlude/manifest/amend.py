@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.nearest import suggestion
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.refusals import phrase
 from postlude.manifest.schema import StageConfig
 from postlude.manifest.text import parse_inline

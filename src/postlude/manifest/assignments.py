@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from postlude.manifest.component import keys_of
-from postlude.manifest.errors import ManifestError
-from postlude.manifest.problem import Problem
+from postlude.manifest.problem import ManifestError, Problem
 from postlude.manifest.schema import Manifest
 from postlude.manifest.text import parse_inline
 from postlude.manifest.value import KeyPath, Origin, Value, dotted

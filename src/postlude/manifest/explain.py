@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from postlude.manifest.component import Config, names
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import Resolved
 from postlude.manifest.nearest import suggestion_or_list
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.shape import MANIFEST, Shape
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Setting, dotted
 

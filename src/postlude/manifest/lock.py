@@ -21,9 +21,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.text import parse
 
 _HEADER = "# Written by postlude: the resolved manifest of this run, and what ran it. Not for editing.\n"

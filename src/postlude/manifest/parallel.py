@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from postlude.manifest.compute import Elastic, Parallel
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 
 
 @dataclass(frozen=True)

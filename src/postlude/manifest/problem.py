@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from postlude.manifest.errors import ManifestError
+from postlude.errors import UserError
 from postlude.manifest.value import Origin
 
 
@@ -32,6 +33,21 @@ class Problem:
             "key": self.key,
             "what": self.what,
         }
+
+
+class ManifestError(UserError):
+    """The manifest is wrong."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+        """Each thing that is wrong, where the message lists several."""
+
+    def to_json(self) -> dict[str, Any]:
+        problems = [problem.to_json() for problem in self.problems]
+        return {**super().to_json(), **({"problems": problems} if problems else {})}
 
 
 def refusal(name: str, problems: Iterable[Problem]) -> ManifestError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from postlude.manifest.component import lookup, names
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import StageConfig
 from postlude.manifest.text import parse_inline
 from postlude.manifest.value import Origin

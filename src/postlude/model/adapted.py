@@ -10,12 +10,12 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from postlude.manifest.errors import ManifestError
-from postlude.model import adapters, held
+from postlude.manifest.problem import ManifestError
+from postlude.model import adapters, quantized
 from postlude.model.adapters import Asked, Attached, Base, StoredAdapter
 from postlude.model.language_model import LanguageModel
-from postlude.model.lazy_tensors import InMemory, LazyTensor
 from postlude.model.load import read_causal, with_weights_in
+from postlude.model.weights import InMemory, LazyTensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_adapted(folder: str, place: str, config: PreTrainedConfig, asked: Asked
         adapted = adapters.inject(causal, lora)
         adapters.fill(causal, _weights(start, causal, adapted, asked, adapters.weights_of(causal, adapted)))
         if asked.adapter.base is not None:
-            held.hold(causal, asked.adapter.base)
+            quantized.hold(causal, asked.adapter.base)
     model.attached = Attached(lora, Base(start.place, None))
     return model
 

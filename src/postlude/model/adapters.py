@@ -29,10 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from postlude import storage
 from postlude.data.batch import PackedBatch
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.model.anatomy import name_of
 from postlude.model.language_model import LanguageModel, is_adapter_part
-from postlude.model.lazy_tensors import InMemory, LazyTensor, Region
+from postlude.model.weights import InMemory, LazyTensor, Region
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

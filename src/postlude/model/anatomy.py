@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.model import attention
 from postlude.model.attention import AttentionLayer, Documents, Refused
 

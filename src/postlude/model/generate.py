@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 from postlude.model.load import local_files, read_causal, read_config
 
 

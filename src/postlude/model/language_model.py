@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.data.batch import PackedBatch
-from postlude.manifest.errors import DataError, ManifestError
+from postlude.errors import DataError
+from postlude.manifest.problem import ManifestError
 from postlude.model import anatomy, attention, vocabulary
 from postlude.model.anatomy import Anatomy
 from postlude.model.attention import Documents

@@ -33,10 +33,10 @@ from transformers.utils import logging as transformers_logging
 
 from postlude import storage
 from postlude.data.tokenizer import NewTokens
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
-from postlude.model.growth import grow, grown_config
+from postlude.model.added_tokens import grow, grown_config
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.mesh import Mesh
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.parallel import Shape
-from postlude.model import adapters, anatomy, attention, held, recompute, sharded, vocabulary
+from postlude.model import adapters, anatomy, attention, quantized, recompute, sharded, vocabulary
 from postlude.model.attention import Documents
 from postlude.model.language_model import is_adapter_part
 
@@ -132,7 +132,7 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
     unpacked = 0
     if setting.adapter is not None and setting.adapter.base is not None:
         for of_one in linear_shapes:
-            weights += held.packed_bytes(of_one, setting.adapter.base) - frozen_width * math.prod(of_one)
+            weights += quantized.packed_bytes(of_one, setting.adapter.base) - frozen_width * math.prod(of_one)
         unpacked = 2 * frozen_width * max(map(math.prod, linear_shapes))
     copies = setting.frozen_models if setting.adapter is None else 0
     weights += copies * 4 * sum(sizes.values())

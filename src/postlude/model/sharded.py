@@ -34,15 +34,15 @@ from transformers.core_model_loading import (
 )
 
 from postlude.data.tokenizer import NewTokens
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.model import adapters, tensor_parallel
 from postlude.model.adapted import Start, sources_with_adapter, start_of
 from postlude.model.adapters import Asked
+from postlude.model.added_tokens import Grown, grown_config
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
-from postlude.model.growth import Grown, grown_config
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
-from postlude.model.lazy_tensors import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed, tensors_in
 from postlude.model.mesh import Mesh
+from postlude.model.weights import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed, tensors_in
 
 # The hidden states that a model returns may be a view of what it computed; nothing here writes into them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

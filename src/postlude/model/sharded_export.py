@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.model import adapters
 from postlude.model.anatomy import name_of
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, is_adapter_part

@@ -11,12 +11,12 @@ from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Name, Positive
 from postlude.recipes.generate import Sampled
-from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward
+from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
-    from postlude.recipes.workbench import Workbench
+    from postlude.stages.workbench import Workbench
 
 
 class ByGeneration(Sampled):
@@ -85,7 +85,7 @@ class Evaluate(WorkRecipe):
         return {"model": self.model}
 
     def begin(self, bench: Workbench) -> Work:
-        from postlude.recipes.evaluation import Evaluation
+        from postlude.stages.evaluation import Evaluation
 
         return Evaluation(self, bench)
 

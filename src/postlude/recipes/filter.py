@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.types import Positive
-from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward
+from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
-    from postlude.recipes.workbench import Workbench
+    from postlude.stages.workbench import Workbench
 
 
 class KeepRecords(Config):
@@ -47,7 +47,7 @@ class Filter(WorkRecipe):
         return self
 
     def begin(self, bench: Workbench) -> Work:
-        from postlude.recipes.filtering import Filtering
+        from postlude.stages.filtering import Filtering
 
         return Filtering(self, bench)
 

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Positive
-from postlude.recipes.work import Datasets, Work, WorkRecipe
 from postlude.rollout.reward import Reward
+from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
-    from postlude.recipes.workbench import Workbench
+    from postlude.stages.workbench import Workbench
 
 REHEARSED_TOKENS = 8
 
@@ -83,7 +83,7 @@ class Generate(WorkRecipe, Sampled):
         return self
 
     def begin(self, bench: Workbench) -> Work:
-        from postlude.recipes.generation import Generation
+        from postlude.stages.generation import Generation
 
         return Generation(self, bench)
 

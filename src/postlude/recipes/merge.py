@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Name
-from postlude.recipes.work import Work, WorkRecipe
+from postlude.stages.work import Work, WorkRecipe
 
 if TYPE_CHECKING:
     from postlude.manifest.starter import Starter
-    from postlude.recipes.workbench import Workbench
+    from postlude.stages.workbench import Workbench
 
 
 class Merge(WorkRecipe):
@@ -57,7 +57,7 @@ class Merge(WorkRecipe):
         return next(iter(self.models.values()))
 
     def begin(self, bench: Workbench) -> Work:
-        from postlude.recipes.merging import Merging
+        from postlude.stages.merging import Merging
 
         return Merging(self, bench)
 

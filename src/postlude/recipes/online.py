@@ -18,7 +18,7 @@ from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
-from postlude.rollout.serving import EngineChoice
+from postlude.rollout.serving.server import EngineChoice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,7 +159,7 @@ class OnlineRecipe(TrainingRecipe):
 
     @property
     def accepts(self) -> tuple[type, ...]:
-        from postlude.recipes.forward import ASKING
+        from postlude.stages.models import ASKING
 
         return ASKING
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from postlude.rollout.engine import Engine, Enough, Request, Sampling
 from postlude.rollout.environment import Environment, play
 from postlude.rollout.ledger import Issue
-from postlude.rollout.pool import RewardPool, Task, Unscored
 from postlude.rollout.prompts import Prompt, PromptEncoder
+from postlude.rollout.reward_pool import RewardPool, Task, Unscored
 from postlude.rollout.scoring import Score, Scorer
 from postlude.rollout.trajectory import Trajectory
 from postlude.telemetry.pulse import beat

@@ -9,7 +9,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 Ended = Literal["stop", "length", "cut"]
 """Why a completion ended: with a stop token, because it had no room for more, or because enough others had ended."""

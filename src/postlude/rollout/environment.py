@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component
-from postlude.manifest.errors import DataError, UserError
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -57,7 +57,7 @@ class Environment(Component):
     """
 
     def check(self) -> None:
-        """:class:`~postlude.manifest.errors.ManifestError` if it cannot be used: what it names is not there."""
+        """:class:`~postlude.errors.ManifestError` if it cannot be used: what it names is not there."""
 
     def tools(self) -> list[dict[str, Any]] | None:
         """Descriptions of tools for the chat template, if it has some: as JSON schemas of functions."""

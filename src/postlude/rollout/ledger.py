@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from postlude.data.mixture import Mixture
 from postlude.data.order import SourceOrder
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 
 class Rows(Protocol):

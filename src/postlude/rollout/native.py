@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.rows import Rows, new_cache
 from postlude.rollout.sampling import choose, stream_key, uniforms

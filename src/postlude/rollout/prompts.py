@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Record, Text, Tokens, answers_of
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.rollout.reward import REFERENCE
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component, Config, Named
-from postlude.manifest.errors import DataError, UserError
 from postlude.manifest.schema import ModelPlace
 
 REFERENCE = "reference"
@@ -31,7 +31,7 @@ class RewardFunction(Component):
     """Says how good a completion is. The component of the kind ``rewards``."""
 
     def check(self) -> None:
-        """:class:`~postlude.manifest.errors.ManifestError` if it cannot be used: what it names is not there."""
+        """:class:`~postlude.errors.ManifestError` if it cannot be used: what it names is not there."""
 
     def score(
         self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]

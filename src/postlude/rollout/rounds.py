@@ -25,13 +25,13 @@ from typing import Any
 from postlude.data.document import Block, Document, Unit
 from postlude.data.loader import StepBlocks
 from postlude.data.packing import best_fit
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.objectives.policy import ADVANTAGE
 from postlude.rollout.answers import Answerer, Answering, Group, complete
 from postlude.rollout.assessment import Assessment, Journal
 from postlude.rollout.ledger import Issue, Ledger
-from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
+from postlude.rollout.reward_pool import Unscored
 from postlude.rollout.trajectory import PlannedStep, Trajectory, packed_documents, unpacked_documents
 
 ALIKE = "all samples have the same reward"

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from postlude.manifest.errors import DataError
-from postlude.rollout.judge import Judge
-from postlude.rollout.pool import RewardPool, Unscored
+from postlude.errors import DataError
 from postlude.rollout.prompts import Prompt
 from postlude.rollout.reward import Reward, RewardFunction, call, part_names
+from postlude.rollout.reward_model import Judge
+from postlude.rollout.reward_pool import RewardPool, Unscored
 
 
 @dataclass(frozen=True)

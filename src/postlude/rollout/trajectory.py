@@ -18,8 +18,8 @@ from postlude.objectives.policy import BEHAVIOUR_LOGP
 from postlude.rollout.engine import Completion, Ended
 from postlude.rollout.environment import Messages
 from postlude.rollout.ledger import Issue
-from postlude.rollout.pool import Unscored
 from postlude.rollout.prompts import Prompt
+from postlude.rollout.reward_pool import Unscored
 from postlude.rollout.scoring import Score
 
 _STATE = ("sample", "tokens", "sampled", "logp", "versions", "turns", "replies", "earned", "ended")

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from postlude import storage
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 from postlude.runs.run import Run
 from postlude.runs.stage import Stage
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 
 
 class StorageError(UserError):

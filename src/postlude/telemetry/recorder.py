@@ -12,7 +12,7 @@ from postlude.telemetry import events
 from postlude.telemetry.progress import Display, say
 from postlude.telemetry.pulse import beat
 from postlude.telemetry.readings import note_step
-from postlude.telemetry.sinks import OpenSink, Sink
+from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 
 class Recorder:

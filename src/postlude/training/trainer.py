@@ -18,8 +18,8 @@ from postlude import storage
 from postlude.data.batch import PackedBatch, collate
 from postlude.data.document import Block
 from postlude.data.loader import StepBlocks
+from postlude.errors import UserError
 from postlude.manifest.amend import amended
-from postlude.manifest.errors import UserError
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments

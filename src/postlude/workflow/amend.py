@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from postlude.manifest.amend import amended, amendment
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import restore
 from postlude.manifest.lock import read_lock
+from postlude.manifest.problem import ManifestError
 from postlude.runs import open_run
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from postlude import storage
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 from postlude.manifest.graph import needs
 from postlude.manifest.load import Resolved
 from postlude.runs import Identity, Run, run_of, set_aside, take_over

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 from postlude.cluster.transport import check_collectives, check_transport
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Pool
-from postlude.manifest.errors import ComputeError, ManifestError
 from postlude.manifest.graph import ancestors, descendants
 from postlude.manifest.parallel import check_workers
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest, StageConfig
 
 DEFAULT_POOL = "train"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from postlude import storage
-from postlude.manifest.errors import ComputeError, UserError
+from postlude.errors import ComputeError, UserError
 from postlude.manifest.load import load
 from postlude.runs import Run
 from postlude.telemetry.progress import waiting

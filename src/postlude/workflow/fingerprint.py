@@ -22,8 +22,8 @@ from pydantic import BaseModel
 
 from postlude import storage
 from postlude.data.sources.source import Source
+from postlude.errors import UserError
 from postlude.manifest.component import Component
-from postlude.manifest.errors import UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postlude import storage
-from postlude.manifest.errors import UserError
+from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom
 from postlude.runs import artifact_of
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
+from postlude.manifest.problem import ManifestError
 from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of, run_of
 from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier

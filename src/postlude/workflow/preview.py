@@ -11,15 +11,15 @@ from postlude import storage
 from postlude.data import preview as packed
 from postlude.data.document import Block, Document, Unit
 from postlude.data.loader import StepBlocks
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.load import load
-from postlude.recipes.assembly import Assembly
+from postlude.manifest.problem import ManifestError
 from postlude.recipes.online import OnlineRecipe
-from postlude.recipes.online_assembly import OnlineAssembly
-from postlude.recipes.parts import StageTask
-from postlude.recipes.work import WorkRecipe
-from postlude.recipes.workbench import Workbench
 from postlude.runs import Run
+from postlude.stages.online import OnlineAssembly
+from postlude.stages.parts import StageTask
+from postlude.stages.training import Assembly
+from postlude.stages.work import WorkRecipe
+from postlude.stages.workbench import Workbench
 from postlude.training.workers import Workers
 from postlude.workflow.run import stages_in_order
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from postlude.manifest.errors import ManifestError
 from postlude.manifest.graph import ancestors, descendants, order
 from postlude.manifest.load import Resolved
 from postlude.manifest.nearest import suggestion_or_list
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
 
 

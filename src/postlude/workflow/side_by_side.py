@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from postlude.manifest.errors import ManifestError, UserError
+from postlude.errors import UserError
 from postlude.manifest.load import Resolved
-from postlude.recipes.parts import StageTask
+from postlude.manifest.problem import ManifestError
 from postlude.runs import Run
+from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from postlude.cluster.provider import Cluster
     from postlude.cluster.supervisor import Supervisor
 
-FUNCTION = "postlude.recipes.execution:run_stage"
+FUNCTION = "postlude.stages.run:run_stage"
 
 _POLL_SECONDS = 0.5
 
@@ -58,7 +59,7 @@ class StagesAtWork:
 
     def run_here(self, decision: Decision) -> None:
         """Run one stage to its end in this process."""
-        from postlude.recipes.execution import run_stage_here
+        from postlude.stages.run import run_stage_here
 
         verify_inputs(self.run, decision)
         if self._needs_no_work(decision):

@@ -21,16 +21,16 @@ from postlude import storage
 from postlude.data.measure import measure
 from postlude.data.statistics import Statistics
 from postlude.data.synthetic import Verdict, try_synthetic
-from postlude.manifest.errors import DataError, UserError
+from postlude.errors import DataError, UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
-from postlude.recipes.assembly import Assembly
 from postlude.recipes.online import OnlineRecipe
-from postlude.recipes.online_assembly import OnlineAssembly
-from postlude.recipes.parts import Parts, StageTask
-from postlude.recipes.rehearsal import Rehearsal, rehearse
-from postlude.recipes.trial import Trial, try_out
-from postlude.recipes.work import WorkRecipe
+from postlude.stages.online import OnlineAssembly
+from postlude.stages.parts import Parts, StageTask
+from postlude.stages.preflight import Rehearsal, rehearse
+from postlude.stages.training import Assembly
+from postlude.stages.trial import Trial, try_out
+from postlude.stages.work import WorkRecipe
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, cores, ranks_of, threads_of
 from postlude.workflow.run import stages_in_order, workers_for

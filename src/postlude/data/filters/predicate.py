@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from postlude.data.example import Record
 from postlude.data.records import record_json
-from postlude.manifest.errors import DataError, UserError
+from postlude.errors import DataError, UserError
 from postlude.manifest.nearest import suggestion_or_list
 
 _ROW, _RECORD = "__postlude_row", "__postlude_record"

@@ -27,7 +27,7 @@ from postlude.data.formats.sharegpt import ShareGPT
 from postlude.data.formats.text import PlainText
 from postlude.data.formats.tokens import IGNORED, TokenIds
 from postlude.data.formats.tree import Tree
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 
 Turns = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None

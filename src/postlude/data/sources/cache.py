@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from postlude import storage
 from postlude.data.records import digest
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.storage.errors import writing
 
 _POLL_SECONDS, _SAY_AFTER_SECONDS, _DEADLINE_SECONDS = 0.1, 5.0, 4 * 3600.0

@@ -10,7 +10,7 @@ from typing import IO
 import zstandard
 
 from postlude import storage
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 SUFFIXES = (".gz", ".zst")
 

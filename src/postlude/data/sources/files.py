@@ -13,7 +13,7 @@ from postlude.data.sources.indexed import Indexed
 from postlude.data.sources.sequential import Sequential
 from postlude.data.sources.tables import RowGroups, parquet_rows
 from postlude.data.sources.text import layout_of
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 from postlude.manifest.nearest import suggestion
 
 GROUP_ROWS = 4096

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from postlude.data.example import Record
 from postlude.data.records import Records, Unreadable, digest
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 
 class HubRows(Records):

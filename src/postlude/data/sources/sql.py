@@ -16,7 +16,7 @@ from postlude.data.sources.cache import cached
 from postlude.data.sources.files import file_fingerprint, local_copy, matching
 from postlude.data.sources.query import Table
 from postlude.data.sources.tables import ArrowRows, write_arrow
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 _RESULT = "__postlude_result"
 

@@ -20,7 +20,7 @@ from postlude import storage
 from postlude.data.example import Record
 from postlude.data.records import Records, Unreadable, digest
 from postlude.data.sources.cache import cached
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 BATCH_ROWS = 1024
 """Rows of a batch in the Arrow files that are written here."""

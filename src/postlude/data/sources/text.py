@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from postlude.data.example import Record
 from postlude.data.records import Unreadable
-from postlude.manifest.errors import DataError
+from postlude.errors import DataError
 
 _BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _BLANK = b" \t\r\n"

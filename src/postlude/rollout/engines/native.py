@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import EngineChoice, EngineDied, Process, Server, Serving
+from postlude.rollout.serving.server import EngineChoice, EngineDied, Process, Server, Serving
 
 START_SECONDS = 300.0
 
@@ -43,7 +43,7 @@ class NativeServer:
 
     def start(self, room: Path, folder: Path, version: int) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "postlude.rollout.native_server", str(theirs.fileno())]
+        command = [sys.executable, "-m", "postlude.rollout.serving.native_server", str(theirs.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._serving.threads)}
         self._process = Process(room, command, environment, theirs.fileno())
         theirs.close()

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
-from postlude.manifest.errors import ComputeError
+from postlude.errors import ComputeError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import ADAPTER, EngineChoice, EngineDied, Process, Server, Serving
+from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Process, Server, Serving
 
 if TYPE_CHECKING:
-    from postlude.rollout.engines.sender import Sender
+    from postlude.rollout.serving.sender import Sender
 
 KNOWN = ("0.32",)
 """Versions whose interface this file was tested with."""
@@ -265,7 +265,7 @@ class Client:
 
     def _send(self, folder: Path) -> None:
         """Send the weights in a folder over the network."""
-        from postlude.rollout.engines.sender import Sender
+        from postlude.rollout.serving.sender import Sender
 
         host = self._host.rsplit(":", 1)[0]
         try:

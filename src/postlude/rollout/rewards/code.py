@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.types import Positive
 from postlude.rollout.reward import RewardFunction
 from postlude.rollout.sandbox import Limits, NotIsolated, passes

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from postlude.manifest.errors import ManifestError
+from postlude.manifest.problem import ManifestError
 from postlude.rollout.reward import RewardFunction
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)

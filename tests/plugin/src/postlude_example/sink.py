@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from postlude.telemetry.sinks import OpenSink, Sink
+from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 
 class Lines(Sink):

@@ -1,0 +1,88 @@
+"""New tokens in a model that is there: rows of the embedding and of the head, which begin where their parts were.
+
+A token that the tokenizer did not have was split into pieces before. Its row is the mean of theirs, so that the model
+begins by taking it for what it read until now; the mean of all rows, where nothing is known of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from postlude.data.tokenizer import NewTokens
+from postlude.model.weights import InMemory, LazyTensor, Region
+
+CHUNK = 4096
+"""Rows that are read at once to find their mean."""
+
+
+def grown_config(config: PreTrainedConfig, tokens: NewTokens | None) -> PreTrainedConfig:
+    """The configuration of a model with room for the new tokens; a copy, if it had none."""
+    if tokens is None or config.get_text_config().vocab_size >= tokens.vocabulary:
+        return config
+    grown = copy.deepcopy(config)
+    grown.get_text_config().vocab_size = tokens.vocabulary
+    return grown
+
+
+def grow(causal: PreTrainedModel, tokens: NewTokens) -> None:
+    """Give a model rows for new tokens, in place; what is tied stays tied."""
+    embedding: Any = causal.get_input_embeddings()
+    head: Any = causal.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    embedding.weight = _grown(embedding.weight, tokens)
+    embedding.num_embeddings = len(embedding.weight)
+    head.weight = embedding.weight if tied else _grown(head.weight, tokens)
+    head.out_features = len(head.weight)
+    if head.bias is not None:
+        head.bias = _grown(head.bias, tokens)
+    causal.config.get_text_config().vocab_size = len(embedding.weight)
+
+
+def _grown(parameter: nn.Parameter, tokens: NewTokens) -> nn.Parameter:
+    whole = InMemory(parameter.detach())
+    rows = Grown(whole, tokens)
+    return nn.Parameter(rows.read(tuple(slice(0, size) for size in rows.shape)), requires_grad=parameter.requires_grad)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A tensor with a row for each token, [tokens, ...], and with those of new tokens, of which parts can be read."""
+
+    of: LazyTensor
+    tokens: NewTokens
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (max(self.of.shape[0], self.tokens.vocabulary), *self.of.shape[1:])
+
+    def read(self, region: Region) -> Tensor:
+        rows, there = region[0], self.of.shape[0]
+        old = self.of.read((slice(min(rows.start, there), min(rows.stop, there)), *region[1:]))
+        found = torch.cat([old, old.new_zeros(rows.stop - rows.start - len(old), *old.shape[1:])])
+        for token, pieces in zip(self.tokens.ids, self.tokens.pieces, strict=True):
+            if rows.start <= token < rows.stop:
+                found[token - rows.start] = self._first(pieces)[region[1:]].to(found.dtype)
+        return found
+
+    def _first(self, pieces: Sequence[int]) -> Tensor:
+        """The row that a token begins with, [...] in fp32."""
+        if not pieces:
+            return self._mean
+        return torch.stack([self._rows(slice(piece, piece + 1))[0] for piece in pieces]).mean(0)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        count = self.of.shape[0]
+        parts = [self._rows(slice(start, min(start + CHUNK, count))).sum(0) for start in range(0, count, CHUNK)]
+        return torch.stack(parts).sum(0) / count
+
+    def _rows(self, rows: slice) -> Tensor:
+        return self.of.read((rows, *(slice(0, size) for size in self.of.shape[1:]))).float()

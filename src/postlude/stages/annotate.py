@@ -1,0 +1,253 @@
+"""The pass before the first step: a frozen model is run over a stage's data once, and what it says is stored.
+
+Notable:
+
+- The data are cut into parts of :data:`ROWS` records. What a part holds is a pure function of data and model, whichever
+  rank computes it and however often the pass was stopped: a run that was killed in it goes on where it was, and trains
+  on the same bits.
+- Ranks share the parts in turn, in rounds, after each of which they may be asked to stop.
+- The parts stand under a fingerprint of all that they follow from; what has another is removed.
+"""
+
+from __future__ import annotations
+
+import gc
+import glob
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from postlude import __version__, storage
+from postlude.data.annotations import Parts, StoredStreams, Values, document_key, with_values
+from postlude.data.batch import collate
+from postlude.data.document import Block, Document, Unit
+from postlude.data.encoded import EncodedDataset
+from postlude.data.packing import best_fit
+from postlude.data.records import digest, record_json
+from postlude.manifest.problem import ManifestError
+from postlude.manifest.schema import ModelPlace
+from postlude.model.load import configuration
+from postlude.stages.training import Assembly
+from postlude.telemetry.progress import waiting
+from postlude.telemetry.recorder import Recorder
+from postlude.training.program import Annotation
+from postlude.training.step import language_head
+
+ROWS = 256
+"""Records in a part."""
+
+
+def annotate(assembly: Assembly, recorder: Recorder, stop: Callable[[], bool]) -> bool:
+    """Have every frozen model that the recipe names say what it has to say, and make the assembly's loaders add that to
+    the documents. False if asked to stop before the end. UserError before any work for a model that does not fit.
+    """
+    annotations = assembly.config.annotations()
+    if not annotations:
+        return True
+    check_annotations(assembly)
+    passes = [_Pass(assembly, name, annotation) for name, annotation in annotations.items()]
+    if assembly.workers.leads:
+        _remove_others(assembly, {storage.name(one.parts.uri) for one in passes})
+    assembly.workers.barrier()
+    if not all(one.run(recorder, stop) for one in passes):
+        return False
+    assembly.stored = [one.open() for one in passes]
+    return True
+
+
+def forget_annotations(assembly: Assembly) -> None:
+    """Remove what was stored, once the artifact stands. On the leading rank."""
+    assembly.stage.drop_annotations()
+    storage.remove(_fetched(assembly))
+
+
+def check_annotations(assembly: Assembly) -> None:
+    """ManifestError for a frozen model whose tokens are others, or too few for what is asked of it."""
+    for name, annotation in assembly.config.annotations().items():
+        policy = _vocabulary(assembly, assembly.config.model)
+        start = assembly.root(annotation.start)
+        if assembly.place_of(start) is not None:
+            assembly.check_same_tokens(name, start)
+        try:
+            annotation.annotator.vocabulary(_vocabulary(assembly, start), policy)
+        except ValueError as error:
+            raise ManifestError(f"stages.{assembly.task.stage}.{name}: {error}.") from error
+
+
+def annotated(assembly: Assembly, block: Block) -> Block:
+    """A block with all streams, computed at once and not stored."""
+    for name, annotation in assembly.config.annotations().items():
+        documents = [document for unit in block for document in unit.documents]
+        values = iter(FrozenModel(assembly, name, annotation).values(documents))
+        block = tuple(Unit(tuple(with_values(one, next(values)) for one in unit.documents)) for unit in block)
+    return block
+
+
+class FrozenModel:
+    """A model that is asked, on this rank's device, in the precision of the stage."""
+
+    def __init__(self, assembly: Assembly, name: str, annotation: Annotation) -> None:
+        self._assembly, self._annotator = assembly, annotation.annotator
+        self._model = assembly.model(assembly.replaced.get(name, annotation.start))
+        self._model.requires_grad_(False).eval()
+        policy = assembly.program.roles["policy"].model
+        tokens = self._annotator.vocabulary(self._model.vocabulary, policy.vocabulary)
+        self._head = language_head(self._model, vocabulary=tokens)
+
+    def values(self, documents: Sequence[Document]) -> list[Values]:
+        """What it says of each document, in packed batches of the size of the trainer's."""
+        batch = self._assembly.config.batch
+        together = (batch.micro or batch.block) // batch.block
+        packed = best_fit([len(document) for document in documents], batch.block)
+        found: dict[int, Values] = {}
+        for first in range(0, len(packed), together):
+            blocks = packed[first : first + together]
+            places = [place for block in blocks for place in block]
+            said = self._said([tuple(Unit((documents[place],)) for place in block) for block in blocks])
+            found.update(zip(places, said, strict=True))
+        return [found[place] for place in range(len(documents))]
+
+    @torch.no_grad()
+    def _said(self, blocks: Sequence[Block]) -> list[Values]:
+        """What it says of each document of these blocks, in order."""
+        config, device = self._assembly.config, self._assembly.workers.device
+        pad_to = (config.batch.micro or config.batch.block) if config.compile else None
+        batch = collate(blocks, pad_to=pad_to).to(device)
+        rows = batch.trained_rows()
+        with self._assembly.precision.autocast(device):
+            before = self._model.hidden(batch).index_select(0, rows - 1)
+            streams = [values.cpu().numpy() for values in self._annotator(self._head, before, batch.tokens[rows])]
+        ends = torch.bincount(batch.document[rows], minlength=batch.documents).cumsum(0).tolist()
+        return [
+            {name: values[start:end] for name, values in zip(self._annotator.streams, streams, strict=True)}
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+
+
+class _Pass:
+    """One frozen model's pass over all the data of the stage, those that are held out included."""
+
+    def __init__(self, assembly: Assembly, name: str, annotation: Annotation) -> None:
+        self._assembly, self._name, self._annotation = assembly, name, annotation
+        self._sources = [assembly.encoded(dataset) for dataset in assembly.all_datasets]
+        self._spans = [
+            (source, group, range(start, min(start + ROWS, rows)))
+            for source in self._sources
+            for group, rows in enumerate(source.groups)
+            for start in range(0, rows, ROWS)
+        ]
+        folder = storage.join(assembly.stage.annotations, f"{name}-{self._fingerprint()}")
+        self.parts = Parts(folder, annotation.annotator.streams)
+
+    def run(self, recorder: Recorder, stop: Callable[[], bool]) -> bool:
+        """Compute the parts that are missing, on every rank. False if asked to stop before the end."""
+        workers = self._assembly.workers
+        done = workers.from_lead(self._stands(recorder) if workers.leads else None)
+        if done is None:
+            return True
+        missing = [number for number in range(len(self._spans)) if number not in done]
+        own = [number for number in done if number % workers.world == workers.rank]
+        digests = {number: self.parts.digest(number) for number in own}
+        model = FrozenModel(self._assembly, self._name, self._annotation) if missing else None
+        for first in range(0, len(missing), workers.world):
+            recorder.preparing(f"the {self._name} reads the data", 1 - (len(missing) - first) / len(self._spans))
+            if workers.sum_numbers({"stop": float(stop())})["stop"]:
+                return False
+            for number in missing[first : first + workers.world][workers.rank :][:1]:
+                assert model is not None
+                self._compute(number, model)
+                digests[number] = self.parts.digest(number)
+        del model
+        gc.collect()
+        if workers.device.type == "cuda":
+            torch.cuda.empty_cache()
+        gathered = workers.gather(digests)
+        if workers.leads:
+            self.parts.commit({number: found for one in gathered for number, found in one.items()})
+            recorder.event("streams_stored", name=self._name, parts=len(self._spans), computed=len(missing))
+        workers.barrier()
+        return True
+
+    def open(self) -> StoredStreams:
+        """What was stored, where it can be mapped into memory; remote parts are fetched once, by the leading rank."""
+        workers, into = self._assembly.workers, storage.join(_fetched(self._assembly), storage.name(self.parts.uri))
+        if workers.leads:
+            with waiting("stored streams to be fetched"):
+                storage.fetch(self.parts.uri, into)
+        workers.barrier()
+        return StoredStreams(storage.fetch(self.parts.uri, into), self.parts.streams, self._name)
+
+    def _stands(self, recorder: Recorder) -> set[int] | None:
+        """The parts that stand; None if the pass is finished. What is damaged is told, and computed anew."""
+        if storage.is_committed(self.parts.uri):
+            try:
+                with waiting("stored streams to be verified"):
+                    storage.verify(self.parts.uri)
+                return None
+            except storage.CorruptError as error:
+                recorder.event("alarm", what=f"what the {self._name} said is computed anew", reason=str(error))
+                storage.discard(self.parts.uri)
+        return self.parts.done()
+
+    def _compute(self, number: int, model: FrozenModel) -> None:
+        source, group, positions = self._spans[number]
+        documents = {
+            document_key(document): document
+            for units in source.units(group, positions)
+            for unit in units
+            for document in unit.documents
+            if document.trained.any()
+        }
+        self.parts.write(number, list(documents.values()), model.values(list(documents.values())))
+
+    def _fingerprint(self) -> str:
+        """What the values follow from."""
+        assembly, batch = self._assembly, self._assembly.config.batch
+        place = assembly.place_of(self._annotation.start)
+        tokenizer = assembly.tokenizer
+        said: dict[str, Any] = {
+            "model": _files_of(place) if place else record_json(self._annotation.start.model_dump(mode="json")),
+            "seed": assembly.manifest.seed,
+            "annotator": repr(self._annotation.annotator),
+            "policy": _vocabulary(assembly, assembly.config.model),
+            "data": [_what_is_read(source) for source in self._sources],
+            "recipe": [assembly.config.recipe, assembly.config.version],
+            "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],
+            "begun": str(assembly.begun),
+            "batch": [batch.block, batch.micro, assembly.config.compile],
+            "precision": assembly.precision.name,
+            "postlude": __version__,
+        }
+        return digest(record_json(said, canonical=True))[:16]
+
+
+def _what_is_read(source: EncodedDataset) -> list[str | None]:
+    return [source.dataset.fingerprint, source.encoder.given_template]
+
+
+def _files_of(place: str) -> list[list[str]]:
+    """A model's files, each with a text that changes with it. A hub name stands for itself."""
+    if storage.is_committed(place):
+        files = storage.read_marker(place).files
+        return [[name, files[name].sha256] for name in sorted(files) if name != "lineage.json"]
+    if not storage.is_directory(place):
+        return [[place, str(getattr(configuration(ModelPlace(path=place), place, None), "_commit_hash", None))]]
+    found = storage.expand(storage.join(glob.escape(place), "**"))
+    return [[storage.name(uri), storage.modified_fingerprint(uri)] for uri in found if not storage.is_directory(uri)]
+
+
+def _vocabulary(assembly: Assembly, start: ModelPlace) -> int:
+    """How many tokens a model has, without loading it."""
+    return assembly.configuration(start).get_text_config().vocab_size
+
+
+def _remove_others(assembly: Assembly, kept: set[str]) -> None:
+    for name in storage.list_directory(assembly.stage.annotations):
+        if name not in kept:
+            storage.discard(storage.join(assembly.stage.annotations, name))
+
+
+def _fetched(assembly: Assembly) -> str:
+    """Where this machine keeps what it fetched of a remote run."""
+    return storage.join(assembly.run.cache, "annotations", assembly.task.stage)

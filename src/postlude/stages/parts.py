@@ -1,0 +1,194 @@
+"""What every stage needs, whatever it does: its manifest, its data sets, tokenizers, and the places of models.
+
+A rank builds everything from the resolved manifest and the run directory alone, so it can be started anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, get_args
+
+from postlude.data.dataset import Dataset, NothingLeft
+from postlude.data.sources.stage import FromStage
+from postlude.data.tokenizer import load_tokenizer
+from postlude.errors import DataError
+from postlude.manifest.graph import maker_of
+from postlude.manifest.load import restore
+from postlude.manifest.parallel import Shape, shape_of
+from postlude.manifest.problem import ManifestError
+from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
+from postlude.runs import Run, artifact_of
+from postlude.training.workers import Workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """Which stage of which run to work on: all that a rank needs to be told."""
+
+    tree: dict[str, Any]
+    """The resolved manifest."""
+    stage: str
+    run: str
+    """URI of the run directory."""
+    threads: int
+    engines: Sequence[str] = ()
+    """The names of the hosts of engines that answer for it, where these have a pool of their own."""
+
+
+class Parts:
+    """The parts of one stage on one rank, each built when it is first asked for.
+
+    ``sample`` limits every data set to its first records, for a preflight. ``artifacts`` is the run in which the
+    artifacts of other stages are looked for, where it is not the task's own.
+    """
+
+    is_preflight = False
+    """What stages will make is then stood in for by a few records of a trial."""
+
+    def __init__(
+        self, task: StageTask, workers: Workers, sample: int | None = None, artifacts: Run | None = None
+    ) -> None:
+        self.task, self.workers, self.sample = task, workers, sample
+        self.manifest: Manifest = restore(task.tree)
+        self.stage_config: StageConfig = self.manifest.stages[task.stage]
+        self.run = Run(task.run)
+        self.artifacts = artifacts or self.run
+        self.stage = self.run.stage(task.stage)
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """Devices of each worker of the stage's pool; 0 computes on the CPU."""
+        own = self.manifest.compute.pools.get(self.stage_config.pool or "")
+        return own.gpus_per_worker if own else 0
+
+    def mesh_shape(self, world: int) -> Shape | None:
+        """How so many ranks hold each model together; None where each has all of it, as one alone does whatever the
+        manifest says. ManifestError if they do not divide."""
+        parallel = getattr(self.stage_config, "parallel", None)
+        return None if parallel is None or world == 1 else shape_of(parallel, world)
+
+    @cached_property
+    def begun(self) -> datetime | None:
+        """When the stage first ran: what a template is told that asks for the date, also on the day of a resume."""
+        begun_at = self.stage.status().begun_at
+        return datetime.fromisoformat(begun_at) if begun_at else None
+
+    # --- data -----------------------------------------------------------------------------------------------
+
+    def dataset_of(self, name: str, accepts: tuple[type, ...], limit: int | None = None) -> Dataset:
+        """A named data set with its filters applied. ManifestError if its format makes none of the shapes."""
+        config = self.located(self.manifest.data[name])
+        shapes = shapes_of(config)
+        if not any(issubclass(shape, accepts) for shape in shapes):
+            raise ManifestError(
+                f"data.{name}.format '{config.format.component_name}' makes {_listed(shapes)}, but the recipe "
+                f"'{self.stage_config.recipe}' of stages.{self.task.stage} takes {_listed(accepts)}. "
+                "Choose another format."
+            )
+        if limit is not None:
+            config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
+        try:
+            return Dataset(name, config, self.run.cache, sample=self.sample)
+        except NothingLeft:
+            if not (self.is_preflight and self.makers([name])):
+                raise
+            # What drops all of a trial may well let the rest through.
+            config = config.model_copy(update={"filters": []})
+            return Dataset(name, config, self.run.cache, sample=self.sample)
+
+    def located(self, config: DatasetConfig) -> DatasetConfig:
+        """A data set that a stage makes, with the files that it made as the source."""
+        if not isinstance(config.source, FromStage):
+            return config
+        made = self.artifacts.stage(config.source.from_)
+        if not made.has_artifact():
+            raise DataError(f"The stage '{made.name}' of {made.uri} has not made its data yet. Run it first.")
+        return config.model_copy(update={"source": config.source.at(made.artifact)})
+
+    def makers(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the data sets that a stage makes, with the stage."""
+        return {name: maker for name in names if (maker := maker_of(self.manifest.data[name]))}
+
+    # --- models ---------------------------------------------------------------------------------------------
+
+    def place_of(self, start: ModelPlace) -> str | None:
+        """The directory or hub name behind ``path`` or ``from``; None for ``new``.
+
+        ManifestError if ``from`` names a stage that makes no model.
+        """
+        if start.from_ is not None:
+            self._before(start.from_)
+            return self.artifacts.stage(start.from_).artifact
+        if start.path is None:
+            return None
+        return artifact_of(start.path) or start.path
+
+    def is_there(self, start: ModelPlace) -> bool:
+        """Whether a model is there, or still has to be made by its stage."""
+        return start.from_ is None or self.artifacts.stage(start.from_).has_artifact()
+
+    def root(self, start: ModelPlace) -> ModelPlace:
+        """Where a model comes from in the end, through stages that may not have run yet.
+
+        ManifestError if a stage on the way makes no model.
+        """
+        while not self.is_there(start):
+            start = self._before(start.from_ or "")
+        return start
+
+    def _before(self, name: str) -> ModelPlace:
+        """What the model of a stage is made from. ManifestError if the stage makes none."""
+        stage = self.manifest.stages[name]
+        before = stage.base_model()
+        if before is None:
+            raise ManifestError(
+                f"stages.{self.task.stage}: the stage '{name}' makes no model to start from: its recipe is "
+                f"'{stage.recipe}'. Name a stage that trains or merges models."
+            )
+        return before
+
+    def tokenizer_of(self, start: ModelPlace) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model; of one that a stage still has to make, the one that it will have."""
+        if not self.is_there(start):
+            self.root(start)  # tells what is wrong on the way
+            return self._beside(start.from_ or "").made_tokenizer
+        path = self.place_of(start)
+        if path is None:
+            raise ManifestError(
+                f"stages.{self.task.stage}: a new model has no tokenizer of its own. "
+                "Give 'tokenizer' with one of path, train and bytes."
+            )
+        return load_tokenizer(path)
+
+    @property
+    def made_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the stage's artifact will have."""
+        return self.tokenizer_of(self._before(self.task.stage))
+
+    def _beside(self, stage: str) -> Parts:
+        """The parts of another stage."""
+        from postlude.recipes.recipe import TrainingRecipe
+        from postlude.stages.training import Assembly
+
+        trains = isinstance(self.manifest.stages[stage], TrainingRecipe)
+        beside = (Assembly if trains else Parts)(
+            replace(self.task, stage=stage), self.workers, self.sample, self.artifacts
+        )
+        beside.is_preflight = self.is_preflight
+        return beside
+
+
+def shapes_of(config: DatasetConfig) -> tuple[type, ...]:
+    """The shapes of examples that a data set's format makes."""
+    produces = config.format.produces  # type: ignore[attr-defined]
+    return get_args(produces) or (produces,)
+
+
+def _listed(shapes: Iterable[type]) -> str:
+    return ", ".join(shape.__name__ for shape in shapes)

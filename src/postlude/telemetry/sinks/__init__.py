@@ -1,0 +1,1 @@
+"""Trackers that metrics are sent to, one file each."""

@@ -1,0 +1,159 @@
+"""The recipe ``merge``: the arithmetic, files of many shards, and models that do not go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from postlude.data.tokenizer import train_tokenizer
+from postlude.manifest.problem import ManifestError
+from postlude.manifest.schema import TrainTokenizer
+from postlude.model.generate import generate
+from postlude.recipes import merging
+from stages.conftest import chat, write_random_model
+
+
+@pytest.fixture(autouse=True)
+def without_data(project):
+    """Merging reads none."""
+    del project.data["asked"]
+
+
+@pytest.fixture
+def weights(models):
+    return {name: load_file(Path(models[name]) / "model.safetensors") for name in ("one", "two")}
+
+
+def merge(project, **keys):
+    both = {name: {"path": project.models[name]} for name in ("one", "two")}
+    project.stages["merged"] = {"recipe": "merge", "models": both, **keys}
+    assert project.run() == 0
+    return load_file(project.artifact("merged") / "model.safetensors")
+
+
+@pytest.mark.capability("Merging models: average, task arithmetic, spherical interpolation")
+def test_an_average(project, weights):
+    merged = merge(project, weights={"one": 3.0})
+    assert set(merged) == set(weights["one"])
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor, 0.75 * weights["one"][name] + 0.25 * weights["two"][name], atol=1e-7)
+
+
+def test_task_arithmetic(project, weights):
+    merged = merge(
+        project,
+        method="task_arithmetic",
+        base={"path": project.models["one"]},
+        models={"a": {"path": project.models["two"]}, "b": {"path": project.models["two"]}},
+        weights={"a": 0.5, "b": -0.2},
+    )
+    for name, tensor in merged.items():
+        expected = weights["one"][name] + 0.3 * (weights["two"][name] - weights["one"][name])
+        assert torch.allclose(tensor, expected, atol=1e-6)
+
+
+def test_slerp_goes_along_an_arc(project, weights):
+    merged = merge(project, method="slerp", weights={"one": 2.0, "two": 1.0})
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        one, two, between = (tensors[name].flatten().double() for tensors in (weights["one"], weights["two"], merged))
+        angle = torch.acos(torch.dot(one, two) / one.norm() / two.norm())
+        # A third of the way: the angle from the first is a third of the whole, in their plane.
+        assert torch.acos(torch.dot(one, between) / one.norm() / between.norm()) == pytest.approx(
+            float(angle / 3), abs=0.02
+        )
+        basis = torch.stack([one, two], 1)
+        in_plane = basis @ torch.linalg.lstsq(basis, between[:, None]).solution
+        assert torch.allclose(in_plane[:, 0], between, atol=1e-5)
+    equal = merging.slerp(torch.ones(4), torch.ones(4), 0.3)
+    assert torch.allclose(equal, torch.ones(4))
+    assert torch.allclose(merging.slerp(torch.zeros(4), torch.zeros(4), 0.3), torch.zeros(4))
+
+
+def test_the_artifact_is_a_model_that_the_next_stage_starts_from(project):
+    project.data["asked"] = project.written("asked", [chat("1+1?", "2")])
+    project.stages["sft"] = project.train(model={"from": "merged"}, data={"asked": 1.0})
+    merge(project)
+    assert "".join(generate(str(project.artifact("merged")), "1+1?", max_tokens=4)) is not None
+    assert project.directory.stage("sft").has_artifact()
+    lineage = json.loads((project.artifact("merged") / "lineage.json").read_text())
+    assert lineage["models"]["one"] == {"path": project.models["one"], "weight": 1.0}
+
+
+def test_many_files(project, weights, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_BYTES", 4000)
+    both = {name: {"path": project.models[name]} for name in ("one", "two")}
+    project.stages["merged"] = {"recipe": "merge", "models": both}
+    assert project.run() == 0
+    files = sorted(path.name for path in project.artifact("merged").glob("*.safetensors"))
+    assert len(files) > 3
+    merged = AutoModelForCausalLM.from_pretrained(project.artifact("merged")).state_dict()
+    for name, tensor in weights["one"].items():
+        assert torch.allclose(merged[name], (tensor + weights["two"][name]) / 2, atol=1e-7)
+    # And such files are read again.
+    again = {"a": {"from": "merged"}, "b": {"path": project.models["one"]}}
+    project.stages["again"] = {"recipe": "merge", "models": again}
+    assert project.run() == 0
+
+
+def test_heads_that_score_are_merged_too(project, models):
+    judges = {"one": {"path": models["judge"]}, "two": {"path": models["judge"]}}
+    project.stages["merged"] = {"recipe": "merge", "models": judges}
+    assert project.run() == 0
+    ours, theirs = (
+        load_file(Path(folder) / "scalar_head.safetensors") for folder in (project.artifact("merged"), models["judge"])
+    )
+    assert torch.allclose(ours["weight"], theirs["weight"])
+
+
+# --- what is wrong ------------------------------------------------------------------------------------------
+
+
+def test_models_that_are_not_alike_are_named(project, tmp_path, models):
+    wide = write_random_model(tmp_path / "wide", 1, intermediate_size=48)
+    deep = write_random_model(tmp_path / "deep", 1, num_hidden_layers=2)
+    large = write_random_model(tmp_path / "large", 1, vocab_size=300)
+    cases = {
+        wide: r"'one' .* and 'other' .*/wide\) cannot be merged: the tensor 'model.layers.0.mlp.down_proj.weight' is",
+        deep: r"only 'other' has the tensor 'model.layers.1",
+        large: r"vocabularies have 260 and 300 tokens",
+        models["judge"]: r"'other' has a head that scores and 'one' has none",
+    }
+    for number, (other, said) in enumerate(cases.items()):
+        project.manifest["name"] = f"unlike-{number}"
+        both = {"one": {"path": project.models["one"]}, "other": {"path": other}}
+        project.stages["merged"] = {"recipe": "merge", "models": both}
+        with pytest.raises(ManifestError, match=said):
+            project.run()
+        assert not project.directory.stage("merged").has_artifact()
+
+
+def test_vocabularies_of_one_size_with_other_tokens(project, tmp_path):
+    other = write_random_model(tmp_path / "other", 1)
+    tokenizer = train_tokenizer(TrainTokenizer(kind="bpe", vocabulary=260), ["some text"])
+    tokenizer.save_pretrained(other)
+    both = {"one": {"path": project.models["one"]}, "other": {"path": other}}
+    project.stages["merged"] = {"recipe": "merge", "models": both}
+    assert "in the vocabulary of the one" in str(project.validate().error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"method": "task_arithmetic"}, "which needs it"),
+        ({"base": {"path": "x"}}, "belongs to 'method: task_arithmetic'"),
+        ({"weights": {"tree": 1.0}}, "names tree"),
+        ({"weights": {"one": -1.0}}, "from 0"),
+        ({"models": {"one": {"path": "x"}}}, "needs two"),
+        ({"models": {"one": {"path": "x"}}, "method": "slerp"}, "between two models, not 1"),
+        ({"method": "mean"}, "average"),
+    ],
+)
+def test_a_merge_that_cannot_be(project, keys, said):
+    both = {name: {"path": project.models[name]} for name in ("one", "two")}
+    project.stages["merged"] = {"recipe": "merge", "models": both, **keys}
+    assert said in str(project.validate().error)

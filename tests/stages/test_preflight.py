@@ -1,0 +1,180 @@
+"""``validate`` and ``preview`` of manifests whose stages make data and models that are not there yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from postlude.errors import ComputeError, DataError
+from postlude.manifest.problem import ManifestError
+from postlude.workflow.preview import preview
+
+DIGITS = {"function": "recipes.scores:digits"}
+
+
+@pytest.fixture
+def chain(project):
+    """Training, generation, filtering, training on what was kept, merging, evaluation."""
+    project.data["made"] = {"source": {"from": "answers"}, "format": "messages", "filters": ["reward > 100"]}
+    project.data["kept"] = {"source": {"from": "kept"}, "format": "prompt_completion"}
+    project.stages |= {
+        "sft": project.train(data={"asked": 1.0}),
+        "answers": project.generate(
+            model={"from": "sft"}, samples=8, max_tokens=300, reward=[DIGITS], keep={"above": 50.0}
+        ),
+        "kept": {"recipe": "filter", "data": {"made": 1.0}, "reward": [DIGITS], "keep": {"above": 99.0}},
+        "improved": project.train(model={"from": "sft"}, data={"kept": 1.0}),
+        "merged": {"recipe": "merge", "models": {"a": {"from": "sft"}, "b": {"from": "improved"}}},
+        "report": {
+            "recipe": "evaluate",
+            "models": {"sft": {"from": "sft"}, "merged": {"from": "merged"}},
+            "generation": {"data": {"asked": 1.0}, "reward": [{"model": {"from": "improved"}}]},
+            "held_out": {"data": {"asked": 1.0, "kept": 1.0}},
+        },
+    }
+    return project
+
+
+@pytest.mark.capability("A preflight of stages that make data, and of those that read it before it is there")
+def test_a_chain_is_tried_from_end_to_end_before_anything_runs(chain):
+    report = chain.validate()
+    assert report.error is None, report.error
+    stages = {stage["stage"]: stage for stage in report.to_json()["stages"]}
+    assert stages["answers"]["trial"]["counts"]["prompts"] == 20
+    assert stages["answers"]["trial"]["counts"]["prompt_tokens"]["least"] == len("<?>user 1+1? assistant") + 1
+    made = stages["answers"]["trial"]["made"]
+    assert (made["prompts"], made["completions"]) == (4, 8)
+    assert made["tokens"] <= 8 * 8
+    assert stages["kept"]["awaited"] == {"made": "answers"}
+    assert stages["improved"]["awaited"] == {"kept": "kept"}
+    assert stages["improved"]["step"]["loss"] > 0
+    assert stages["improved"]["step"]["memory"]["parameters"] == stages["sft"]["step"]["memory"]["parameters"]
+    assert stages["report"]["awaited"] == {"kept": "kept"}
+    assert set(stages["report"]["trial"]["made"]["models"]) == {"sft", "merged"}
+    assert not Path(chain.manifest["run_dir"]).exists()
+    assert report.render() is not None
+
+
+def test_a_reader_of_columns_that_will_not_be_there_is_refused(chain):
+    chain.data["made"]["filters"] = ["rewrd > 100"]
+    error = chain.validate().error
+    assert isinstance(error, DataError)
+    assert "Did you mean 'reward'" in str(error)
+
+
+def test_a_reader_with_the_wrong_format_is_refused(chain):
+    chain.data["kept"]["format"] = "text"
+    error = chain.validate().error
+    assert isinstance(error, DataError)
+    assert "no column 'text'" in str(error)
+
+
+def test_a_stage_that_starts_from_a_stage_is_tried_with_its_tokenizer(project):
+    new = {"architecture": "llama", "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}}
+    keys = {"model": {"new": new}, "tokenizer": {"train": {"vocabulary": 300}}, "data": {"asked": 1.0}}
+    project.stages |= {
+        "first": project.train(**keys),
+        "second": project.train(model={"from": "first"}, data={"asked": 1.0}),
+        "answers": project.generate(model={"from": "second"}),
+    }
+    report = project.validate()
+    assert report.error is None, report.error
+    assert report.stages[1].rehearsal.expected_loss == report.stages[0].rehearsal.expected_loss
+
+
+def test_data_that_are_not_there_are_named_when_they_are_previewed(chain):
+    with pytest.raises(DataError, match=r"The stage 'kept' of .* has not made its data yet. Run it first"):
+        preview(chain.write(), [], stage="improved")
+
+
+def test_prompts_are_previewed_as_they_are_put(project):
+    project.stages["answers"] = project.generate()
+    (block,) = preview(project.write(), []).blocks
+    assert len(block.documents) == 8
+    for number, document in enumerate(block.documents):
+        text = "".join(token.text for token in document.tokens)
+        assert text == f"<|im_start|>user\n{number}+{number}?<|im_end|>\n<|im_start|>assistant\n"
+        assert document.trained_tokens == 0
+    assert len(preview(project.write(), [], blocks=3).blocks) == 3
+
+
+def test_what_was_made_is_previewed_from_the_run(project):
+    project.stages["answers"] = project.generate()
+    project.data["made"] = {"source": {"from": "answers"}, "format": "messages"}
+    project.stages["sft"] = project.train(data={"made": 1.0})
+    from postlude.workflow.run import run
+
+    assert run(project.write(), [], stage="answers") == 0
+    (block,) = preview(project.write(), [], stage="sft").blocks
+    said = {record["completion"][0]["content"] for record in project.records("answers")}
+    for document in block.documents:
+        trained = "".join(token.text for token in document.tokens if token.trained)
+        assert any(trained.startswith(text) for text in said)
+
+
+def test_a_stage_without_prompts_has_nothing_to_preview(project):
+    project.stages["kept"] = {"recipe": "filter", "data": {"asked": 1.0}}
+    with pytest.raises(ManifestError, match="puts no prompts to a model"):
+        preview(project.write(), [])
+
+
+def test_a_stage_that_would_not_fit_is_refused_with_what_would(project) -> None:
+    project.manifest["compute"] = {"pools": {"train": {"workers": 1, "device_memory": 64 * 2**20}}}
+    project.stages["tune"] = project.train(data={"asked": 1.0})
+    report = project.validate()
+    assert report.exit_code == 4
+    assert "by the memory plan a worker needs" in str(report.error)
+    with pytest.raises(ComputeError, match="by the memory plan a worker needs"):
+        project.run()
+
+
+def test_workers_that_cannot_share_a_model_are_refused_before_any_work(project) -> None:
+    project.manifest["compute"] = {"pools": {"train": {"workers": 3}}}
+    project.stages["tune"] = project.train(data={"asked": 1.0}, parallel={"tensor": 2})
+    assert project.validate().exit_code == 4
+    assert "parallel.tensor (2) does not divide the 3 workers" in str(project.validate().error)
+    project.manifest["compute"] = {"pools": {"train": {"workers": {"min": 2, "max": 4}}}}
+    assert "a number of workers that does not change" in str(project.validate().error)
+    project.manifest["compute"] = {"pools": {"train": {"workers": 4}}}
+    project.stages["tune"]["parallel"] = {"tensor": 4}
+    assert "parallel.tensor (4) does not divide the model's num_attention_heads (2)" in str(project.validate().error)
+    assert project.validate().exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"parallel": {"replicas": 2}}, "replicas are of sharded weights"),
+        ({"parallel": {"shard": True}, "compile": True}, "layers that workers hold together are not compiled"),
+        ({"recompute": 0.5}, "a share of the memory is kept by compiled layers"),
+        ({"recompute": 1.5, "compile": True}, "less than or equal to 1"),
+        ({"adapter": {}, "add_tokens": ["<x>"]}, "an adapter leaves as it is"),
+        ({"adapter": {"rank": 4, "continue": True}}, "'continue' takes the adapter as it is"),
+        (
+            {"adapter": {}, "model": {"new": {"architecture": "llama"}}, "tokenizer": {"bytes": True}},
+            "nothing to adapt",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(project, keys, said) -> None:
+    project.stages["tune"] = {**project.train(data={"asked": 1.0}), **keys}
+    report = project.validate()
+    assert report.exit_code == 2
+    assert said in str(report.error)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gemma3_text", "gpt_oss", "phi3", "smollm3"])
+def test_a_small_model_of_an_architecture_has_its_width_and_experts(architecture) -> None:
+    from transformers import AutoConfig
+
+    from postlude.model.load import configuration, configuration_keys, count_parameters
+    from postlude.stages.little import little_model
+
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
+    known = {key: value for key, value in {**shape, **experts}.items() if key in configuration_keys(architecture)}
+    config = AutoConfig.for_model(architecture, **known, num_hidden_layers=3)
+    small = configuration(little_model(config), None, None)
+    expected = AutoConfig.for_model(architecture, **known, num_hidden_layers=2)
+    assert count_parameters(small) == count_parameters(expected)
