@@ -168,7 +168,7 @@ def test_a_stage_that_cannot_be_is_refused(project, keys, said):
     ("function", "error", "said"),
     [
         ("recipes.scores:digit", ManifestError, "Did you mean 'digits'"),
-        ("recipes.scored:digits", ManifestError, "cannot be imported"),
+        ("stages.scored:digits", ManifestError, "cannot be imported"),
         ("recipes.scores:broken_at_seven", DataError, "KeyError: 'seven'"),
         ("recipes.scores:nothing", DataError, "returned None for the record 'asked:"),
     ],

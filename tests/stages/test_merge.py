@@ -14,7 +14,7 @@ from postlude.data.tokenizer import train_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TrainTokenizer
 from postlude.model.generate import generate
-from postlude.recipes import merging
+from postlude.stages import merging
 from stages.conftest import chat, write_random_model
 
 
