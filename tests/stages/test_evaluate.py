@@ -15,7 +15,7 @@ from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.rollout.scoring import pass_at_k
 
-DIGITS = {"function": "recipes.scores:digits"}
+DIGITS = {"function": "stages.scores:digits"}
 QUESTIONS = [
     {"question": f"{n}+1?", "choices": [str(n), f"{n + 1} it is", "none"], "answer": "abc"[n % 3]} for n in range(12)
 ]

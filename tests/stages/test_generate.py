@@ -13,7 +13,7 @@ from postlude.data.formats.prompt_completion import PromptCompletion
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 
-DIGITS = {"function": "recipes.scores:digits"}
+DIGITS = {"function": "stages.scores:digits"}
 
 
 def by_prompt(records):
@@ -167,10 +167,10 @@ def test_a_stage_that_cannot_be_is_refused(project, keys, said):
 @pytest.mark.parametrize(
     ("function", "error", "said"),
     [
-        ("recipes.scores:digit", ManifestError, "Did you mean 'digits'"),
+        ("stages.scores:digit", ManifestError, "Did you mean 'digits'"),
         ("stages.scored:digits", ManifestError, "cannot be imported"),
-        ("recipes.scores:broken_at_seven", DataError, "KeyError: 'seven'"),
-        ("recipes.scores:nothing", DataError, "returned None for the record 'asked:"),
+        ("stages.scores:broken_at_seven", DataError, "KeyError: 'seven'"),
+        ("stages.scores:nothing", DataError, "returned None for the record 'asked:"),
     ],
 )
 def test_a_reward_function_that_fails(project, function, error, said):

@@ -10,7 +10,7 @@ from postlude.errors import ComputeError, DataError
 from postlude.manifest.problem import ManifestError
 from postlude.workflow.preview import preview
 
-DIGITS = {"function": "recipes.scores:digits"}
+DIGITS = {"function": "stages.scores:digits"}
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_two_ranks_store_the_parts_of_one(preferences):
     found = []
     for ranks in (1, 2):
         place(preferences, f"ranks-{ranks}")
-        assert run_ranks("recipes.test_stored:store", task_of(preferences), ranks, 1) == [98] * ranks
+        assert run_ranks("stages.test_stored:store", task_of(preferences), ranks, 1) == [98] * ranks
         found.append(parts(preferences))
     assert len(found[0]) == 8
     assert found[0] == found[1]

@@ -81,7 +81,7 @@ def test_the_starter_of_a_merge_runs(started):
 
 def test_pairs_from_the_outputs_of_a_model_that_was_just_trained(project):
     project.stages["sft"] = project.train(data={"asked": 1.0})
-    digits = {"function": "recipes.scores:digits"}
+    digits = {"function": "stages.scores:digits"}
     project.stages["pairs"] = project.generate(model={"from": "sft"}, samples=4, reward=[digits], keep="pairs")
     assert project.run() == 0
     for pair in project.records("pairs"):
