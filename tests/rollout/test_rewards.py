@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.rollout.prompts import Prompt
-from postlude.rollout.reward import Reward, part_names
+from postlude.rollout.reward import Reward, call, part_names
+from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.rewards.number import number_in
 from postlude.rollout.scoring import Scorer
 
@@ -28,8 +29,9 @@ reward = TypeAdapter(Reward).validate_python
 
 def score(function: Any, completion: str, reference: str | None = None, **record: Any) -> float:
     prompt = Prompt("sums:1", "sums", "What is it?", None, reference, record)
-    scorer = Scorer([reward({"function": function})], judge=pytest.fail)  # type: ignore[arg-type]
-    return scorer.score([(prompt, completion)])[0].total
+    part = reward({"function": function})
+    part.function.check()
+    return call(part.function, part.name, prompt.example_id, prompt.asked, completion, prompt.rewarded_record)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +113,9 @@ def test_parts_are_weighted_and_told_apart(monkeypatch):
         {"function": {"name": "regex", "pattern": "4"}, "weight": 2.0},
         {"function": "exact_match", "label": "exact"},
     ]
-    scorer = Scorer([reward(part) for part in parts], judge=pytest.fail)  # type: ignore[arg-type]
-    right, words = scorer.score([(prompt, "4"), (prompt, "four, that is 4")])
+    with RewardPool(1, 60.0) as pool:
+        scorer = Scorer([reward(part) for part in parts], pytest.fail, pool)  # type: ignore[arg-type]
+        right, words = scorer.score([(prompt, "4"), (prompt, "four, that is 4")])
     assert right.parts == {"number": 1.0, "regex": 0.0, "regex_2": 1.0, "exact": 1.0}
     assert right.total == 1 + 2 + 1
     assert words.total == 1 - 0.5 + 2

@@ -17,7 +17,8 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom
 from postlude.manifest.starter import starter
 from postlude.runs import Run
-from postlude.stages.training import Assembly, StageTask
+from postlude.stages.parts import StageTask
+from postlude.stages.stage import open_stage
 from postlude.training.workers import Workers
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate
@@ -87,10 +88,10 @@ def test_the_first_step_is_that_of_trl_over_each_conversation_alone(manifest, tm
     manifest["stages"]["student"] |= {**keys, "steps": 1, "max_grad_norm": None}
     done = start(manifest, tmp_path)
     tree = load(json.dumps(manifest), "whole.yaml").tree
-    assembly = Assembly(StageTask(tree, "student", done.uri, 1), Workers())
-    with assembly.loader as loader:
+    opened: Any = open_stage(StageTask(tree, "student", done.uri, 1), Workers())
+    with opened.data.loader() as loader:
         documents = [d for block in next(iter(loader)).blocks for unit in block for d in unit.documents]
-    ours, theirs = (assembly.program.roles[name].model for name in ("policy", "teacher"))
+    ours, theirs = (opened.models.program.roles[name].model for name in ("policy", "teacher"))
     temperature, hard = keys.get("temperature", 1.0), keys.get("hard_loss", 0.0)
     trained = sum(document.trained_tokens for document in documents)
     total = 0.0
@@ -139,7 +140,8 @@ def test_a_frozen_teacher_is_not_trained_and_drops_nothing_out(manifest, tmp_pat
     manifest["stages"]["teacher"]["model"]["new"]["config"] = {**LARGER, "attention_dropout": 0.5}
     done = start(manifest, tmp_path)
     tree = load(json.dumps(manifest), "whole.yaml").tree
-    program = Assembly(StageTask(tree, "student", done.uri, 1), Workers()).program
+    opened: Any = open_stage(StageTask(tree, "student", done.uri, 1), Workers())
+    program = opened.models.program
     teacher = program.roles["teacher"].model
     assert not teacher.training
     assert program.roles["policy"].model.training

@@ -23,7 +23,6 @@ from postlude.rollout.rounds import outcomes
 from postlude.rollout.serving.external import ApartEngine
 from postlude.rollout.serving.server import SHARED_MEMORY
 from postlude.runs import Run
-from postlude.stages.online import OnlineAssembly
 from ranks import run_ranks
 from stages.conftest import write_random_model
 from stages.test_online import lines, online, rollouts, run_cut_off
@@ -237,7 +236,7 @@ def test_an_engine_that_is_not_there_ends_the_stage_at_its_start(project, keys, 
 @pytest.fixture
 def many_ends(monkeypatch) -> None:
     """One token in sixteen ends a completion, so that the lengths have a long tail."""
-    monkeypatch.setattr(OnlineAssembly, "_stops", lambda self, source: frozenset(range(96, 112)))
+    monkeypatch.setattr("postlude.stages.online.stop_ids_of", lambda config, encoder: frozenset(range(96, 112)))
 
 
 @pytest.mark.capability("Over-sampling: a round does not wait for its longest answers, which go on in the next")

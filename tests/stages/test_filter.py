@@ -95,10 +95,10 @@ def test_data_that_changed_since_a_stage_began_are_not_mixed(filtering, monkeypa
 
     do = Filtering.do
 
-    def until(self, portion):
+    def until(self, portion, tell):
         if portion == 2:
             raise RuntimeError("stopped here")
-        return do(self, portion)
+        return do(self, portion, tell)
 
     monkeypatch.setattr(Filtering, "do", until)
     with pytest.raises(RuntimeError, match="stopped here"):

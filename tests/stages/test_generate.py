@@ -185,7 +185,7 @@ def test_data_without_a_prompt(project):
     asked = project.written("asked", records, {"name": "messages", "roles": "any"})
     project.data["asked"] = asked
     project.stages["answers"] = project.generate()
-    said = r"'answers' hold no prompt: 1 because nothing comes before the assistant's turn"
+    said = r"'answers' hold no prompt that can be asked: 1 because nothing comes before the assistant's turn"
     assert isinstance(project.validate().error, DataError)
     with pytest.raises(DataError, match=said):
         project.run()
@@ -197,7 +197,7 @@ def test_a_prompt_that_is_too_long_is_counted(project, models):
     project.stages["answers"] = project.generate()
     assert project.run() == 0
     assert project.report("answers")["nothing_of"] == {
-        "longer than the model's 2048 positions": {"count": 1, "examples": ["asked:3000"]}
+        "the prompt is longer than 2047 tokens": {"count": 1, "examples": ["asked:3000"]}
     }
     assert len(project.records("answers")) == 2
 

@@ -142,11 +142,11 @@ def test_what_is_committed_is_not_done_again(project, monkeypatch):
     project.stages["answers"] = project.generate(concurrency=4)
     do, asked = Generation.do, []
 
-    def counted(self, portion):
+    def counted(self, portion, tell):
         asked.append(portion)
         if asked == [0, 1, 2, 3]:
             raise RuntimeError("stopped here")
-        return do(self, portion)
+        return do(self, portion, tell)
 
     monkeypatch.setattr(Generation, "do", counted)
     with pytest.raises(RuntimeError, match="stopped here"):

@@ -23,7 +23,9 @@ from postlude.manifest.starter import starter
 from postlude.model.export import write_model
 from postlude.model.load import load_model
 from postlude.runs import Run
-from postlude.stages.training import Assembly, StageTask
+from postlude.stages.parts import StageTask
+from postlude.stages.stage import open_stage
+from postlude.stages.training import Training
 from postlude.training.workers import Workers
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate
@@ -90,7 +92,7 @@ def changed(manifest: dict[str, Any], **keys: Any) -> dict[str, Any]:
     return manifest
 
 
-def first_step(manifest: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Assembly, list[Document]]:
+def first_step(manifest: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Training, list[Document]]:
     """The metrics of the first step, the parts of the stage before it, and the documents of the step."""
     path = folder / "whole.yaml"
     path.write_text(json.dumps(manifest, indent=1))
@@ -98,10 +100,11 @@ def first_step(manifest: dict[str, Any], folder: Path) -> tuple[dict[str, Any], 
     done = Run(f"{manifest['run_dir']}/{manifest['name']}")
     (name,) = manifest["stages"]
     tree = load(json.dumps(manifest), "whole.yaml").tree
-    assembly = Assembly(StageTask(tree, name, done.uri, 1), Workers())
-    with assembly.loader as loader:
+    opened = open_stage(StageTask(tree, name, done.uri, 1), Workers())
+    assert isinstance(opened, Training)
+    with opened.data.loader() as loader:
         documents = [d for block in next(iter(loader)).blocks for unit in block for d in unit.documents]
-    return next(iter(done.stage(name).metrics.read())), assembly, documents
+    return next(iter(done.stage(name).metrics.read())), opened, documents
 
 
 def padded(documents: list[Document], prefix: str = "", pad: int = 0) -> dict[str, torch.Tensor]:
@@ -202,8 +205,8 @@ def test_losses_without_a_reference_are_those_of_trl(manifest, models, tmp_path,
     from trl.experimental.orpo import ORPOTrainer
 
     keys = {"gamma": 0.7, "beta": 2.0} if loss == "simpo" else {"beta": 0.3}
-    line, assembly, documents = first_step(changed(manifest, loss=loss, reference=None, **keys), tmp_path)
-    assert set(assembly.program.roles) == {"policy"}
+    line, opened, documents = first_step(changed(manifest, loss=loss, reference=None, **keys), tmp_path)
+    assert set(opened.models.program.roles) == {"policy"}
     policy = causal(models["policy"])
     sums, counts = log_probabilities(policy, documents)
     means = sums / counts
@@ -265,9 +268,9 @@ def test_a_reward_model_is_that_of_trl_and_loads_as_a_classifier(manifest, model
     from datasets import Dataset
 
     keys = {"recipe": "reward", "reference": None, "centering": 0.05}
-    line, assembly, documents = first_step(changed(manifest, **keys), tmp_path)
+    line, opened, documents = first_step(changed(manifest, **keys), tmp_path)
     start = tmp_path / "start"
-    write_model(assembly.program.roles["policy"].model, assembly.tokenizer, start, {})
+    write_model(opened.models.program.roles["policy"].model, opened.data.tokenizer, start, {})
     classifier = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
     assert classifier.config.num_labels == 1
     trainer = trl.RewardTrainer(
@@ -285,7 +288,7 @@ def test_a_reward_model_is_that_of_trl_and_loads_as_a_classifier(manifest, model
     assert line["grad_norm"] == pytest.approx(norm_of(trainer.model), rel=1e-4)
     assert line["accuracy"] == pytest.approx(float(trainer._metrics["train"]["accuracy"][-1]))
     # What was trained gives the same scores here and in transformers, and is still a language model here.
-    place = assembly.stage.artifact
+    place = opened.parts.stage.artifact
     trained = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32).eval()
     ours = load_model(ModelFrom(path=place), place, None, seed=0).eval()
     alone = torch.from_numpy(documents[0].tokens)
@@ -308,8 +311,8 @@ def test_a_ranked_list_is_the_probability_of_its_order(manifest, tmp_path):
     for order in ("plackett_luce", "bradley_terry"):
         manifest["name"], manifest["judged"] = order, {}
         one = changed(json.loads(json.dumps(manifest)), **keys, order=order)
-        line, assembly, documents = first_step(one, tmp_path)
-        model = assembly.program.roles["policy"].model
+        line, opened, documents = first_step(one, tmp_path)
+        model = opened.models.program.roles["policy"].model
         with torch.no_grad(), model.plain() as plain:
             rows = [torch.from_numpy(document.tokens)[None] for document in documents]
             states = [plain.model(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in rows]
@@ -348,8 +351,8 @@ def test_blocks_and_micro_batches_change_only_rounding(manifest, tmp_path, loss)
 
 
 def test_each_pair_has_one_row_among_the_losses_by_example(manifest, tmp_path):
-    _, assembly, documents = first_step(changed(manifest), tmp_path)
-    rows = assembly.stage.read_examples().to_pylist()
+    _, opened, documents = first_step(changed(manifest), tmp_path)
+    rows = opened.parts.stage.read_examples().to_pylist()
     assert sorted(row["example_id"] for row in rows) == sorted({document.example_id for document in documents})
     assert sum(row["tokens"] for row in rows) == sum(document.trained_tokens for document in documents)
 

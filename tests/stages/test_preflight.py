@@ -169,12 +169,12 @@ def test_a_small_model_of_an_architecture_has_its_width_and_experts(architecture
     from transformers import AutoConfig
 
     from postlude.model.load import configuration, configuration_keys, count_parameters
-    from postlude.stages.little import little_model
+    from postlude.stages.models import stand_in_for
 
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None}
     known = {key: value for key, value in {**shape, **experts}.items() if key in configuration_keys(architecture)}
     config = AutoConfig.for_model(architecture, **known, num_hidden_layers=3)
-    small = configuration(little_model(config), None, None)
+    small = configuration(stand_in_for(config), None, None)
     expected = AutoConfig.for_model(architecture, **known, num_hidden_layers=2)
     assert count_parameters(small) == count_parameters(expected)

@@ -24,7 +24,9 @@ from postlude.manifest.schema import ModelPlace
 from postlude.model.load import load_model
 from postlude.runs import Run
 from postlude.stages import annotate
-from postlude.stages.training import Assembly, StageTask
+from postlude.stages.parts import StageTask
+from postlude.stages.stage import open_stage
+from postlude.stages.training import Training
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
 from ranks import run_ranks
@@ -109,8 +111,10 @@ def task_of(project) -> StageTask:
     return StageTask(load(json.dumps(project.manifest), "small.yaml").tree, "tune", project.directory.uri, 1)
 
 
-def assembled(project) -> Assembly:
-    return Assembly(task_of(project), Workers())
+def opened(project) -> Training:
+    stage = open_stage(task_of(project), Workers())
+    assert isinstance(stage, Training)
+    return stage
 
 
 def parts(project) -> dict[str, bytes]:
@@ -180,7 +184,7 @@ def test_a_new_model_can_be_the_reference(preferences):
 
 def test_no_reference_is_held_while_training(preferences):
     preferences.stages["tune"]["precompute_reference"] = True
-    assert set(assembled(preferences).program.roles) == {"policy"}
+    assert set(opened(preferences).models.program.roles) == {"policy"}
 
 
 def test_what_was_stored_goes_when_the_artifact_stands(preferences):
@@ -201,9 +205,8 @@ def store(task: StageTask) -> int:
     annotate.ROWS = 7
     workers = Workers.join()
     try:
-        assembly = Assembly(task, workers)
-        assert annotate.annotate(assembly, Quiet(), lambda: False)
-        return len(assembly.stored[0])
+        stored = annotate.annotate(open_stage(task, workers).models, Quiet(), lambda: False)
+        return len(stored[0])
     finally:
         workers.leave()
 
@@ -253,12 +256,12 @@ def test_with_the_whole_vocabulary_stored_the_loss_is_that_of_a_live_teacher(les
 def test_with_few_tokens_stored_the_divergence_is_within_the_bound(lessons, kind):
     """The bounds of postlude.objectives.comparison.StoredComparison, taken over the tokens of the first step."""
     live = tuned(lessons, "live", divergence=kind, batch={"tokens": 4096, "block": 4096}, steps=1)[0]
-    assembly = assembled(lessons)
-    with assembly.loader as loader:
+    stage = opened(lessons)
+    with stage.data.loader() as loader:
         documents = [d for block in next(iter(loader)).blocks for unit in block for d in unit.documents]
     shares = []
     for name in ("teacher", "policy"):
-        model = assembly.program.roles[name].model
+        model = stage.models.program.roles[name].model
         rows = []
         with model.plain() as causal, torch.no_grad():
             for document in documents:
@@ -379,8 +382,8 @@ def test_another_model_is_asked_anew(preferences, monkeypatch):
 @pytest.mark.parametrize("what", ["data", "model", "annotator", "block", "held out"])
 def test_what_the_values_follow_from_is_in_the_fingerprint(lessons, what):
     def fingerprints() -> list[str]:
-        assembly = assembled(lessons)
-        return [annotate._Pass(assembly, *one).parts.uri for one in assembly.config.annotations().items()]
+        stage = opened(lessons)
+        return [annotate._Pass(stage.models, *one).parts.uri for one in stage.config.annotations().items()]
 
     stage = lessons.stages["tune"]
     stage["teacher"] = {"path": write_random_model(lessons.folder / "own", 8), "top_k": 4}
@@ -511,10 +514,11 @@ def test_a_teacher_that_lacks_tokens_of_the_student_is_refused(lessons):
 
 def test_a_document_that_was_not_read_is_no_zero(preferences):
     preferences.stages["tune"]["precompute_reference"] = True
-    assembly = assembled(preferences)
-    assert annotate.annotate(assembly, Quiet(), lambda: False)
+    stored = annotate.annotate(opened(preferences).models, Quiet(), lambda: False)
+    assert stored
     preferences.written("pairs", pairs(40, seed=3), "preference")
-    other = assembled(preferences)
-    other.stored = assembly.stored
-    with other.loader as loader, pytest.raises(DataError, match="is not as it was when the reference was run"):
+    with (
+        opened(preferences).data.loader(stored) as loader,
+        pytest.raises(DataError, match="is not as it was when the reference was run"),
+    ):
         next(iter(loader))

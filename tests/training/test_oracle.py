@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from postlude.manifest.load import load
-from postlude.stages.training import Assembly, StageTask
+from postlude.stages.parts import StageTask
+from postlude.stages.stage import open_stage
 from postlude.training.meters import Meters
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
@@ -65,16 +66,16 @@ def trainer_of(chats: Path, folder: Path, batch: dict[str, int], **keys: Any) ->
         "stages": {"sft": stage},
     }
     resolved = load(json.dumps(manifest), "oracle.yaml")
-    assembly = Assembly(StageTask(resolved.tree, "sft", str(folder), 1), Workers())
+    opened: Any = open_stage(StageTask(resolved.tree, "sft", str(folder), 1), Workers())
     return Trainer(
-        assembly.config,
-        assembly.program,
-        assembly.loader,
-        assembly.workers,
+        opened.config,
+        opened.models.program,
+        opened.data.loader(),
+        opened.parts.workers,
         seed=0,
-        precision=assembly.precision,
+        precision=opened.models.precision,
         journal=_Lines(),
-        meters=Meters(None, assembly.workers, assembly.precision, 1),
+        meters=Meters(None, opened.parts.workers, opened.models.precision, 1),
     )
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postlude.manifest.load import load
 from postlude.runs import Run
-from postlude.stages.training import Assembly, StageTask
+from postlude.stages.parts import StageTask
+from postlude.stages.stage import open_stage
 from postlude.training import checkpoint
 from postlude.training.state import trained_state
 from postlude.training.workers import Workers
@@ -86,8 +87,8 @@ def losses(run: Run) -> list[float]:
 def logits_of_last_checkpoint(run: Run, ids: torch.Tensor) -> torch.Tensor:
     """Transformers' own forward pass with the weights of the newest checkpoint: [documents, tokens, vocabulary]."""
     manifest = Path(run.uri).parents[1] / f"{run.name}.yaml"
-    assembly = Assembly(StageTask(load(manifest.read_text(), str(manifest)).tree, "tune", run.uri, 1), Workers())
-    role = assembly.program.roles["policy"]
+    opened: Any = open_stage(StageTask(load(manifest.read_text(), str(manifest)).tree, "tune", run.uri, 1), Workers())
+    role = opened.models.program.roles["policy"]
     assert role.optimizer is not None
     optimizers = {"policy": role.optimizer.build(list(role.model.named_parameters()))}
     checkpoint.load(run.stage("tune").checkpoints()[0].uri, trained_state({"policy": role}, optimizers), Workers())

@@ -12,6 +12,7 @@ themselves, so that a manifest is checked without torch. Three doors lead into t
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    later: ClassVar[tuple[str, ...]] = ()
+    """Keys that a later version brought. With their defaults a stage is what it was before there were such keys, so
+    that a run which was begun then goes on."""
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which one, and only one, is given. One that a stage gives replaces another of the defaults."""
 
@@ -188,6 +192,12 @@ def import_plugin(module: str) -> None:
     """Import a module that registers components. :class:`BrokenExtension` if it cannot be imported."""
     with _of_others(f"the plugin '{module}' cannot be imported; it must be installed, or on PYTHONPATH"):
         importlib.import_module(module)
+
+
+def load_named(path: str) -> Any:
+    """What a component names as ``package.module:name``. :class:`BrokenExtension` if it cannot be imported."""
+    with _of_others(f"'{path}' cannot be imported"):
+        return pkgutil.resolve_name(path)
 
 
 @contextmanager

@@ -17,10 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from postlude.manifest.component import Component
 from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
@@ -149,7 +152,7 @@ def bearing(resolved: Resolved, stage: str, free: Collection[str] | None = None)
     config = resolved.manifest.stages[stage]
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
-    free = (*config.pool_keys, *(config.free if free is None else free))
+    free = (*config.pool_keys, *(config.free if free is None else free), *_unset_later(config))
     return _bearing(resolved.tree, stage, data, config.all_pools, free)
 
 
@@ -158,6 +161,23 @@ def _bearing(
 ) -> dict[str, Any]:
     flat = _flat(basis(tree, stage, data, pools))
     return {key: value for key, value in flat.items() if not _is_free(key, stage, free)}
+
+
+def _unset_later(config: BaseModel, path: str = "") -> Iterator[str]:
+    """The dotted keys of a stage that are its configurations' ``later`` ones and have their default."""
+    for name, info in type(config).model_fields.items():
+        key, value = f"{path}{info.alias or name}", getattr(config, name)
+        if name in getattr(config, "later", ()) and _is_default(value, info):
+            yield key
+        elif isinstance(value, BaseModel):
+            yield from _unset_later(value, f"{key}.")
+
+
+def _is_default(value: Any, info: FieldInfo) -> bool:
+    default = info.get_default(call_default_factory=True)
+    if isinstance(value, Component) and isinstance(default, str):
+        return value.component_name == default and value == type(value)()
+    return bool(value == default)
 
 
 def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str]) -> dict[str, Any]:

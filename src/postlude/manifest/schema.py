@@ -202,6 +202,9 @@ class StageConfig(Component):
     """Keys that ``postlude amend`` may change while the stage runs."""
     free: ClassVar[tuple[str, ...]] = ()
     """Keys that cannot change the result: a run may go on with other values."""
+    does: ClassVar[str]
+    """The class that works on such a stage, as ``package.module:name``: a :class:`postlude.stages.stage.Stage`, made
+    from the stage's parts. Not the class itself, which imports torch."""
 
     recipe: str
     """What the stage does, by the name of its recipe."""
@@ -218,6 +221,10 @@ class StageConfig(Component):
     def base_model(self) -> ModelPlace | None:
         """The model whose architecture and tokenizer the model has that the stage makes; None if it makes none."""
         return None
+
+    def rehearsed(self) -> Self:
+        """The same with so little of everything that a preflight can try it."""
+        return self
 
     @classmethod
     def starter(cls, stem: str) -> Starter | None:

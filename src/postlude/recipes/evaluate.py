@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Name, Positive
-from postlude.recipes.generate import Sampled
-from postlude.rollout.reward import Reward
-from postlude.stages.work import Datasets, Work, WorkRecipe
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
-    from postlude.stages.workbench import Workbench
+from postlude.recipes.answering import Sampled
+from postlude.recipes.recipe import Datasets, WorkRecipe
 
 
 class ByGeneration(Sampled):
@@ -24,13 +19,17 @@ class ByGeneration(Sampled):
 
     data: Datasets
     """Where the prompts come from."""
-    reward: Annotated[list[Reward], Field(min_length=1)]
-    """What says how good a completion is."""
     success: float = 1.0
     """A completion succeeds whose reward is at least this: what pass@k counts."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     limit: Positive | None = None
     """Use only so many records of each data set."""
+
+    @model_validator(mode="after")
+    def _has_a_reward(self) -> Self:
+        if not self.is_rewarded:
+            raise ValueError("'reward' is needed: a list of functions and models that say how good a completion is")
+        return self
 
 
 class ByChoice(Config):
@@ -55,6 +54,7 @@ class Evaluate(WorkRecipe):
     """A report on one or several models: rewards of what they generate, choices, held-out loss."""
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "models"),)
+    does: ClassVar[str] = "postlude.stages.evaluation:Evaluation"
 
     recipe: Literal["evaluate"]
     model: ModelPlace | None = None
@@ -84,18 +84,7 @@ class Evaluate(WorkRecipe):
         assert self.model is not None
         return {"model": self.model}
 
-    def begin(self, bench: Workbench) -> Work:
-        from postlude.stages.evaluation import Evaluation
-
-        return Evaluation(self, bench)
-
     def rehearsed(self) -> Self:
         if self.generation is None:
             return self
-        return self.model_copy(update={"generation": self.generation.model_copy(update=self.generation.rehearsal())})
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.evaluate_starter import starter
-
-        return starter(stem)
+        return self.model_copy(update={"generation": self.generation.model_copy(update=self.generation.shortened())})

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.types import Positive
+from postlude.recipes.answering import Rewarding
+from postlude.recipes.recipe import Datasets, WorkRecipe
 from postlude.rollout.reward import Reward
-from postlude.stages.work import Datasets, Work, WorkRecipe
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
-    from postlude.stages.workbench import Workbench
 
 
 class KeepRecords(Config):
@@ -27,8 +24,11 @@ class KeepRecords(Config):
     """This share of all the records, those with the highest rewards."""
 
 
-class Filter(WorkRecipe):
+class Filter(WorkRecipe, Rewarding):
     """Records of data sets that their filters, and a reward, let through, as a data set."""
+
+    does: ClassVar[str] = "postlude.stages.filtering:Filtering"
+    later: ClassVar[tuple[str, ...]] = ("reward_workers", "reward_seconds")
 
     recipe: Literal["filter"]
     data: Datasets
@@ -45,14 +45,3 @@ class Filter(WorkRecipe):
         if self.keep is not None and not self.reward:
             raise ValueError("what is kept depends on the reward, so 'reward' is needed")
         return self
-
-    def begin(self, bench: Workbench) -> Work:
-        from postlude.stages.filtering import Filtering
-
-        return Filtering(self, bench)
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.filter_starter import starter
-
-        return starter(stem)

@@ -6,45 +6,15 @@ with other keys.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Positive
-from postlude.rollout.reward import Reward
-from postlude.stages.work import Datasets, Work, WorkRecipe
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
-    from postlude.stages.workbench import Workbench
-
-REHEARSED_TOKENS = 8
-
-
-class Sampled(Config):
-    """How a model answers."""
-
-    samples: Positive = 1
-    """Completions of each prompt."""
-    max_tokens: Positive = 256
-    """The longest completion, in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0 takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the likeliest tokens that together have this probability are drawn from."""
-    seed: int | None = None
-    """What the randomness follows from; by default the manifest's. The same prompt is answered in the same way."""
-    concurrency: Positive = 64
-    """Completions that a worker makes at a time."""
-
-    def rehearsal(self) -> dict[str, Any]:
-        """The keys that make a preflight of it short."""
-        return {
-            "samples": min(self.samples, 2),
-            "max_tokens": min(self.max_tokens, REHEARSED_TOKENS),
-        }
+from postlude.recipes.answering import Sampled
+from postlude.recipes.recipe import Datasets, WorkRecipe
 
 
 class KeepSome(Config):
@@ -61,20 +31,20 @@ class KeepSome(Config):
 class Generate(WorkRecipe, Sampled):
     """A model's answers to prompts as a data set: all, the best, those above a reward, or pairs."""
 
+    does: ClassVar[str] = "postlude.stages.generation:Generation"
+
     recipe: Literal["generate"]
     model: ModelPlace
     """The model that answers."""
     data: Datasets
     """Where the prompts come from: conversations, whose last turn of the assistant is left out, or texts."""
-    reward: list[Reward] = []
-    """What says how good a completion is."""
     keep: Literal["all", "best", "pairs"] | KeepSome = "all"
     """``all`` completions, the ``best`` of each prompt, the best and the worst as ``pairs`` for a preference, ``{above:
     THRESHOLD}`` or ``{top: NUMBER}``."""
 
     @model_validator(mode="after")
     def _keep_can_be_told(self) -> Self:
-        if self.keep != "all" and not self.reward:
+        if self.keep != "all" and not self.is_rewarded:
             raise ValueError("what is kept depends on the reward, so 'reward' is needed, unless 'keep' is 'all'")
         if self.keep == "pairs" and self.samples < 2:
             raise ValueError(
@@ -82,16 +52,5 @@ class Generate(WorkRecipe, Sampled):
             )
         return self
 
-    def begin(self, bench: Workbench) -> Work:
-        from postlude.stages.generation import Generation
-
-        return Generation(self, bench)
-
     def rehearsed(self) -> Self:
-        return self.model_copy(update=self.rehearsal())
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.generate_starter import starter
-
-        return starter(stem)
+        return self.model_copy(update=self.shortened())

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Name
-from postlude.stages.work import Work, WorkRecipe
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
-    from postlude.stages.workbench import Workbench
+from postlude.recipes.recipe import WorkRecipe
 
 
 class Merge(WorkRecipe):
     """A weighted average of models, task arithmetic, or the spherical interpolation of two."""
+
+    does: ClassVar[str] = "postlude.stages.merging:Merging"
 
     recipe: Literal["merge"]
     models: Annotated[dict[Name, ModelPlace], Field(min_length=1)]
@@ -55,14 +53,3 @@ class Merge(WorkRecipe):
 
     def base_model(self) -> ModelPlace | None:
         return next(iter(self.models.values()))
-
-    def begin(self, bench: Workbench) -> Work:
-        from postlude.stages.merging import Merging
-
-        return Merging(self, bench)
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.merge_starter import starter
-
-        return starter(stem)

@@ -11,32 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named
+from postlude.manifest.component import Named
 from postlude.manifest.schema import Evaluate, ModelPlace
 from postlude.manifest.types import Name, Positive
+from postlude.recipes.answering import REHEARSED_TOKENS, Answering
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
-from postlude.rollout.serving.server import EngineChoice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from postlude.manifest.starter import Starter
     from postlude.objectives.policy import PolicyGradient
     from postlude.rollout.algorithm import Algorithm
     from postlude.training.program import Companion
 
-REHEARSED_TOKENS = 8
 
-
-class Rollout(Config):
+class Rollout(Answering):
     """How prompts are answered."""
 
-    engine: Annotated[EngineChoice, Named("engines", default="native"), Field(validate_default=True)] = "native"  # type: ignore
-    """What answers: ``native`` is the policy itself, in the process that trains it or (``apart: true``) in one of its
-    own; ``vllm`` a server of vLLM."""
     pool: Name | None = None
     """The pool of ``compute.pools`` that the engines have for themselves, one for each of its workers: on devices of
     their own, and warm when those that train are started anew. By default each worker that trains has one beside it."""
@@ -47,18 +41,10 @@ class Rollout(Config):
     """Rounds that are being answered while one is trained: no token is sampled by weights that are more rounds old than
     so many (and one more with ``oversample``). With 0 engine and trainer wait for each other, and a run repeats bitwise
     wherever it was killed; more needs an engine that is apart."""
-    engine_seconds: Annotated[float, Field(gt=0)] | Positive = 600
-    """How long an engine that is apart may take to answer before it counts as hung and another takes its place."""
     prompts: Positive = 16
     """Prompts of a round, over all workers."""
-    max_tokens: Positive = 256
-    """The longest completion, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Logits are divided by it, where tokens are sampled and where they are trained."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the likeliest tokens that together have this probability are drawn from."""
-    turns: Positive | None = None
-    """The most turns of the policy in an episode, with an ``environment``; by default 8."""
     concurrency: Positive = 256
     """Completions that a worker makes at a time."""
     correction: Annotated[float, Field(gt=0)] | None = None
@@ -66,11 +52,6 @@ class Rollout(Config):
     likely the engine found it, at most so much (truncated importance sampling). By default 2 where the engine is apart;
     one that is the policy itself is believed: on a CPU it differs by rounding alone, in bf16 by more
     (``behaviour_gap`` in the metrics tells)."""
-    reward_workers: Positive = 2
-    """Processes of each worker in which reward functions run."""
-    reward_seconds: Annotated[float, Field(gt=0)] | Positive = 60
-    """How long a reward function may take for one completion. One that takes longer, or fails, leaves the completion
-    without a reward: it is not trained on, and counted."""
 
 
 class OnlineEvaluate(Evaluate):
@@ -93,6 +74,7 @@ class OnlineEvaluate(Evaluate):
 class OnlineRecipe(TrainingRecipe):
     """Base of the recipes of online reinforcement learning."""
 
+    does: ClassVar[str] = "postlude.stages.online:OnlineTraining"
     half: ClassVar[str] = "bf16"
     pool_keys: ClassVar[tuple[str, ...]] = ("pool", "rollout.pool")
     needs_reward: ClassVar[bool] = True
@@ -159,9 +141,9 @@ class OnlineRecipe(TrainingRecipe):
 
     @property
     def accepts(self) -> tuple[type, ...]:
-        from postlude.stages.models import ASKING
+        from postlude.rollout.prompts import PROMPTING
 
-        return ASKING
+        return PROMPTING
 
     # --- what an algorithm says -----------------------------------------------------------------------------
 
@@ -198,15 +180,8 @@ class OnlineRecipe(TrainingRecipe):
             **keys,
         )
 
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.online_starter import starter
-
-        return starter(stem, cls.component_name)
-
     def rehearsed(self) -> Self:
-        """The same with so little of everything that a preflight can do a step of it."""
-        shorter = self.rollout.model_copy(
+        rollout = self.rollout.model_copy(
             update={
                 "prompts": 2,
                 "max_tokens": min(self.rollout.max_tokens, REHEARSED_TOKENS),
@@ -216,6 +191,5 @@ class OnlineRecipe(TrainingRecipe):
                 "oversample": 1.0,
             }
         )
-        return self.model_copy(
-            update={"rollout": shorter, "group": min(self.group, 2), "resample": False, "steps": 1, "epochs": None}
-        )
+        less = {"rollout": rollout, "group": min(self.group, 2), "resample": False, "steps": 1, "epochs": None}
+        return super().rehearsed().model_copy(update=less)

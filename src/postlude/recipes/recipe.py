@@ -1,27 +1,34 @@
-"""What a training recipe says; everything else is the trainer's.
+"""What a recipe says: the keys of a stage, and what follows from them for whatever works on it.
 
-A recipe is a component: its fields are the stage's keys, its methods name the shapes of data it takes, the
-units it makes of an encoded example, the objective, and the other models that the step needs, or that are run over the
-data before the first one.
+A recipe is a component: its fields are the stage's keys. One that trains names the shapes of data it takes, the units
+it makes of an encoded example, the objective, and the other models that the step needs, or that are run over the data
+before the first one; everything else is the trainer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
 
 from postlude.data.example import Conversation, Text, Tokens
-from postlude.manifest.schema import TrainingStage
+from postlude.manifest.schema import NamesDatasets, StageConfig, TrainingStage
+from postlude.manifest.types import Name, Positive
 
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
     from postlude.objectives.objective import Objective
     from postlude.training.program import Annotation, Companion
 
+Datasets = Annotated[dict[str, Annotated[float, Field(ge=1, le=1)]], Field(min_length=1), NamesDatasets()]
+"""Data sets by name, each with the weight 1: all of its records are used, once."""
+
 
 class TrainingRecipe(TrainingStage):
     """Base of the kind ``recipes`` for stages that train a model."""
 
+    does: ClassVar[str] = "postlude.stages.training:Training"
     half: ClassVar[str] = "fp16"
     """What ``precision: auto`` computes in on CUDA where the checkpoint does not say bf16."""
 
@@ -47,3 +54,17 @@ class TrainingRecipe(TrainingStage):
     def annotations(self) -> Mapping[str, Annotation]:
         """Frozen models that are run over the data before the first step, by name."""
         return {}
+
+    def rehearsed(self) -> Self:
+        return self.model_copy(update={"evaluate": None})
+
+
+class WorkRecipe(StageConfig):
+    """Base of the kind ``recipes`` for stages that do something else than train."""
+
+    pool: Name = "train"
+    """The pool of ``compute.pools`` whose workers do it."""
+    threads: Positive | None = None
+    """CPU threads of each worker; by default the machine's cores, shared out."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What models compute in: ``auto`` is fp32 on a CPU, and on CUDA the dtype that the checkpoint is stored in."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from postlude.rollout.engine import Engine, Enough, Request, Sampling
 from postlude.rollout.environment import Environment, play
 from postlude.rollout.ledger import Issue
-from postlude.rollout.prompts import Prompt, PromptEncoder
-from postlude.rollout.reward_pool import RewardPool, Task, Unscored
+from postlude.rollout.prompts import NotAsked, Prompt, PromptEncoders
+from postlude.rollout.reward_pool import Task, Unscored
 from postlude.rollout.scoring import Score, Scorer
 from postlude.rollout.trajectory import Trajectory
 from postlude.telemetry.pulse import beat
@@ -20,8 +20,6 @@ from postlude.training.workers import Workers
 
 Group = list[Trajectory]
 """The samples of one prompt."""
-
-EMPTY = "the prompt is empty"
 
 
 @dataclass
@@ -40,21 +38,24 @@ class Answering:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Answers prompts and scores what was answered. Every rank calls it with the same arguments."""
+    """Answers prompts and scores what was answered: the one way from a prompt to a scored answer, whether the model is
+    trained on it or not. All of ``workers`` call it with the same arguments."""
 
     engine: Engine
-    encoder: Callable[[str], PromptEncoder]
-    """How the prompts of a data set are put to the policy."""
+    encoders: PromptEncoders
     sampling: Callable[[str], Sampling]
-    """How those of a data set are answered."""
+    """How the prompts of a data set are answered."""
     scorer: Scorer
-    pool: RewardPool
     workers: Workers
     phases: Phases
     tell: Callable[..., None]
     """Takes an event, its kind and fields."""
-    room: int
-    """Tokens that a prompt and its answer may have together."""
+    room: int | None
+    """Tokens that a prompt and its answers may have together; None where nothing but the engine bounds them."""
+    longest_prompt: int | None = None
+    """In tokens."""
+    is_repeated: bool = True
+    """Whether the same prompt is asked again in another epoch, and is another one then."""
     environment: Environment | None = None
     """What answers between turns."""
     most_turns: int = 1
@@ -70,12 +71,9 @@ class Answerer:
 
     def begin(self, issue: Issue, prompt: Prompt, samples: int) -> Group | str:
         """Trajectories of a prompt to which nothing is answered yet; why there are none, where it cannot be asked."""
-        tokens = self.encoder(prompt.source).tokens(prompt)
-        if not tokens:
-            return EMPTY
-        longest = self.room - self.sampling(prompt.source).max_tokens
-        if len(tokens) > longest:
-            return f"the prompt is longer than {longest} tokens"
+        tokens = self.encoders.tokens(prompt, self.longest_prompt)
+        if isinstance(tokens, NotAsked):
+            return tokens.reason
         return [Trajectory.begin(issue, prompt, sample, tokens) for sample in range(samples)]
 
     def answer(self, groups: Sequence[Group], needed: int | None = None) -> list[Group]:
@@ -138,7 +136,7 @@ class Answerer:
             Task(
                 one.prompt.example_id,
                 (
-                    (request_id(one), one.sample),
+                    (self._id(one), one.sample),
                     one.prompt.asked,
                     dict(one.prompt.rewarded_record),
                     tuple(one.turns),
@@ -147,7 +145,7 @@ class Answerer:
             for one in asked
         ]
         goes_on = []
-        replies = self.pool.run(play, environment, name, tasks, f"the environment '{name}'")
+        replies = self.scorer.pool.run(play, environment, name, tasks, f"the environment '{name}'")
         for one, reply in zip(asked, replies, strict=True):
             if isinstance(reply, Unscored):
                 one.score = reply
@@ -155,9 +153,9 @@ class Answerer:
             one.earned += reply.reward
             if reply.done or len(one.turns) == self.most_turns:
                 continue
-            encoder = self.encoder(one.prompt.source)
+            encoder = self.encoders[one.prompt.source]
             given = encoder.reply(one.prompt, one.turns, [*one.replies, reply.messages], one.tokens[-1])
-            if len(one.tokens) + len(given) < self.room and one.sampled_tokens < self._most(one):
+            if len(given) < self._room_left(one) and one.sampled_tokens < self._most(one):
                 one.give(given, reply.messages)
                 goes_on.append(one)
             else:
@@ -166,6 +164,13 @@ class Answerer:
 
     def _most(self, one: Trajectory) -> int:
         return self.sampling(one.prompt.source).max_tokens
+
+    def _room_left(self, one: Trajectory) -> float:
+        return math.inf if self.room is None else self.room - len(one.tokens)
+
+    def _id(self, one: Trajectory) -> str:
+        """What an engine knows a trajectory's prompt by."""
+        return f"{one.prompt.example_id}@{one.issue.number}" if self.is_repeated else one.prompt.example_id
 
     def _sample(
         self, trajectories: Sequence[Trajectory], enough: Callable[[Sequence[Trajectory]], Enough | None]
@@ -177,23 +182,23 @@ class Answerer:
         for source, some in by_source.items():
             requests = [
                 Request(
-                    request_id(one),
+                    self._id(one),
                     tuple(one.tokens),
                     one.sample,
                     one.sampled_tokens,
-                    min(self._most(one) - one.sampled_tokens, self.room - len(one.tokens)),
+                    int(min(self._most(one) - one.sampled_tokens, self._room_left(one))),
                 )
                 for one in some
             ]
             completions = self.engine.generate(requests, self.sampling(source), enough(some))
             for one, made in zip(some, completions, strict=True):
-                one.answer(made, self.encoder(source).text)
+                one.answer(made, self.encoders[source].text)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> None:
         if not len(self.scorer) and self.environment is None:
             return
         left = [one for one in trajectories if one.score is None]  # the others failed on the way
-        scores = self.scorer.score_each([(one.prompt, one.text) for one in left], self.pool)
+        scores = self.scorer.score([(one.prompt, one.text) for one in left])
         for one, score in zip(left, scores, strict=True):
             if self.environment is not None and isinstance(score, Score):
                 parts = {**score.parts, self.environment.component_name: one.earned}
@@ -213,8 +218,3 @@ def enough_of(trajectories: Sequence[Trajectory], begun: Container[int], share: 
         places.setdefault(one.issue.number, []).append(place)
     must = frozenset(number for number, issue in enumerate(places) if issue in begun)
     return Enough(tuple(map(tuple, places.values())), math.ceil(share * len(places)), must)
-
-
-def request_id(one: Trajectory) -> str:
-    """What an engine knows a trajectory's prompt by: the same prompt in another epoch is another."""
-    return f"{one.prompt.example_id}@{one.issue.number}"

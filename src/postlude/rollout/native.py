@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.engine import Completion, Enough, Request, Sampling
+from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling
 from postlude.rollout.rows import Rows, new_cache
 from postlude.rollout.sampling import choose, stream_key, uniforms
 
@@ -37,6 +37,16 @@ class NativeEngine:
     def __init__(self, causal: PreTrainedModel, vocabulary: int | None = None, batch: int = 64) -> None:
         self.causal, self.vocabulary, self.batch = causal, vocabulary, batch
         self._takes = set(inspect.signature(causal.forward).parameters)
+
+    apart = False
+
+    def update(self, version: int) -> None:
+        """The weights are always those of the model as it stands."""
+
+    def deaths(self) -> Sequence[Death]:
+        return ()
+
+    def close(self) -> None: ...
 
     @property
     def context(self) -> int | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
-from postlude.data.example import Answer, Conversation, Example, Record, Text, Tokens, answers_of
+from postlude.data.example import Answer, Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
 from postlude.errors import DataError
 from postlude.rollout.reward import REFERENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS = (Conversation, Text)
-"""The shapes of examples that ask something."""
+PROMPTING = (Conversation, Text, Ranked, Judged)
+"""The shapes of examples that have a prompt."""
+EMPTY = "the prompt is empty"
 
 Asked = str | Sequence[Mapping[str, Any]]
 """A text to be continued, or the messages that an assistant's turn answers."""
@@ -29,6 +30,16 @@ _TURN = "\ue000turn\ue001"
 
 class NoPrompt(ValueError):
     """An example that asks nothing. The message says why, in words that are the same for many examples."""
+
+
+@dataclass(frozen=True)
+class NotAsked:
+    """An example that is not put to a model, and why."""
+
+    example_id: str
+    source: str
+    reason: str
+    """In words that are the same for many examples."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def prompt_of(example: Example, example_id: str, source: str, record: Record) ->
     if isinstance(first, Text):
         asked, reference = _parted(first)
         if not asked:
-            raise NoPrompt("the prompt is empty")
+            raise NoPrompt(EMPTY)
         return Prompt(example_id, source, asked, None, reference, record)
     messages = [{k: v for k, v in message.items() if k != "weight"} for message in first.messages]
     answer = None
@@ -146,3 +157,40 @@ class PromptEncoder:
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class PromptEncoders:
+    """How the prompts of several data sets are put to one model. ``templates`` stand in for the tokenizer's own chat
+    template, by data set; prompts of those in ``skipping`` that cannot be rendered are left out."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Mapping[str, str | None],
+        skipping: Collection[str] = (),
+        today: datetime | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._skipping = skipping
+        self._encoders = {name: PromptEncoder(tokenizer, template, today) for name, template in templates.items()}
+
+    def __getitem__(self, source: str) -> PromptEncoder:
+        return self._encoders[source]
+
+    def tokens(self, prompt: Prompt, longest: int | None = None) -> tuple[int, ...] | NotAsked:
+        """The prompt's token ids, or why there are none: more than ``longest`` are too many. DataError where its
+        template refuses it."""
+        try:
+            tokens = self[prompt.source].tokens(prompt)
+        except DataError as error:
+            if prompt.source in self._skipping:
+                return NotAsked(prompt.example_id, prompt.source, "cannot be rendered")
+            raise DataError(
+                f"The prompt '{prompt.example_id}' cannot be put to the model: {error} To leave such records out and "
+                f"count them, set data.{prompt.source}.on_bad_record to skip."
+            ) from error
+        if not tokens:
+            return NotAsked(prompt.example_id, prompt.source, EMPTY)
+        if longest is not None and len(tokens) > longest:
+            return NotAsked(prompt.example_id, prompt.source, f"the prompt is longer than {longest} tokens")
+        return tokens

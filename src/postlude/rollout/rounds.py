@@ -402,7 +402,7 @@ class Rounds:
         self.engine.close()
         if self.answerer.background is not None:
             self.answerer.background.shutdown(cancel_futures=True)
-        self.answerer.pool.close()
+        self.answerer.scorer.close()
 
     def __enter__(self) -> Rounds:
         return self

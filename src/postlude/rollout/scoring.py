@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from postlude.errors import DataError
 from postlude.rollout.prompts import Prompt
-from postlude.rollout.reward import Reward, RewardFunction, call, part_names
+from postlude.rollout.reward import Reward, part_names
 from postlude.rollout.reward_model import Judge
 from postlude.rollout.reward_pool import RewardPool, Unscored
 
@@ -23,15 +23,16 @@ class Score:
 
 
 class Scorer:
-    """Scores completions. ``judge`` gives the reward model that a part names, once it is needed.
+    """Scores completions. ``model_of`` gives the reward model that a part names, once it is needed; functions run in
+    ``pool``.
 
     ManifestError if a function is not there.
     """
 
-    def __init__(self, rewards: Sequence[Reward], judge: Callable[[Reward], Judge]) -> None:
+    def __init__(self, rewards: Sequence[Reward], model_of: Callable[[Reward], Judge], pool: RewardPool) -> None:
         self._parts = list(zip(part_names(rewards), rewards, strict=True))
-        self._judge = judge
-        self._judges: dict[str, Judge] = {}
+        self._model_of, self.pool = model_of, pool
+        self._models: dict[str, Judge] = {}
         for _, reward in self._parts:
             if reward.function is not None:
                 reward.function.check()
@@ -39,53 +40,38 @@ class Scorer:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def score(self, completions: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        """The reward of each completion of a prompt.
+    def score(self, completions: Sequence[tuple[Prompt, str]]) -> list[Score | Unscored]:
+        """The reward of each completion of a prompt, or why a function gave it none.
 
-        DataError, naming the record, if a function raises or returns no number, or a model gives none.
+        DataError, naming the record, if a model gives no finite number.
         """
-        columns: dict[str, list[float]] = {}
-        for name, reward in self._parts:
-            if reward.function is not None:
-                columns[name] = self.called(reward.function, name, completions)
-            else:
-                columns[name] = self._judged(name, reward, completions)
-        return [self._sum({name: values[row] for name, values in columns.items()}) for row in range(len(completions))]
-
-    def score_each(self, completions: Sequence[tuple[Prompt, str]], pool: RewardPool) -> list[Score | Unscored]:
-        """The same for whoever can do without some: functions run in the pool, and where one fails or takes too long
-        it is told of that completion alone."""
         columns: dict[str, Sequence[float | Unscored]] = {}
         for name, reward in self._parts:
             if reward.function is not None:
-                columns[name] = pool.score(reward.function, name, completions)
+                columns[name] = self.pool.score(reward.function, name, completions)
             else:
-                columns[name] = self._judged(name, reward, completions)
+                columns[name] = self._modelled(name, reward, completions)
         rows = [{name: values[row] for name, values in columns.items()} for row in range(len(completions))]
         return [_first_unscored(row) or self._sum(row) for row in rows]  # type: ignore[arg-type]
-
-    @staticmethod
-    def called(function: RewardFunction, name: str, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """A function's rewards, computed here."""
-        return [
-            call(function, name, prompt.example_id, prompt.asked, text, prompt.rewarded_record)
-            for prompt, text in completions
-        ]
 
     def _sum(self, parts: Mapping[str, float]) -> Score:
         return Score(math.fsum(reward.weight * parts[name] for name, reward in self._parts), parts)
 
-    def _judged(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
-        if name not in self._judges:
-            self._judges[name] = self._judge(reward)
+    def _modelled(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
+        if name not in self._models:
+            self._models[name] = self._model_of(reward)
         answers = [(prompt.example_id, prompt.answered(text)) for prompt, text in completions]
-        scores = self._judges[name].score(answers)
+        scores = self._models[name].score(answers)
         for (prompt, _), score in zip(completions, scores, strict=True):
             if not math.isfinite(score):
                 raise DataError(
                     f"The reward model '{name}' gave {score} for '{prompt.example_id}'. Look at its weights."
                 )
         return scores
+
+    def close(self) -> None:
+        """Leave no process at work."""
+        self.pool.close()
 
 
 def _first_unscored(parts: Mapping[str, float | Unscored]) -> Unscored | None:
@@ -98,3 +84,13 @@ def pass_at_k(samples: int, successes: int, k: int) -> float:
     The unbiased estimate of Chen et al. (2021): ``1 - C(samples - successes, k) / C(samples, k)``.
     """
     return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
+
+
+def passes(rewards: Sequence[Sequence[float]], success: float, samples: int) -> dict[int, list[float]]:
+    """pass@k of each prompt, given the rewards of its answers, for the powers of two up to ``samples``; an answer
+    passes whose reward is at least ``success``. Prompts with fewer than k answers do not count for it."""
+    powers = [2**exponent for exponent in range(samples.bit_length())]
+    return {
+        k: [pass_at_k(len(row), sum(reward >= success for reward in row), k) for row in rewards if len(row) >= k]
+        for k in powers
+    }

@@ -28,7 +28,8 @@ from postlude.data.records import digest, record_json
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.model.load import configuration
-from postlude.stages.training import Assembly
+from postlude.stages.parts import Parts as StageParts
+from postlude.stages.training_models import TrainingModels
 from postlude.telemetry.progress import waiting
 from postlude.telemetry.recorder import Recorder
 from postlude.training.program import Annotation
@@ -38,48 +39,45 @@ ROWS = 256
 """Records in a part."""
 
 
-def annotate(assembly: Assembly, recorder: Recorder, stop: Callable[[], bool]) -> bool:
-    """Have every frozen model that the recipe names say what it has to say, and make the assembly's loaders add that to
-    the documents. False if asked to stop before the end. UserError before any work for a model that does not fit.
+def annotate(models: TrainingModels, recorder: Recorder, stop: Callable[[], bool]) -> list[StoredStreams] | None:
+    """Have every frozen model that the recipe names say what it has to say of the data, for the loaders to add that to
+    the documents. None if asked to stop before the end. UserError before any work for a model that does not fit.
     """
-    annotations = assembly.config.annotations()
+    annotations = models.config.annotations()
     if not annotations:
-        return True
-    check_annotations(assembly)
-    passes = [_Pass(assembly, name, annotation) for name, annotation in annotations.items()]
-    if assembly.workers.leads:
-        _remove_others(assembly, {storage.name(one.parts.uri) for one in passes})
-    assembly.workers.barrier()
+        return []
+    check_annotations(models)
+    passes = [_Pass(models, name, annotation) for name, annotation in annotations.items()]
+    if models.parts.workers.leads:
+        _remove_others(models, {storage.name(one.parts.uri) for one in passes})
+    models.parts.workers.barrier()
     if not all(one.run(recorder, stop) for one in passes):
-        return False
-    assembly.stored = [one.open() for one in passes]
-    return True
+        return None
+    return [one.open() for one in passes]
 
 
-def forget_annotations(assembly: Assembly) -> None:
+def forget_annotations(parts: StageParts) -> None:
     """Remove what was stored, once the artifact stands. On the leading rank."""
-    assembly.stage.drop_annotations()
-    storage.remove(_fetched(assembly))
+    parts.stage.drop_annotations()
+    storage.remove(_fetched(parts))
 
 
-def check_annotations(assembly: Assembly) -> None:
+def check_annotations(models: TrainingModels) -> None:
     """ManifestError for a frozen model whose tokens are others, or too few for what is asked of it."""
-    for name, annotation in assembly.config.annotations().items():
-        policy = _vocabulary(assembly, assembly.config.model)
-        start = assembly.root(annotation.start)
-        if assembly.place_of(start) is not None:
-            assembly.check_same_tokens(name, start)
+    for name, annotation in models.config.annotations().items():
+        policy = models.vocabulary(models.config.model)
+        models.check_same_tokens(name, annotation.start)
         try:
-            annotation.annotator.vocabulary(_vocabulary(assembly, start), policy)
+            annotation.annotator.vocabulary(models.vocabulary(annotation.start), policy)
         except ValueError as error:
-            raise ManifestError(f"stages.{assembly.task.stage}.{name}: {error}.") from error
+            raise ManifestError(f"stages.{models.parts.task.stage}.{name}: {error}.") from error
 
 
-def annotated(assembly: Assembly, block: Block) -> Block:
+def annotated(models: TrainingModels, block: Block) -> Block:
     """A block with all streams, computed at once and not stored."""
-    for name, annotation in assembly.config.annotations().items():
+    for annotation in models.config.annotations().values():
         documents = [document for unit in block for document in unit.documents]
-        values = iter(FrozenModel(assembly, name, annotation).values(documents))
+        values = iter(FrozenModel(models, annotation).values(documents))
         block = tuple(Unit(tuple(with_values(one, next(values)) for one in unit.documents)) for unit in block)
     return block
 
@@ -87,17 +85,17 @@ def annotated(assembly: Assembly, block: Block) -> Block:
 class FrozenModel:
     """A model that is asked, on this rank's device, in the precision of the stage."""
 
-    def __init__(self, assembly: Assembly, name: str, annotation: Annotation) -> None:
-        self._assembly, self._annotator = assembly, annotation.annotator
-        self._model = assembly.model(assembly.replaced.get(name, annotation.start))
+    def __init__(self, models: TrainingModels, annotation: Annotation) -> None:
+        self._models, self._annotator = models, annotation.annotator
+        self._model = models.model(annotation.start)
         self._model.requires_grad_(False).eval()
-        policy = assembly.program.roles["policy"].model
+        policy = models.program.roles["policy"].model
         tokens = self._annotator.vocabulary(self._model.vocabulary, policy.vocabulary)
         self._head = language_head(self._model, vocabulary=tokens)
 
     def values(self, documents: Sequence[Document]) -> list[Values]:
         """What it says of each document, in packed batches of the size of the trainer's."""
-        batch = self._assembly.config.batch
+        batch = self._models.config.batch
         together = (batch.micro or batch.block) // batch.block
         packed = best_fit([len(document) for document in documents], batch.block)
         found: dict[int, Values] = {}
@@ -111,11 +109,11 @@ class FrozenModel:
     @torch.no_grad()
     def _said(self, blocks: Sequence[Block]) -> list[Values]:
         """What it says of each document of these blocks, in order."""
-        config, device = self._assembly.config, self._assembly.workers.device
+        config, device = self._models.config, self._models.parts.workers.device
         pad_to = (config.batch.micro or config.batch.block) if config.compile else None
         batch = collate(blocks, pad_to=pad_to).to(device)
         rows = batch.trained_rows()
-        with self._assembly.precision.autocast(device):
+        with self._models.precision.autocast(device):
             before = self._model.hidden(batch).index_select(0, rows - 1)
             streams = [values.cpu().numpy() for values in self._annotator(self._head, before, batch.tokens[rows])]
         ends = torch.bincount(batch.document[rows], minlength=batch.documents).cumsum(0).tolist()
@@ -128,28 +126,28 @@ class FrozenModel:
 class _Pass:
     """One frozen model's pass over all the data of the stage, those that are held out included."""
 
-    def __init__(self, assembly: Assembly, name: str, annotation: Annotation) -> None:
-        self._assembly, self._name, self._annotation = assembly, name, annotation
-        self._sources = [assembly.encoded(dataset) for dataset in assembly.all_datasets]
+    def __init__(self, models: TrainingModels, name: str, annotation: Annotation) -> None:
+        self._models, self._name, self._annotation = models, name, annotation
+        self._sources = [models.data.encoded(dataset) for dataset in models.data.all_datasets]
         self._spans = [
             (source, group, range(start, min(start + ROWS, rows)))
             for source in self._sources
             for group, rows in enumerate(source.groups)
             for start in range(0, rows, ROWS)
         ]
-        folder = storage.join(assembly.stage.annotations, f"{name}-{self._fingerprint()}")
+        folder = storage.join(models.parts.stage.annotations, f"{name}-{self._fingerprint()}")
         self.parts = Parts(folder, annotation.annotator.streams)
 
     def run(self, recorder: Recorder, stop: Callable[[], bool]) -> bool:
         """Compute the parts that are missing, on every rank. False if asked to stop before the end."""
-        workers = self._assembly.workers
+        workers = self._models.parts.workers
         done = workers.from_lead(self._stands(recorder) if workers.leads else None)
         if done is None:
             return True
         missing = [number for number in range(len(self._spans)) if number not in done]
         own = [number for number in done if number % workers.world == workers.rank]
         digests = {number: self.parts.digest(number) for number in own}
-        model = FrozenModel(self._assembly, self._name, self._annotation) if missing else None
+        model = FrozenModel(self._models, self._annotation) if missing else None
         for first in range(0, len(missing), workers.world):
             recorder.preparing(f"the {self._name} reads the data", 1 - (len(missing) - first) / len(self._spans))
             if workers.sum_numbers({"stop": float(stop())})["stop"]:
@@ -171,7 +169,10 @@ class _Pass:
 
     def open(self) -> StoredStreams:
         """What was stored, where it can be mapped into memory; remote parts are fetched once, by the leading rank."""
-        workers, into = self._assembly.workers, storage.join(_fetched(self._assembly), storage.name(self.parts.uri))
+        workers, into = (
+            self._models.parts.workers,
+            storage.join(_fetched(self._models.parts), storage.name(self.parts.uri)),
+        )
         if workers.leads:
             with waiting("stored streams to be fetched"):
                 storage.fetch(self.parts.uri, into)
@@ -203,20 +204,20 @@ class _Pass:
 
     def _fingerprint(self) -> str:
         """What the values follow from."""
-        assembly, batch = self._assembly, self._assembly.config.batch
-        place = assembly.place_of(self._annotation.start)
-        tokenizer = assembly.tokenizer
+        models, batch = self._models, self._models.config.batch
+        place = models.parts.place_of(self._annotation.start)
+        tokenizer = models.data.tokenizer
         said: dict[str, Any] = {
             "model": _files_of(place) if place else record_json(self._annotation.start.model_dump(mode="json")),
-            "seed": assembly.manifest.seed,
+            "seed": models.parts.manifest.seed,
             "annotator": repr(self._annotation.annotator),
-            "policy": _vocabulary(assembly, assembly.config.model),
+            "policy": models.vocabulary(models.config.model),
             "data": [_what_is_read(source) for source in self._sources],
-            "recipe": [assembly.config.recipe, assembly.config.version],
+            "recipe": [models.config.recipe, models.config.version],
             "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],
-            "begun": str(assembly.begun),
-            "batch": [batch.block, batch.micro, assembly.config.compile],
-            "precision": assembly.precision.name,
+            "begun": str(models.parts.begun),
+            "batch": [batch.block, batch.micro, models.config.compile],
+            "precision": models.precision.name,
             "postlude": __version__,
         }
         return digest(record_json(said, canonical=True))[:16]
@@ -237,17 +238,12 @@ def _files_of(place: str) -> list[list[str]]:
     return [[storage.name(uri), storage.modified_fingerprint(uri)] for uri in found if not storage.is_directory(uri)]
 
 
-def _vocabulary(assembly: Assembly, start: ModelPlace) -> int:
-    """How many tokens a model has, without loading it."""
-    return assembly.configuration(start).get_text_config().vocab_size
-
-
-def _remove_others(assembly: Assembly, kept: set[str]) -> None:
-    for name in storage.list_directory(assembly.stage.annotations):
+def _remove_others(models: TrainingModels, kept: set[str]) -> None:
+    for name in storage.list_directory(models.parts.stage.annotations):
         if name not in kept:
-            storage.discard(storage.join(assembly.stage.annotations, name))
+            storage.discard(storage.join(models.parts.stage.annotations, name))
 
 
-def _fetched(assembly: Assembly) -> str:
+def _fetched(parts: StageParts) -> str:
     """Where this machine keeps what it fetched of a remote run."""
-    return storage.join(assembly.run.cache, "annotations", assembly.task.stage)
+    return storage.join(parts.run.cache, "annotations", parts.task.stage)

@@ -6,28 +6,30 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.data.dataset import Dataset
-from postlude.data.document import Document
 from postlude.data.encode import Encoded, Encoder
 from postlude.data.example import Conversation, Ranked, Text, Tokens
+from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
 from postlude.recipes.evaluate import Evaluate
 from postlude.rollout.likelihood import Likelihood, likelihoods
-from postlude.rollout.scoring import pass_at_k
-from postlude.stages.generation import counted
-from postlude.stages.models import ASKING
-from postlude.stages.prompts import Asking, Left, PromptSource, count_left, said
-from postlude.stages.work import Entry, Work
+from postlude.rollout.prompts import PROMPTING
+from postlude.rollout.scoring import passes
+from postlude.stages.asking import Asking, score_of
+from postlude.stages.models import lineage_of
+from postlude.stages.parts import Parts
+from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
+from postlude.stages.work import Entry, Tell, Work, read_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from postlude.model.language_model import LanguageModel
-    from postlude.stages.workbench import Workbench
 
 ROWS = 64
 """Records of a portion of ``choice`` and ``held_out``."""
@@ -36,61 +38,70 @@ DETAILS = "details.jsonl"
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Piece:
     """A portion: some rows of one data set, for one way of evaluating one model."""
 
     model: str
     kind: str
     dataset: str
-    number: int
-    """Which portion of the data set it is."""
+    first: int
+    """Which of its records is the first."""
 
 
 class Evaluation(Work):
     """Portions go model by model, so that one model is held at a time."""
 
-    def __init__(self, config: Evaluate, bench: Workbench) -> None:
-        self.config, self.bench = config, bench
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.config = config = parts.config_of(Evaluate)
         self.datasets: dict[tuple[str, str], Dataset] = {}
-        self._prompts: dict[str, PromptSource] = {}
-        for kind, asked, accepts in (
-            ("generation", config.generation, ASKING),
+        for kind, way, accepts in (
+            ("generation", config.generation, PROMPTING),
             ("choice", config.choice, (Ranked,)),
             ("held_out", config.held_out, (Conversation, Text, Tokens)),
         ):
-            for name in asked.data if asked is not None else ():
-                limit = asked.limit if asked is not None else None
-                self.datasets[kind, name] = bench.dataset_of(name, accepts, limit)
+            for name in way.data if way is not None else ():
+                self.datasets[kind, name] = parts.dataset(name, accepts, way.limit if way is not None else None)
         self.reads = {f"{kind}.{name}": dataset.fingerprint for (kind, name), dataset in self.datasets.items()}
-        self.parts = [
-            _Part(model, kind, name, number)
+        self._rows = {key: self.rows({key[1]: dataset}) for key, dataset in self.datasets.items()}
+        self.pieces = [
+            _Piece(model, kind, name, first)
             for model in config.named_models
-            for (kind, name), dataset in self.datasets.items()
-            for number in range(self._portions(kind, name, dataset))
+            for (kind, name), rows in self._rows.items()
+            for first in range(0, len(rows), self._portion_rows(kind))
         ]
-        self.portions = len(self.parts)
+        self.portions = len(self.pieces)
         self._asking: tuple[str, Asking] | None = None
         self._model: tuple[str, LanguageModel, dict[str, Encoder]] | None = None
         if config.generation is not None:
-            self.asking(next(iter(config.named_models)))  # tells what is wrong with a reward before the first model
+            self.asking(self._first)  # tells what is wrong with a reward before the first model
 
-    def _portions(self, kind: str, name: str, dataset: Dataset) -> int:
-        if kind == "generation":
-            assert self.config.generation is not None
-            rows = self.config.generation.concurrency // self.config.generation.samples
-            self._prompts[name] = PromptSource(self.bench, {name: dataset}, rows)
-            return self._prompts[name].portions
-        return -(-len(self.bench.rows(dataset)) // ROWS)
+    @property
+    def _first(self) -> str:
+        return next(iter(self.config.named_models))
 
-    def do(self, portion: int) -> list[Entry]:
-        part = self.parts[portion]
-        if part.kind == "generation":
-            found = self._generate(part)
-        elif part.kind == "choice":
-            found = self._choose(part)
+    def _portion_rows(self, kind: str) -> int:
+        """How many records a portion has."""
+        generation = self.config.generation
+        if kind != "generation" or generation is None:
+            return ROWS
+        return max(generation.concurrency // generation.samples, 1)
+
+    def do(self, portion: int, tell: Tell) -> list[Entry]:
+        piece = self.pieces[portion]
+        rows = self._rows[piece.kind, piece.dataset][piece.first : piece.first + self._portion_rows(piece.kind)]
+        if piece.kind == "generation":
+            entries = self._generate(piece, rows, tell)
+        elif piece.kind == "choice":
+            entries = self._choose(piece, rows)
         else:
-            found = self._lose(part)
-        return [{"model": part.model, "kind": part.kind, "data": part.dataset, **entry} for entry in found]
+            entries = self._lose(piece, rows)
+        return [{"model": piece.model, "kind": piece.kind, "data": piece.dataset, **entry} for entry in entries]
+
+    def close(self) -> None:
+        if self._asking is not None:
+            self._asking[1].close()
+        self._asking = self._model = None
 
     # --- generation -----------------------------------------------------------------------------------------
 
@@ -99,81 +110,74 @@ class Evaluation(Work):
         generation = self.config.generation
         assert generation is not None
         if self._asking is None or self._asking[0] != model:
-            self._model = None
-            asking = Asking(
-                self.bench,
-                self.config.named_models[model],
-                samples=generation.samples,
-                max_tokens=generation.max_tokens,
-                temperature=generation.temperature,
-                top_p=generation.top_p,
-                seed=self.bench.seed if generation.seed is None else generation.seed,
-                batch=generation.concurrency,
-                rewards=generation.reward,
-            )
-            self._asking = model, asking
+            self.close()
+            self._asking = model, Asking(self.models, self.config.named_models[model], generation, generation.data)
         return self._asking[1]
 
-    def _generate(self, part: _Part) -> Iterator[Entry]:
-        answered, left = self.asking(part.model).answer(self._prompts[part.dataset].portion(part.number))
-        for one in left:
-            yield {"id": one.example_id, "left": one.reason}
-        for prompt, completions in answered:
+    def _reader(self, name: str) -> PromptReader:
+        generation = self.config.generation
+        return PromptReader({name: self.datasets["generation", name]}, generation.environment if generation else None)
+
+    def _generate(self, piece: _Piece, rows: Sequence[Row], tell: Tell) -> Iterator[Entry]:
+        prompts = self._reader(piece.dataset).read_all(rows)
+        answered, unasked = self.asking(piece.model).answer(prompts, tell)
+        for example in unasked:
+            yield {"id": example.example_id, "left": example.reason}
+        for group in answered:
+            scores, prompt = [score_of(sample) for sample in group], group[0].prompt
             yield {
                 "id": prompt.example_id,
-                "rewards": [score.total for _, _, score in completions],
-                "parts": [dict(score.parts) for _, _, score in completions],
-                "ended": [completion.ended for completion, _, _ in completions],
-                "tokens": sum(len(completion.tokens) for completion, _, _ in completions),
-                "prompt": said(prompt, "")["prompt"],
-                "completions": [text for _, text, _ in completions],
+                "rewards": [score.total for score in scores],
+                "parts": [dict(score.parts) for score in scores],
+                "ended": [sample.ended for sample in group],
+                "tokens": sum(sample.sampled_tokens for sample in group),
+                "prompt": prompt.asked if isinstance(prompt.asked, str) else list(prompt.asked),
+                "completions": [sample.text for sample in group],
             }
 
     # --- likelihood -----------------------------------------------------------------------------------------
 
     def _language_model(self, model: str, dataset: str) -> tuple[LanguageModel, Encoder]:
         if self._model is None or self._model[0] != model:
-            self._asking, self._model = None, None
-            loaded, tokenizer = self.bench.language_model(self.config.named_models[model])
+            self.close()
+            loaded, tokenizer = self.models.language_model(self.config.named_models[model])
             longest = loaded.anatomy.longest_document
             block = self.config.block if longest is None else min(self.config.block, longest)
             encoders = {}
             for _, name in self.datasets:
-                config = self.bench.manifest.data[name]
+                config = self.parts.manifest.data[name]
                 encoders[name] = Encoder(
                     tokenizer,
                     template=config.template,
                     train_on=config.train_on,
                     block=block,
                     truncate="right" if config.truncate == "split" else config.truncate,
-                    today=self.bench.begun,
+                    today=self.parts.begun,
                 )
             self._model = model, loaded, encoders
         return self._model[1], self._model[2][dataset]
 
-    def _encoded(self, part: _Part) -> list[tuple[str, Encoded]]:
+    def _encoded(self, piece: _Piece, rows: Sequence[Row]) -> list[tuple[str, Encoded]]:
         """The examples of a portion as documents."""
-        dataset = self.datasets[part.kind, part.dataset]
-        rows = self.bench.rows(dataset)[part.number * ROWS : (part.number + 1) * ROWS]
-        read = self.bench.records({part.dataset: dataset}, [(part.dataset, *row) for row in rows])
-        examples = [one for _, _, examples in read for one in examples]
-        _, encoder = self._language_model(part.model, part.dataset)
-        encoded = encoder.encode(examples, part.dataset)
+        read = read_rows({piece.dataset: self.datasets[piece.kind, piece.dataset]}, rows)
+        examples = [example for _, _, examples in read for example in examples]
+        _, encoder = self._language_model(piece.model, piece.dataset)
+        encoded = encoder.encode(examples, piece.dataset)
         for (example_id, _), one in zip(examples, encoded, strict=True):
             if one.error is not None:
                 raise DataError(f"The example '{example_id}' cannot be used: {one.error}") from one.error
         return [(example_id, one) for (example_id, _), one in zip(examples, encoded, strict=True)]
 
-    def _likelihoods(self, part: _Part) -> Iterator[tuple[str, Encoded, list[Likelihood]]]:
-        encoded = self._encoded(part)
-        model, _ = self._language_model(part.model, part.dataset)
+    def _likelihoods(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[tuple[str, Encoded, list[Likelihood]]]:
+        encoded = self._encoded(piece, rows)
+        model, _ = self._language_model(piece.model, piece.dataset)
         documents = [document for _, one in encoded for document in one.documents]
         measured = iter(likelihoods(model, documents, self.config.block))
         for example_id, one in encoded:
             yield example_id, one, [next(measured) for _ in one.documents]
 
-    def _choose(self, part: _Part) -> Iterator[Entry]:
-        for example_id, one, found in self._likelihoods(part):
+    def _choose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
+        for example_id, one, found in self._likelihoods(piece, rows):
             if not found:
                 yield {"id": example_id, "left": one.dropped or "nothing to measure"}
                 continue
@@ -188,8 +192,8 @@ class Evaluation(Work):
                 "tokens": sum(map(len, one.documents)),
             }
 
-    def _lose(self, part: _Part) -> Iterator[Entry]:
-        for example_id, one, found in self._likelihoods(part):
+    def _lose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
+        for example_id, one, found in self._likelihoods(piece, rows):
             if not found:
                 yield {"id": example_id, "left": one.dropped or "nothing to measure"}
                 continue
@@ -214,7 +218,7 @@ class Evaluation(Work):
                     file.write(record_json(entry).encode() + b"\n")
                     place = entry["model"], entry["kind"], entry["data"]
                     if "left" in entry:
-                        count_left(left.setdefault("/".join(place), {}), entry["left"], entry["id"])
+                        count_example(left.setdefault("/".join(place), {}), entry["left"], entry["id"])
                     else:
                         slim = {k: v for k, v in entry.items() if k not in ("prompt", "completions")}
                         gathered[place].append(slim)
@@ -225,7 +229,7 @@ class Evaluation(Work):
                 if not entries:
                     reasons = ", ".join(left.get(f"{model}/{kind}/{name}", {})) or "there is no example"
                     raise DataError(
-                        f"The stage '{self.bench.task.stage}' has nothing to evaluate '{kind}' with in the data set "
+                        f"The stage '{self.parts.task.stage}' has nothing to evaluate '{kind}' with in the data set "
                         f"'{name}': {reasons}."
                     )
                 models[model].setdefault(kind, {})[name] = self._summary(kind, entries)
@@ -268,12 +272,10 @@ class Evaluation(Work):
             "stopped": stopped / completions,
             "completion_tokens": sum(entry["tokens"] for entry in entries) / completions,
         }
-        passed = [sum(reward >= generation.success for reward in entry["rewards"]) for entry in entries]
-        k = 1
-        while generation.samples > 1 and k <= generation.samples:
-            found, error = _mean([pass_at_k(generation.samples, count, k) for count in passed])
-            summary |= {f"pass_at_{k}": found, f"pass_at_{k}_error": error}
-            k *= 2
+        if generation.samples > 1:
+            rewards = [entry["rewards"] for entry in entries]
+            for k, chances in passes(rewards, generation.success, generation.samples).items():
+                summary[f"pass_at_{k}"], summary[f"pass_at_{k}_error"] = _mean(chances)
         return summary
 
     def events(self, report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -286,7 +288,7 @@ class Evaluation(Work):
     def table(self, report: Mapping[str, Any]) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title=f"{self.bench.task.stage}: evaluated", title_justify="left")
+        table = Table(title=f"{self.parts.task.stage}: evaluated", title_justify="left")
         table.add_column("what")
         for model in report["models"]:
             table.add_column(model, justify="right")
@@ -301,30 +303,28 @@ class Evaluation(Work):
         return table
 
     def parents(self) -> Mapping[str, Any]:
-        return {name: self.bench.lineage(start) for name, start in self.config.named_models.items()}
+        return {name: lineage_of(start) for name, start in self.config.named_models.items()}
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def prompts(self) -> Iterator[Document]:
+    def preview(self, blocks: int) -> Preview:
         if self.config.generation is None:
-            return
-        asking = self.asking(next(iter(self.config.named_models)))
-        for source in self._prompts.values():
-            for prompt in source:
-                document = asking.document(prompt)
-                if not isinstance(document, Left):
-                    yield document
+            raise no_preview(self.parts)
+        prompts = chain.from_iterable(
+            self._reader(name).read_all(self._rows["generation", name]) for name in self.config.generation.data
+        )
+        return preview_prompts(prompts, self.asking(self._first).encoders, blocks)
 
     def counts(self) -> Mapping[str, Any]:
-        found: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
         for (kind, name), dataset in self.datasets.items():
             if kind == "generation":
-                found[f"{kind}.{name}"] = counted(
-                    self._prompts[name], self.asking(next(iter(self.config.named_models)))
-                )
+                prompts = self._reader(name).read_all(self._rows[kind, name])
+                encoders = self.asking(self._first).encoders
+                counts[f"{kind}.{name}"] = count_prompts(self.parts.task.stage, prompts, encoders)
             else:
-                found[f"{kind}.{name}"] = {"records": sum(dataset.groups)}
-        return found
+                counts[f"{kind}.{name}"] = {"records": sum(dataset.groups)}
+        return counts
 
 
 _SHOWN = ("reward", "stopped", "accuracy", "accuracy_per_token", "loss", "perplexity")

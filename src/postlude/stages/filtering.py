@@ -18,14 +18,16 @@ from postlude.manifest.problem import ManifestError
 from postlude.recipes.filter import Filter
 from postlude.rollout.prompts import NoPrompt, Prompt, prompt_of
 from postlude.rollout.reward import REFERENCE
+from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.scoring import Scorer
+from postlude.stages.asking import scored
+from postlude.stages.models import lineage_of
+from postlude.stages.parts import Parts
 from postlude.stages.prompts import dropped_by_filters
-from postlude.stages.work import Entry, Work
+from postlude.stages.work import Entry, Tell, Work, read_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from postlude.stages.workbench import Workbench
 
 _ANY = (Conversation, Text, Tokens, Ranked, Judged)
 
@@ -33,30 +35,32 @@ _ANY = (Conversation, Text, Tokens, Ranked, Judged)
 class Filtering(Work):
     """Rows are judged portion by portion; which share is the top one is told at the end."""
 
-    def __init__(self, config: Filter, bench: Workbench) -> None:
-        self.config, self.bench = config, bench
-        formats = {bench.manifest.data[name].format.model_dump_json() for name in config.data}
-        kinds = {bench.manifest.data[name].format.component_name for name in config.data}
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.config = config = parts.config_of(Filter)
+        formats = {parts.manifest.data[name].format.model_dump_json() for name in config.data}
+        kinds = {parts.manifest.data[name].format.component_name for name in config.data}
         if len(formats) > 1 or len(kinds) > 1:
             raise ManifestError(
-                f"stages.{bench.task.stage}.data: the data sets have different formats ({', '.join(sorted(kinds))}), "
+                f"stages.{parts.task.stage}.data: the data sets have different formats ({', '.join(sorted(kinds))}), "
                 "and what is kept is one data set with one format. Filter each in a stage of its own."
             )
         accepts = (Conversation, Text) if config.reward else _ANY
-        self.datasets = {name: bench.dataset_of(name, accepts) for name in config.data}
+        self.datasets = {name: parts.dataset(name, accepts) for name in config.data}
         self.reads = {name: dataset.fingerprint for name, dataset in self.datasets.items()}
-        self.scorer = Scorer(config.reward, bench.judge)
-        self._index = [(name, *row) for name, dataset in self.datasets.items() for row in bench.rows(dataset)]
-        self.portions = -(-len(self._index) // config.portion)
+        pool = RewardPool(config.reward_workers, float(config.reward_seconds))
+        self.scorer = Scorer(config.reward, self.models.reward_model, pool)
+        self._rows = self.rows(self.datasets)
+        self.portions = -(-len(self._rows) // config.portion)
 
-    def do(self, portion: int) -> list[Entry]:
-        rows = self._index[portion * self.config.portion : (portion + 1) * self.config.portion]
-        read = list(self.bench.records(self.datasets, rows))
+    def do(self, portion: int, tell: Tell) -> list[Entry]:
+        rows = self._rows[portion * self.config.portion : (portion + 1) * self.config.portion]
+        read = list(read_rows(self.datasets, rows))
         bad: list[Entry] = [{"left": BAD_RECORD} for _, _, examples in read if not examples]
         if not self.config.reward:
             return [*bad, *({"record": _plain(record)} for _, record, examples in read if examples)]
         judged = [[_judged(example, one, name, record) for one, example in examples] for name, record, examples in read]
-        scores = iter(self.scorer.score([pair for row in judged for pair in row]))
+        scores = iter(scored(self.scorer.score([pair for row in judged for pair in row])))
         entries = bad
         for (_, record, _), row in zip(read, judged, strict=True):
             own = [next(scores) for _ in row]
@@ -90,7 +94,7 @@ class Filtering(Work):
                 if chosen is not None:
                     is_kept = place in chosen
                 else:
-                    is_kept = keep is None or self.bench.rehearses or entry["reward"] > (keep.above or 0.0)
+                    is_kept = keep is None or self.parts.mode.small or entry["reward"] > (keep.above or 0.0)
                 if is_kept:
                     kept += 1
                     file.write(record_json(entry["record"]).encode() + b"\n")
@@ -103,7 +107,7 @@ class Filtering(Work):
         if not kept:
             mean = f" (their mean reward is {total / read:.4f})" if read and self.config.reward else ""
             raise DataError(
-                f"The stage '{self.bench.task.stage}' kept none of {read} records{mean}. Lower the threshold of "
+                f"The stage '{self.parts.task.stage}' kept none of {read} records{mean}. Lower the threshold of "
                 "'keep', or look at the reward."
             )
         return {**report, **({"reward": total / read} if self.config.reward else {})}
@@ -116,12 +120,12 @@ class Filtering(Work):
 
     def parents(self) -> Mapping[str, Any]:
         judges = [reward.model for reward in self.config.reward if reward.model is not None]
-        return {"rewards": [self.bench.lineage(judge) for judge in judges]} if judges else {}
+        return {"rewards": [lineage_of(judge) for judge in judges]} if judges else {}
 
     def table(self, report: Mapping[str, Any]) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title=f"{self.bench.task.stage}: filtered", title_justify="left", show_header=False)
+        table = Table(title=f"{self.parts.task.stage}: filtered", title_justify="left", show_header=False)
         table.add_row("read", f"{report['read']:,}")
         table.add_row("kept", f"{report['records']:,}")
         if "reward" in report:
@@ -131,8 +135,11 @@ class Filtering(Work):
                 table.add_row(f"{name}: dropped by {reason}", f"{count:,}")
         return table
 
+    def close(self) -> None:
+        self.scorer.close()
+
     def counts(self) -> Mapping[str, Any]:
-        return {"records": len(self._index)}
+        return {"records": len(self._rows)}
 
 
 def _judged(example: Example, example_id: str, source: str, record: Record) -> tuple[Prompt, str]:

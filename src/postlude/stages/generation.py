@@ -1,40 +1,38 @@
-"""The work of the recipe ``generate``."""
+"""The work of the recipe ``generate``: prompts are answered, and what is kept of the answers becomes a data set."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from postlude import storage
-from postlude.data.document import Document
+from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.data.sources.stage import RECORDS
 from postlude.errors import DataError
 from postlude.recipes.generate import Generate, KeepSome
-from postlude.rollout.engine import Completion
-from postlude.rollout.prompts import Prompt
+from postlude.rollout.answers import Group
+from postlude.rollout.prompts import PROMPTING, Prompt
 from postlude.rollout.reward import REFERENCE
-from postlude.rollout.scoring import Score
-from postlude.stages.models import ASKING
+from postlude.rollout.trajectory import Trajectory
+from postlude.stages.asking import Asking, columns_of, score_of
+from postlude.stages.models import lineage_of
+from postlude.stages.parts import Parts
 from postlude.stages.prompts import (
-    Asking,
-    Left,
-    PromptSource,
-    count_left,
+    PromptReader,
+    count_example,
+    count_prompts,
     dropped_by_filters,
+    list_reasons,
     nothing_asked,
-    said,
+    preview_prompts,
 )
-from postlude.stages.work import Entry, Work
+from postlude.stages.work import Entry, Tell, Work
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from postlude.stages.workbench import Workbench
-
-Answered = tuple[Completion, str, Score]
 
 SAME_REWARD = "all completions have the same reward"
 SAME_TEXT = "the best completion says the same as the worst"
@@ -42,52 +40,45 @@ NOT_ABOVE = "no completion has a reward above the threshold"
 
 
 class Generation(Work):
-    """Prompts are answered portion by portion: a portion is what a batch of completions is made for."""
+    """A portion is what a batch of completions is made for."""
 
-    def __init__(self, config: Generate, bench: Workbench) -> None:
-        self.config, self.bench = config, bench
-        datasets = {name: bench.dataset_of(name, ASKING) for name in config.data}
-        self.reads = {name: dataset.fingerprint for name, dataset in datasets.items()}
-        self._filtered = dropped_by_filters(datasets)
-        self.source = PromptSource(bench, datasets, config.concurrency // config.samples)
-        self.portions = self.source.portions
-        self.asking = Asking(
-            bench,
-            config.model,
-            samples=config.samples,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=bench.seed if config.seed is None else config.seed,
-            batch=config.concurrency,
-            rewards=config.reward,
-        )
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.config = config = parts.config_of(Generate)
+        self.datasets = {name: parts.dataset(name, PROMPTING) for name in config.data}
+        self.reads = {name: dataset.fingerprint for name, dataset in self.datasets.items()}
+        self.reader = PromptReader(self.datasets, config.environment)
+        self._rows = self.rows(self.datasets)
+        self._portion_rows = max(config.concurrency // config.samples, 1)
+        self.portions = -(-len(self._rows) // self._portion_rows)
+        self.asking = Asking(self.models, config.model, config, config.data)
 
-    def do(self, portion: int) -> list[Entry]:
-        answered, left = self.asking.answer(self.source.portion(portion))
-        entries: list[Entry] = [{"left": one.reason, "id": one.example_id} for one in left]
-        for prompt, completions in answered:
-            kept, reason = self._kept(completions)
-            records = self._records(prompt, completions, kept)
+    def do(self, portion: int, tell: Tell) -> list[Entry]:
+        rows = self._rows[portion * self._portion_rows : (portion + 1) * self._portion_rows]
+        answered, unasked = self.asking.answer(self.reader.read_all(rows), tell)
+        entries: list[Entry] = [{"left": example.reason, "id": example.example_id} for example in unasked]
+        for group in answered:
+            kept, reason = self._kept(group)
+            scores = [score_of(sample) for sample in group]
             entries.append(
                 {
-                    "id": prompt.example_id,
-                    "rewards": [score.total for _, _, score in completions],
-                    "parts": [dict(score.parts) for _, _, score in completions],
-                    "tokens": [len(completion.tokens) for completion, _, _ in completions],
-                    "ended": [completion.ended for completion, _, _ in completions],
-                    "records": records,
+                    "id": group[0].prompt.example_id,
+                    "rewards": [score.total for score in scores],
+                    "parts": [dict(score.parts) for score in scores],
+                    "tokens": [sample.sampled_tokens for sample in group],
+                    "ended": [sample.ended for sample in group],
+                    "records": self._records(group, kept),
                     **({"none": reason} if reason else {}),
                 }
             )
         return entries
 
-    def _kept(self, completions: Sequence[Answered]) -> tuple[list[int], str | None]:
-        """Which completions are kept, the best first where that matters; and why none is."""
-        keep = self.config.keep
-        totals = [score.total for _, _, score in completions]
+    def _kept(self, group: Group) -> tuple[list[int], str | None]:
+        """Which answers are kept, the best first where that matters; and why none is."""
+        keep, is_small = self.config.keep, self.parts.mode.small
+        totals = [score_of(sample).total for sample in group]
         best = sorted(range(len(totals)), key=lambda i: (-totals[i], i))
-        if keep == "all" or (self.bench.rehearses and keep != "pairs"):
+        if keep == "all" or (is_small and keep != "pairs"):
             return list(range(len(totals))), None
         if keep == "best":
             return best[:1], None
@@ -96,45 +87,29 @@ class Generation(Work):
                 return best[: keep.top], None
             kept = [i for i, total in enumerate(totals) if total > (keep.above or 0.0)]
             return kept, None if kept else NOT_ABOVE
-        if self.bench.rehearses:
+        if is_small:
             return [best[0], best[-1]], None
         if totals[best[0]] == totals[best[-1]]:
             return [], SAME_REWARD
-        if completions[best[0]][1] == completions[best[-1]][1]:  # two token sequences may decode to one text
+        if _said(group[best[0]]) == _said(group[best[-1]]):  # two token sequences may decode to one text
             return [], SAME_TEXT
         return [best[0], best[-1]], None
 
-    def _records(self, prompt: Prompt, completions: Sequence[Answered], kept: Sequence[int]) -> list[dict[str, Any]]:
+    def _records(self, group: Group, kept: Sequence[int]) -> list[dict[str, Any]]:
         if self.config.keep == "pairs":
-            return [self._pair(prompt, completions, *kept)] if kept else []
-        return [self._record(prompt, completions[i]) for i in kept]
+            return [_pair(group[kept[0]], group[kept[1]])] if kept else []
+        return [self._record(group[i]) for i in kept]
 
-    def _record(self, prompt: Prompt, answered: Answered) -> dict[str, Any]:
-        completion, text, score = answered
+    def _record(self, sample: Trajectory) -> dict[str, Any]:
+        prompt, score = sample.prompt, score_of(sample)
         made = {
-            "id": f"{prompt.example_id}#{completion.request.sample}",
+            "id": f"{prompt.example_id}#{sample.sample}",
             "prompt_id": prompt.example_id,
-            "sample": completion.request.sample,
-            **said(prompt, text),
-            "ended": completion.ended,
-            "completion_tokens": len(completion.tokens),
-            **({"reward": score.total, "rewards": dict(score.parts)} if len(self.asking.scorer) else {}),
-        }
-        return {**_carried(prompt, made), **made}
-
-    def _pair(self, prompt: Prompt, completions: Sequence[Answered], best: int, worst: int) -> dict[str, Any]:
-        (_, chosen, high), (_, rejected, low) = completions[best], completions[worst]
-        plain = isinstance(prompt.asked, str)
-        made = {
-            "id": prompt.example_id,
-            "prompt_id": prompt.example_id,
-            "prompt": prompt.asked if plain else list(prompt.asked),
-            "chosen": chosen if plain else [{"role": "assistant", "content": chosen}],
-            "rejected": rejected if plain else [{"role": "assistant", "content": rejected}],
-            "margin": high.total - low.total,
-            "chosen_rewards": dict(high.parts),
-            "rejected_rewards": dict(low.parts),
-            **({} if prompt.tools is None else {"tools": list(prompt.tools)}),
+            "sample": sample.sample,
+            **columns_of(sample),
+            "ended": sample.ended,
+            "completion_tokens": sample.sampled_tokens,
+            **({"reward": score.total, "rewards": dict(score.parts)} if self.config.is_rewarded else {}),
         }
         return {**_carried(prompt, made), **made}
 
@@ -151,7 +126,7 @@ class Generation(Work):
         if rewards:
             stopped = sum(ended == "stop" for entry in asked for ended in entry["ended"])
             line |= {"completion_tokens": tokens / len(rewards), "stopped": stopped / len(rewards)}
-        if rewards and len(self.asking.scorer):
+        if rewards and self.config.is_rewarded:
             line["reward"] = sum(rewards) / len(rewards)
         return line
 
@@ -164,7 +139,7 @@ class Generation(Work):
                 for entry in entries:
                     reason = entry.get("left") or entry.get("none")
                     if reason:
-                        count_left(left, reason, entry["id"])
+                        count_example(left, reason, entry["id"])
                     if "left" in entry:
                         continue
                     counts["prompts"] += 1
@@ -175,79 +150,81 @@ class Generation(Work):
                     rewards += sum(entry["rewards"])
                     for record in entry["records"]:
                         file.write(record_json(record).encode() + b"\n")
-        stage = self.bench.task.stage
+        stage = self.parts.task.stage
         if not counts["prompts"]:
             raise nothing_asked(stage, left)
         if not counts["records"]:
-            why = ", ".join(f"{one['count']} because {reason}" for reason, one in left.items())
             raise DataError(
-                f"The stage '{stage}' made no record of {counts['prompts']} prompts: {why}. Loosen 'keep', raise "
-                "'samples' or 'temperature', or look at the reward."
+                f"The stage '{stage}' made no record of {counts['prompts']} prompts: {list_reasons(left)}. "
+                "Loosen 'keep', raise 'samples' or 'temperature', or look at the reward."
             )
         report: dict[str, Any] = {name: counts[name] for name in ("prompts", "completions", "records", "tokens")}
         report["stopped"] = counts["stopped"] / counts["completions"]
-        if len(self.asking.scorer):
+        if self.config.is_rewarded:
             report["reward"] = rewards / counts["completions"]
-        return {**report, "nothing_of": left, "dropped_by_filters": self._filtered}
+        return {**report, "nothing_of": left, "dropped_by_filters": dropped_by_filters(self.datasets)}
 
     def parents(self) -> Mapping[str, Any]:
         judges = [reward.model for reward in self.config.reward if reward.model is not None]
         return {
-            "model": self.bench.lineage(self.config.model),
-            **({"rewards": [self.bench.lineage(judge) for judge in judges]} if judges else {}),
+            "model": lineage_of(self.config.model),
+            **({"rewards": [lineage_of(judge) for judge in judges]} if judges else {}),
         }
 
     def table(self, report: Mapping[str, Any]) -> RenderableType:
         from rich.table import Table
 
-        table = Table(title=f"{self.bench.task.stage}: generated", title_justify="left", show_header=False)
+        table = Table(title=f"{self.parts.task.stage}: generated", title_justify="left", show_header=False)
         for name in ("prompts", "completions", "records", "tokens"):
             table.add_row(name, f"{report[name]:,}")
         table.add_row("ended with a stop token", f"{report['stopped']:.0%}")
         if "reward" in report:
             table.add_row("mean reward", f"{report['reward']:.4f}")
-        for reason, one in report["nothing_of"].items():
-            table.add_row(f"nothing: {reason}", f"{one['count']:,}")
+        for reason, counted in report["nothing_of"].items():
+            table.add_row(f"nothing: {reason}", f"{counted['count']:,}")
         return table
+
+    def close(self) -> None:
+        self.asking.close()
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def prompts(self) -> Iterator[Document]:
-        for prompt in self.source:
-            document = self.asking.document(prompt)
-            if not isinstance(document, Left):
-                yield document
+    def preview(self, blocks: int) -> Preview:
+        return preview_prompts(self.reader.read_all(self._rows), self.asking.encoders, blocks)
 
     def counts(self) -> Mapping[str, Any]:
-        return counted(self.source, self.asking)
+        return count_prompts(self.parts.task.stage, self.reader.read_all(self._rows), self.asking.encoders)
 
 
-def counted(source: PromptSource, asking: Asking) -> dict[str, Any]:
-    """How many prompts there are, how long, and how many examples have none, over all the data."""
-    left: dict[str, Any] = {}
-    lengths: list[int] = []
-    for prompt in source:
-        document = asking.document(prompt)
-        if isinstance(document, Left):
-            count_left(left, document.reason, document.example_id)
-        else:
-            lengths.append(len(document))
-    if not lengths:
-        raise nothing_asked(asking.stage, left)
-    return {
-        "prompts": len(lengths),
-        "prompt_tokens": {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
-        "nothing_of": left,
+def _pair(chosen: Trajectory, rejected: Trajectory) -> dict[str, Any]:
+    """Two answers to one prompt as a record of the format ``preference``."""
+    prompt, (high, low) = chosen.prompt, (score_of(chosen), score_of(rejected))
+    made = {
+        "id": prompt.example_id,
+        "prompt_id": prompt.example_id,
+        "prompt": prompt.asked if isinstance(prompt.asked, str) else list(prompt.asked),
+        "chosen": _said(chosen),
+        "rejected": _said(rejected),
+        "margin": high.total - low.total,
+        "chosen_rewards": dict(high.parts),
+        "rejected_rewards": dict(low.parts),
+        **({} if prompt.tools is None else {"tools": list(prompt.tools)}),
     }
+    return {**_carried(prompt, made), **made}
+
+
+def _said(sample: Trajectory) -> Any:
+    """What was answered: a text, or messages."""
+    return columns_of(sample)["completion"]
 
 
 def _carried(prompt: Prompt, made: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of the prompt's record that the new record has room for, and what the data answer."""
-    record = {name: value for name, value in prompt.record.items() if name not in made and name not in _SAID}
+    record = {name: value for name, value in prompt.record.items() if name not in made and name not in _ANSWERED}
     if prompt.reference is not None:
         record.setdefault(REFERENCE, prompt.reference)
     return json.loads(record_json(record))
 
 
-_SAID = ("messages", "conversations", "text", "prompt", "completion", "chosen", "rejected")
+_ANSWERED = ("messages", "conversations", "text", "prompt", "completion", "chosen", "rejected")
 """Columns that hold what was said in the data, which a record of another answer must not."""

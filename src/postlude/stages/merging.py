@@ -20,12 +20,12 @@ from postlude.manifest.schema import ModelPlace
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE
 from postlude.model.load import local_files, read_config
 from postlude.recipes.merge import Merge
+from postlude.stages.models import lineage_of
+from postlude.stages.parts import Parts
 from postlude.stages.work import Entry, Work
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from postlude.stages.workbench import Workbench
 
 SHARD_BYTES = 4 * 2**30
 """A file of the artifact is closed before it grows beyond this."""
@@ -36,10 +36,11 @@ _SHAPE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 class Merging(Work):
     """All of it is done by the leading rank, at once; what a kill leaves is made anew."""
 
-    def __init__(self, config: Merge, bench: Workbench) -> None:
-        self.config, self.bench = config, bench
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.config = parts.config_of(Merge)
         for start in self._starts().values():
-            bench.root(start)  # tells what is wrong with a stage that makes no model
+            parts.root(start)  # tells what is wrong with a stage that makes no model
 
     def _starts(self) -> Mapping[str, ModelPlace]:
         """The models by name, the base last."""
@@ -49,7 +50,7 @@ class Merging(Work):
     def finish(self, portions: Iterable[Sequence[Entry]], folder: str) -> Mapping[str, Any]:
         with ExitStack() as stack:
             models = [
-                stack.enter_context(_opened(self.bench.place_of(start) or "", name))
+                stack.enter_context(_opened(self.parts.place_of(start) or "", name))
                 for name, start in self._starts().items()
             ]
             check_alike(models)
@@ -85,15 +86,15 @@ class Merging(Work):
     def parents(self) -> Mapping[str, Any]:
         weights = self.config.weights_in_full
         return {
-            name: {**self.bench.lineage(start), **({"weight": weights[name]} if name in weights else {})}
+            name: {**lineage_of(start), **({"weight": weights[name]} if name in weights else {})}
             for name, start in self._starts().items()
         }
 
     def counts(self) -> Mapping[str, Any]:
-        there = {name: start for name, start in self._starts().items() if self.bench.is_there(start)}
+        there = {name: start for name, start in self._starts().items() if self.parts.is_there(start)}
         with ExitStack() as stack:
             check_alike(
-                [stack.enter_context(_opened(self.bench.place_of(start) or "", name)) for name, start in there.items()]
+                [stack.enter_context(_opened(self.parts.place_of(start) or "", name)) for name, start in there.items()]
             )
         return {"models": len(self._starts()), "compared": len(there)}
 
@@ -101,7 +102,7 @@ class Merging(Work):
         from rich.text import Text
 
         return Text(
-            f"{self.bench.task.stage}: {len(self.config.models)} models merged by {report['method']}, "
+            f"{self.parts.task.stage}: {len(self.config.models)} models merged by {report['method']}, "
             f"{report['parameters']:,} parameters in {report['tensors']:,} tensors"
         )
 

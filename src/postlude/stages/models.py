@@ -2,126 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from postlude import storage
-from postlude.data.dataset import Dataset
-from postlude.data.example import Conversation, Example, Judged, Ranked, Record, Text
 from postlude.errors import UserError
-from postlude.manifest.schema import ModelFrom, ModelPlace
+from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
 from postlude.model.language_model import SCALAR_FILE
-from postlude.model.load import configuration, count_parameters, load_causal, load_model, with_weights_in
+from postlude.model.load import (
+    configuration,
+    configuration_keys,
+    count_parameters,
+    load_causal,
+    load_model,
+    with_weights_in,
+)
 from postlude.rollout.native import NativeEngine
-from postlude.rollout.prompts import PromptEncoder
 from postlude.rollout.reward import Reward
 from postlude.rollout.reward_model import Judge
-from postlude.stages.little import LARGEST_PARAMETERS, little_model
 from postlude.stages.parts import Parts
 from postlude.training.precision import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from postlude.model.language_model import LanguageModel
 
-JUDGED_TOKENS = 8192
-"""Tokens that go through a reward model, or one whose likelihoods are measured, at a time."""
-
-ASKING = (Conversation, Text, Ranked, Judged)
-"""The shapes of examples that have a prompt."""
+REWARD_TOKENS = 8192
+"""Tokens that go through a reward model at a time."""
+LARGEST_PARAMETERS = 300_000_000
+"""A small model that is still larger than this is not run in a preflight: wide, or with a large vocabulary."""
 
 
 class TooLarge(UserError):
     """A model is too large to be tried on this machine, even made small."""
 
 
-class ForwardModels(Parts):
-    """Parts with models that are not trained. Where it ``rehearses``, small random models stand in for the stage's."""
+class Models:
+    """The models of a stage that it does not train. In a rehearsal small random ones stand in for them, or
+    :class:`TooLarge` is raised."""
 
-    rehearses = False
-
-    def records(
-        self, datasets: Mapping[str, Dataset], rows: Iterable[tuple[str, int, int]]
-    ) -> Iterator[tuple[str, Record, list[tuple[str, Example]]]]:
-        """The record and the examples of each row, which comes as data set, group and position; both are empty for a
-        bad record that is skipped."""
-        for (name, group), some in groupby(rows, key=lambda row: row[:2]):
-            for record, examples in datasets[name].read(group, [position for *_, position in some]):
-                yield name, record, examples
-
-    @cached_property
-    def seed(self) -> int:
-        return self.manifest.seed
-
-    def prompt_encoder(self, start: ModelPlace, dataset: str) -> PromptEncoder:
-        """How the prompts of a data set are put to a model."""
-        return PromptEncoder(self.tokenizer_of(start), self.manifest.data[dataset].template, self.begun)
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
 
     def engine(self, start: ModelPlace, batch: int) -> NativeEngine:
-        """An engine over a model. :class:`TooLarge` in a rehearsal."""
-        tokenizer = self.tokenizer_of(start)
-        small = self._stand_in(start, tokenizer)
-        if small is not None:
-            causal = load_causal(small, None, tokenizer, seed=self.seed)
-        else:
-            causal = load_causal(start, self.place_of(start), tokenizer, seed=self.seed)
+        """An engine over a model."""
+        tokenizer = self.parts.tokenizer_of(start)
+        source = self._source(start, tokenizer)
+        causal = load_causal(source, self.parts.place_of(source), tokenizer, seed=self.parts.manifest.seed)
+        if source is start:
             causal = with_weights_in(causal, self._dtype(causal.dtype))
-        causal.to(self.workers.device)  # type: ignore[arg-type]
+        causal.to(self.parts.workers.device)  # type: ignore[arg-type]
         return NativeEngine(causal, vocabulary.rows(causal), batch)
 
     def language_model(self, start: ModelPlace) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
-        """A model over packed batches, not trained, with its tokenizer. :class:`TooLarge` in a rehearsal."""
-        tokenizer = self.tokenizer_of(start)
-        small = self._stand_in(start, tokenizer)
-        if small is not None:
-            model = load_model(small, None, tokenizer, seed=self.seed)
-        else:
-            model = load_model(start, self.place_of(start), tokenizer, seed=self.seed)
+        """A model over packed batches, not trained, with its tokenizer."""
+        tokenizer = self.parts.tokenizer_of(start)
+        source = self._source(start, tokenizer)
+        model = load_model(source, self.parts.place_of(source), tokenizer, seed=self.parts.manifest.seed)
+        if source is start:
             with_weights_in(model, self._dtype(model.stored_dtype or torch.float32))
-        model.to(self.workers.device)
+        model.to(self.parts.workers.device)
         model.eval().requires_grad_(False)
         return model, tokenizer
 
-    def judge(self, reward: Reward) -> Judge:
-        """The reward model of a part of the reward."""
+    def reward_model(self, reward: Reward) -> Judge:
+        """The model of a part of the reward."""
         start = reward.model
         assert start is not None
         model, tokenizer = self.language_model(start)
-        place = self.place_of(start) or ""
-        is_told = not self.is_there(start) or not storage.exists(place)  # a stage's, or a name on the hub
-        if self.rehearses and (is_told or storage.exists(storage.join(place, SCALAR_FILE))):
+        if self.parts.mode.small and self._has_scalar_head(start):
             model.add_scalar_head()
-        return Judge(model, tokenizer, start.from_ or start.path or "", JUDGED_TOKENS)
+        return Judge(model, tokenizer, start.from_ or start.path or "", REWARD_TOKENS)
 
-    def lineage(self, start: ModelPlace) -> dict[str, Any]:
-        """A model as the lineage tells it."""
-        return start.model_dump(mode="json", by_alias=True, exclude_none=True)
+    def _has_scalar_head(self, start: ModelPlace) -> bool:
+        """Whether a model scores; that of a stage, or of a hub, is believed to."""
+        place = self.parts.place_of(start) or ""
+        is_believed = not self.parts.is_there(start) or not storage.exists(place)
+        return is_believed or storage.exists(storage.join(place, SCALAR_FILE))
 
     def _dtype(self, stored: torch.dtype) -> torch.dtype:
-        asked = self.stage_config.precision  # type: ignore[attr-defined]
-        if asked != "auto":
-            return DTYPES[asked]
-        return torch.float32 if self.workers.device.type == "cpu" else stored
+        choice = self.parts.config.precision  # type: ignore[attr-defined]
+        if choice != "auto":
+            return DTYPES[choice]
+        return torch.float32 if self.parts.workers.device.type == "cpu" else stored
 
-    def _stand_in(self, start: ModelPlace, tokenizer: PreTrainedTokenizerBase) -> ModelFrom | None:
-        """The small random model that stands in for another in a rehearsal; None outside of one."""
-        if not self.rehearses:
-            return None
-        root = self.root(start)
-        small = little_model(configuration(root, self.place_of(root), tokenizer))
+    def _source(self, start: ModelPlace, tokenizer: PreTrainedTokenizerBase) -> ModelPlace:
+        """What a model is loaded from: in a rehearsal a small random one."""
+        if not self.parts.mode.small:
+            return start
+        root = self.parts.root(start)
+        small = stand_in_for(configuration(root, self.parts.place_of(root), tokenizer))
         if count_parameters(configuration(small, None, tokenizer)) > LARGEST_PARAMETERS:
             raise TooLarge(f"The model '{start.from_ or start.path}' is too large for this machine.")
         return small
 
 
-def stop_ids_of(causal: PreTrainedModel, encoder: PromptEncoder) -> frozenset[int]:
-    """The tokens with which a model ends an answer: what its template and its generation config say."""
-    configured: Any = causal.generation_config.eos_token_id
-    own = configured if isinstance(configured, list) else [configured]
-    return frozenset([*encoder.stop_ids(), *(token for token in own if token is not None)])
+def lineage_of(start: ModelPlace) -> dict[str, Any]:
+    """A model as the lineage tells it."""
+    return start.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def stand_in_for(config: PreTrainedConfig) -> ModelFrom:
+    """A new model of the same architecture, width and vocabulary with at most two layers and random weights."""
+    architecture = config.model_type
+    # Some configurations write down what they do not read: a pattern that others follow from, another name for a key.
+    known = configuration_keys(architecture)
+    other_names = {stored: key for key, stored in config.attribute_map.items()}
+    named = {key if key in known else other_names.get(key, key): v for key, v in config.to_diff_dict().items()}
+    layers = min(2, config.num_hidden_layers)
+    small = {key: value for key, value in named.items() if key in known} | {"num_hidden_layers": layers}
+    if getattr(config, "layer_types", None):
+        small["layer_types"] = config.layer_types[:layers]
+    return ModelFrom(new=NewModel(architecture=architecture, config=small))

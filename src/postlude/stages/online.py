@@ -1,333 +1,217 @@
-"""From a stage of online reinforcement learning to its trainer: the policy answers, and the loop makes the steps."""
+"""Stages of online reinforcement learning: the policy answers, and the loop makes the trainer's steps of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from postlude.data.dataset import Dataset
-from postlude.data.document import WEIGHT, Document
+from postlude.data.preview import Preview
 from postlude.errors import DataError
-from postlude.manifest.problem import ManifestError
-from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.answers import Answerer
 from postlude.rollout.assess import Assessor
 from postlude.rollout.assessment import Assessment
-from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
-from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
+from postlude.rollout.prompts import NotAsked, Prompt, PromptEncoders
 from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.rounds import Plan, Rounds
-from postlude.rollout.scoring import Score, Scorer, pass_at_k
-from postlude.rollout.serving.external import ApartEngine
-from postlude.runs import Run
-from postlude.stages.models import ForwardModels, stop_ids_of
-from postlude.stages.online_engines import engine_of
-from postlude.stages.parts import StageTask
-from postlude.stages.prompts import count_left
-from postlude.stages.training import Assembly
+from postlude.rollout.scoring import Score, Scorer, passes
+from postlude.stages.engines import policy_engine, stop_ids_of
+from postlude.stages.models import Models
+from postlude.stages.parts import Parts
+from postlude.stages.prompts import PromptReader, count_prompts, encoders_of, preview_prompts, rows_of
+from postlude.stages.rehearsal import rehearse
+from postlude.stages.report import StageReport, Trial
+from postlude.stages.training import Supply, Training
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
+from postlude.training.summary import Summary
 from postlude.training.timing import Phases
-from postlude.training.trainer import Trainer
-from postlude.training.workers import Workers
 
-APART_CORRECTION = 2.0
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CORRECTION_APART = 2.0
+"""The bound of the correction for an engine that is not quite the policy, where the manifest gives none."""
 MOST_GAP = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 """How far an engine's log-probabilities may be from the policy's on average, where both have the same weights."""
 
 
-class Silent:
-    """Rollouts are told nowhere."""
+class NoJournal:
+    """Rollouts are told nowhere: in a rehearsal."""
 
     def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
 
     def event(self, kind: str, **fields: Any) -> None: ...
 
 
-class OnlineAssembly(Assembly, ForwardModels):
-    """The parts of one stage of online reinforcement learning on one rank."""
+class OnlineTraining:
+    """A stage that trains on what its own policy answers."""
 
-    config: OnlineRecipe
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.config = parts, parts.config_of(OnlineRecipe)
+        self.training = Training(parts)
+        self.data, self.models = self.training.data, self.training.models
 
-    def __init__(
-        self, task: StageTask, workers: Workers, sample: int | None = None, artifacts: Run | None = None
-    ) -> None:
-        super().__init__(task, workers, sample, artifacts)
-        if not isinstance(self.config, OnlineRecipe):
-            raise ManifestError(f"stages.{task.stage}: the recipe '{self.config.recipe}' answers no prompts.")
-        self.journal: Any = Silent()
+    def run(self, recorder: Recorder, stop: Interruption) -> Summary:
+        return self.training.train(recorder, stop, lambda stored: self.supply(recorder))
+
+    @property
+    def finished_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.training.finished_tokenizer
 
     # --- the loop -------------------------------------------------------------------------------------------
 
-    @cached_property
-    def loader(self) -> Rounds:  # type: ignore[override]
-        """The loop, which makes steps of the policy's own answers."""
-        config, batch = self.config, self.config.batch
+    def supply(self, journal: Recorder | NoJournal) -> Supply:
+        """The loop, which makes steps of the policy's own answers, and the measure of answers to held-out prompts.
+        Nothing is held out for the loss."""
+        config, rollout, batch = self.config, self.config.rollout, self.config.batch
+        models, workers = self.models, self.parts.workers
         plan = Plan(
-            prompts=config.rollout.prompts,
+            prompts=rollout.prompts,
             group=config.group,
             updates=config.updates,
             passes=config.passes,
             block=batch.block,
             tokens=batch.tokens,
             steps=config.steps,
-            oversample=config.rollout.oversample,
-            ahead=config.rollout.ahead,
+            oversample=rollout.oversample,
+            ahead=rollout.ahead,
             resample=config.resample,
         )
+        apart = CORRECTION_APART if rollout.engine.is_apart else None
+        assessor = Assessor(
+            models.program.roles,
+            workers,
+            models.precision,
+            batch.block,
+            batch.micro or batch.block,
+            rollout.temperature,
+        )
         assessment = Assessment(
-            self.assessor,
+            assessor,
             config.algorithm(),
-            self.journal,
-            gap=MOST_GAP[self.precision.name],
-            correction=self.correction,
+            journal,
+            gap=MOST_GAP[models.precision.name],
+            correction=apart if rollout.correction is None else rollout.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
-        return Rounds(
-            plan,
-            Ledger(self.datasets, config.data, self.manifest.seed, config.epochs),
-            self.read_prompts,
-            self.answerer,
-            assessment,
-            self.journal,
-        )
+        answerer = self._answerer(journal.event)
+        ledger = Ledger(self.data.datasets, config.data, self.parts.manifest.seed, config.epochs)
+        rounds = Rounds(plan, ledger, self._read, answerer, assessment, journal)
+        return Supply(rounds, examine=lambda: self._examine(answerer, rounds.step))
 
-    @cached_property
-    def policy_engine(self) -> PolicyEngine | ApartEngine:
-        """What answers."""
-        return engine_of(self)
-
-    @cached_property
-    def correction(self) -> float | None:
-        """The bound of the correction for an engine that is not quite the policy."""
-        said = self.config.rollout.correction
-        return APART_CORRECTION if said is None and self.config.rollout.engine.is_apart else said
-
-    @cached_property
-    def assessor(self) -> Assessor:
-        batch = self.config.batch
-        return Assessor(
-            self.program.roles,
-            self.workers,
-            self.precision,
-            batch.block,
-            batch.micro or batch.block,
-            self.config.rollout.temperature,
-        )
-
-    @cached_property
-    def answerer(self) -> Answerer:
-        rollout = self.config.rollout
+    def _answerer(self, tell: Callable[..., None]) -> Answerer:
+        rollout, block = self.config.rollout, self.config.batch.block
         background = None
         if rollout.engine.is_apart:
             # As many at a time as there are rounds; an engine that makes one after the other is asked so.
             at_once = rollout.ahead if rollout.engine.updates_in_flight else 1
-            background = ThreadPoolExecutor(max(at_once, 1), "answers", torch.set_num_threads, (self.task.threads,))
-        return replace(self._answerer(rollout.temperature, rollout.top_p), background=background)
-
-    def _answerer(self, temperature: float, top_p: float) -> Answerer:
-        rollout = self.config.rollout
-
-        def sampling(source: str) -> Sampling:
-            stops = self._stops(source)
-            return Sampling(rollout.max_tokens, stops, temperature, top_p, self.manifest.seed)
-
+            background = ThreadPoolExecutor(
+                max(at_once, 1), "answers", torch.set_num_threads, (self.parts.task.threads,)
+            )
+        pool = RewardPool(rollout.reward_workers, float(rollout.reward_seconds))
         return Answerer(
-            engine=self.policy_engine,
-            encoder=self.prompt_encoder_of,
-            sampling=sampling,
-            scorer=self.scorer,
-            pool=self.pool,
-            workers=self.workers,
-            phases=self.phases,
-            tell=self.journal.event,
-            room=self.config.batch.block,
+            engine=policy_engine(self.models),
+            encoders=self.encoders,
+            sampling=self._sampling(rollout.temperature),
+            scorer=Scorer(self.config.reward, Models(self.parts).reward_model, pool),
+            workers=self.parts.workers,
+            phases=Phases(synchronize=self.parts.workers.device.type == "cuda"),
+            tell=tell,
+            room=block,
+            longest_prompt=block - rollout.max_tokens,
             environment=self.config.environment,
             most_turns=rollout.turns or 8,
-            few=len(self.task.engines) or None,
+            few=len(self.parts.task.engines) or None,
+            background=background,
         )
 
-    def _stops(self, source: str) -> frozenset[int]:
-        if source not in self._stops_of:
-            causal = self.program.roles["policy"].model.causal
-            self._stops_of[source] = stop_ids_of(causal, self.prompt_encoder_of(source))
-        return self._stops_of[source]
+    def _sampling(self, temperature: float) -> Callable[[str], Sampling]:
+        """How the prompts of each data set are answered."""
+        rollout, samplings = self.config.rollout, dict[str, Sampling]()
 
-    @cached_property
-    def phases(self) -> Phases:
-        return Phases(synchronize=self.workers.device.type == "cuda")
+        def sampling(source: str) -> Sampling:
+            if source not in samplings:
+                policy = self.models.program.roles["policy"].model.causal
+                stops = stop_ids_of(policy.generation_config, self.encoders[source])
+                seed = self.parts.manifest.seed
+                samplings[source] = Sampling(rollout.max_tokens, stops, temperature, rollout.top_p, seed)
+            return samplings[source]
 
-    @cached_property
-    def scorer(self) -> Scorer:
-        return Scorer(self.config.reward, self.judge)
+        return sampling
 
-    @cached_property
-    def pool(self) -> RewardPool:
-        return RewardPool(self.config.rollout.reward_workers, float(self.config.rollout.reward_seconds))
-
-    @cached_property
-    def _stops_of(self) -> dict[str, frozenset[int]]:
-        return {}
-
-    @cached_property
-    def _prompt_encoders(self) -> dict[str, PromptEncoder]:
-        return {}
-
-    def prompt_encoder_of(self, source: str) -> PromptEncoder:
-        """How the prompts of a data set are put to the policy."""
-        if source not in self._prompt_encoders:
-            template = self.manifest.data[source].template
-            self._prompt_encoders[source] = PromptEncoder(self.tokenizer, template, self.begun)
-        return self._prompt_encoders[source]
-
-    # --- prompts --------------------------------------------------------------------------------------------
-
-    def read_prompts(self, issues: Sequence[Issue]) -> list[list[Prompt | str]]:
+    def _read(self, issues: Sequence[Issue]) -> list[list[Prompt | str]]:
         """The prompts in each issued record, or why there is none."""
-        found: dict[int, list[Prompt | str]] = {}
-        by_group: dict[tuple[str, int], list[Issue]] = {}
-        for issue in issues:
-            by_group.setdefault((issue.source, issue.group), []).append(issue)
-        for (source, group), some in by_group.items():
-            dataset = self.datasets[source]
-            for issue, (record, examples) in zip(
-                some, dataset.read(group, [issue.position for issue in some]), strict=True
-            ):
-                found[issue.number] = [self._prompt(one, name, source, record) for name, one in examples]
-        return [found[issue.number] for issue in issues]
+        read = self._reader.read([(issue.source, issue.group, issue.position) for issue in issues])
+        return [[prompt.reason if isinstance(prompt, NotAsked) else prompt for prompt in prompts] for prompts in read]
 
-    def _prompt(self, example: Any, example_id: str, source: str, record: Mapping[str, Any]) -> Prompt | str:
-        """The prompt in an example, with the tools of the environment; why there is none."""
-        try:
-            found = prompt_of(example, example_id, source, record)
-        except NoPrompt as error:
-            return str(error)
-        return found if self._tools is None else replace(found, tools=[*(found.tools or ()), *self._tools])
-
-    @cached_property
-    def _tools(self) -> list[dict[str, Any]] | None:
-        environment = self.config.environment
-        if environment is None:
-            return None
-        environment.check()
-        return environment.tools()
-
-    def counts(self) -> dict[str, Any]:
-        """How many prompts there are and how long, and how many records have none that can be asked."""
-        left: dict[str, Any] = {}
-        lengths: list[int] = []
-        for prompt, _ in self._every_prompt(self.datasets):
-            begun = prompt if isinstance(prompt, str) else self._begun(prompt)
-            if isinstance(begun, str):
-                count_left(left, begun, prompt.example_id if isinstance(prompt, Prompt) else "")
-            else:
-                lengths.append(begun)
-        if not lengths:
-            why = ", ".join(f"{one['count']} because {reason}" for reason, one in left.items())
-            raise DataError(f"The data of the stage '{self.task.stage}' hold no prompt that can be asked: {why}.")
-        return {
-            "prompts": len(lengths),
-            "prompt_tokens": {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
-            "nothing_of": left,
-        }
-
-    def prompts(self) -> Iterator[Document]:
-        """The prompts as documents in which nothing is trained, for a preview."""
-        for prompt, _ in self._every_prompt(self.datasets):
-            if isinstance(prompt, Prompt):
-                tokens = np.array(self.prompt_encoder_of(prompt.source).tokens(prompt), np.int64)
-                if len(tokens):
-                    streams = {WEIGHT.name: np.zeros(len(tokens), np.float32)}
-                    yield Document(prompt.example_id, prompt.source, tokens, streams)
-
-    def _begun(self, prompt: Prompt) -> int | str:
-        """How many tokens a prompt has, or why it cannot be asked."""
-        tokens = len(self.prompt_encoder_of(prompt.source).tokens(prompt))
-        longest = self.config.batch.block - self.config.rollout.max_tokens
-        return tokens if 0 < tokens <= longest else f"it has none or more than {longest} tokens"
-
-    def _every_prompt(self, datasets: Mapping[str, Dataset]) -> Any:
-        """Every prompt of data sets with its number, in the order they stand there."""
-        number = 0
-        for name, dataset in datasets.items():
-            for group, rows in enumerate(dataset.groups):
-                for start in range(0, rows, 256):
-                    some = range(start, min(start + 256, rows))
-                    for position, (record, examples) in zip(some, dataset.read(group, list(some)), strict=True):
-                        for example_id, example in examples:
-                            yield (
-                                self._prompt(example, example_id, name, record),
-                                Issue(number, 0, name, group, position),
-                            )
-                            number += 1
-
-    # --- evaluation -----------------------------------------------------------------------------------------
-
-    @property
-    def evaluations(self) -> dict[str, Any]:
-        """Nothing is held out for the loss."""
-        return {}
-
-    def examine(self) -> Mapping[str, Mapping[str, float]]:
-        """The rewards of answers to held-out prompts."""
+    def _examine(self, answerer: Answerer, version: int) -> Mapping[str, Mapping[str, float]]:
+        """The rewards of answers to held-out prompts by the policy after ``version`` steps."""
         evaluate = self.config.evaluate
         if evaluate is None:
             return {}
-        self.policy_engine.update(self.loader.step)
-        answerer = replace(self._answerer(evaluate.temperature, self.config.rollout.top_p), phases=Phases())
-        found = {}
-        for name, dataset in self.held_out.items():
+        answerer.engine.update(version)
+        answerer = replace(answerer, sampling=self._sampling(evaluate.temperature), phases=Phases(), background=None)
+        measured = {}
+        for name, dataset in self.data.held_out.items():
+            rows = list(rows_of({name: dataset}))
+            prompts = chain.from_iterable(PromptReader({name: dataset}, self.config.environment).read(rows))
             groups = [
                 begun
-                for prompt, issue in self._every_prompt({name: dataset})
+                for number, prompt in enumerate(prompts)
                 if isinstance(prompt, Prompt)
-                and not isinstance(begun := answerer.begin(issue, prompt, evaluate.samples), str)
+                and not isinstance(
+                    begun := answerer.begin(Issue(number, 0, name, 0, number), prompt, evaluate.samples), str
+                )
             ]
             if not groups:
-                raise DataError(f"The held-out data '{name}' of the stage '{self.task.stage}' hold no prompt.")
+                raise DataError(f"The held-out data '{name}' of the stage '{self.parts.task.stage}' hold no prompt.")
             answered = answerer.answer(groups)
-            rewards = [[one.reward for one in group if isinstance(one.score, Score)] for group in answered]
-            found[name] = measured(rewards, evaluate.success, evaluate.samples) | {
-                "completion_tokens": _mean([one.sampled_tokens for group in answered for one in group])
+            rewards = [[sample.reward for sample in group if isinstance(sample.score, Score)] for group in answered]
+            chances = passes(rewards, evaluate.success, evaluate.samples)
+            measured[name] = {
+                "reward": _mean(list(chain.from_iterable(rewards))),
+                **{f"pass_at_{k}": _mean(values) for k, values in chances.items()},
+                "completion_tokens": _mean([sample.sampled_tokens for group in answered for sample in group]),
             }
-        return found
+        return measured
 
-    # --- the trainer ----------------------------------------------------------------------------------------
+    # --- prompts --------------------------------------------------------------------------------------------
 
-    def trainer(self, recorder: Recorder, stop: Callable[[bool], bool] | Interruption) -> Trainer:
-        self.journal = recorder
-        return super().trainer(recorder, stop)
+    @cached_property
+    def _reader(self) -> PromptReader:
+        return PromptReader(self.data.datasets, self.config.environment)
 
-    def with_models(self, start: ModelFrom, companions: Mapping[str, ModelPlace]) -> OnlineAssembly:
-        other = super().with_models(start, companions)
-        assert isinstance(other, OnlineAssembly)
-        other.config = other.config.rehearsed()
-        other.rehearses = True
-        for built in ("policy_engine", "correction", "assessor", "answerer", "phases", "scorer", "pool"):
-            other.__dict__.pop(built, None)
-        return other
+    @cached_property
+    def encoders(self) -> PromptEncoders:
+        """How the prompts are put to the policy."""
+        return encoders_of(self.parts, self.data.tokenizer, [*self.data.datasets, *self.data.held_out])
 
+    def _every_prompt(self) -> Any:
+        return self._reader.read_all(rows_of(self.data.datasets))
 
-def measured(rewards: Sequence[Sequence[float]], success: float, samples: int) -> dict[str, float]:
-    """What the rewards of each prompt's answers come to: their mean, and pass@k for the powers of two up to
-    ``samples``; an answer passes whose reward is at least ``success``."""
-    told = {"reward": _mean([reward for group in rewards for reward in group])}
-    k = 1
-    while k <= samples:
-        passed = [(len(group), sum(reward >= success for reward in group)) for group in rewards if len(group) >= k]
-        told[f"pass_at_{k}"] = _mean([pass_at_k(*counts, k) for counts in passed])
-        k *= 2
-    return told
+    # --- before it runs -------------------------------------------------------------------------------------
+
+    def preview(self, blocks: int) -> Preview:
+        return preview_prompts(self._every_prompt(), self.encoders, blocks)
+
+    def preflight(self, report: StageReport, synthetic: int | None) -> None:
+        """Its prompts are counted; its memory is planned; and small models answer two prompts and are trained on that,
+        with one real optimiser step."""
+        longest = self.config.batch.block - self.config.rollout.max_tokens
+        counts = count_prompts(self.parts.task.stage, self._every_prompt(), self.encoders, longest)
+        report.trial = Trial(counts, None, "the small step below answers two of the prompts")
+        small = OnlineTraining(self.parts.rehearsal())
+        report.rehearsal = rehearse(self.models, small.models, lambda: small.supply(NoJournal()).steps)
 
 
 def _mean(values: Sequence[float]) -> float:

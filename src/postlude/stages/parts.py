@@ -5,11 +5,11 @@ A rank builds everything from the resolved manifest and the run directory alone,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.sources.stage import FromStage
@@ -26,6 +26,8 @@ from postlude.training.workers import Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ConfigType = TypeVar("ConfigType", bound=StageConfig)
+
 
 @dataclass(frozen=True)
 class StageTask:
@@ -41,37 +43,53 @@ class StageTask:
     """The names of the hosts of engines that answer for it, where these have a pool of their own."""
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What a stage is opened for; by default to run."""
+
+    sample: int | None = None
+    """Each data set ends after so many records."""
+    artifacts: Run | None = None
+    """The run in which the artifacts of other stages are looked for, where it is not the task's own."""
+    preflight: bool = False
+    """What stages will make may be stood in for by a few records of a trial."""
+    small: bool = False
+    """A rehearsal: small random models stand in for the stage's, and little is done with them."""
+
+
 class Parts:
     """The parts of one stage on one rank, each built when it is first asked for.
 
-    ``sample`` limits every data set to its first records, for a preflight. ``artifacts`` is the run in which the
-    artifacts of other stages are looked for, where it is not the task's own.
+    ``finished_tokenizer`` says which tokenizer another stage's artifact will have.
     """
 
-    is_preflight = False
-    """What stages will make is then stood in for by a few records of a trial."""
-
     def __init__(
-        self, task: StageTask, workers: Workers, sample: int | None = None, artifacts: Run | None = None
+        self,
+        task: StageTask,
+        workers: Workers,
+        mode: Mode,
+        finished_tokenizer: Callable[[StageTask, Workers, Mode], PreTrainedTokenizerBase],
     ) -> None:
-        self.task, self.workers, self.sample = task, workers, sample
+        self.task, self.workers, self.mode = task, workers, mode
         self.manifest: Manifest = restore(task.tree)
-        self.stage_config: StageConfig = self.manifest.stages[task.stage]
+        config = self.manifest.stages[task.stage]
+        self.config: StageConfig = config.rehearsed() if mode.small else config
         self.run = Run(task.run)
-        self.artifacts = artifacts or self.run
+        self.artifacts = mode.artifacts or self.run
         self.stage = self.run.stage(task.stage)
+        self._finished_tokenizer = finished_tokenizer
+        self._datasets: dict[tuple[str, int | None], Dataset] = {}
 
-    @property
-    def gpus_per_worker(self) -> float:
-        """Devices of each worker of the stage's pool; 0 computes on the CPU."""
-        own = self.manifest.compute.pools.get(self.stage_config.pool or "")
-        return own.gpus_per_worker if own else 0
+    def config_of(self, recipe: type[ConfigType]) -> ConfigType:
+        """The stage's keys, as those of a kind of recipe."""
+        assert isinstance(self.config, recipe), f"a {type(self.config).__name__} names a stage that works on others"
+        return self.config
 
-    def mesh_shape(self, world: int) -> Shape | None:
-        """How so many ranks hold each model together; None where each has all of it, as one alone does whatever the
-        manifest says. ManifestError if they do not divide."""
-        parallel = getattr(self.stage_config, "parallel", None)
-        return None if parallel is None or world == 1 else shape_of(parallel, world)
+    def rehearsal(self) -> Parts:
+        """The parts of the same stage made small. Records that were read are not read again."""
+        small = Parts(self.task, self.workers, replace(self.mode, small=True), self._finished_tokenizer)
+        small._datasets = self._datasets
+        return small
 
     @cached_property
     def begun(self) -> datetime | None:
@@ -81,26 +99,31 @@ class Parts:
 
     # --- data -----------------------------------------------------------------------------------------------
 
-    def dataset_of(self, name: str, accepts: tuple[type, ...], limit: int | None = None) -> Dataset:
+    def dataset(self, name: str, accepts: tuple[type, ...], limit: int | None = None) -> Dataset:
         """A named data set with its filters applied. ManifestError if its format makes none of the shapes."""
-        config = self.located(self.manifest.data[name])
-        shapes = shapes_of(config)
+        shapes = shapes_of(self.manifest.data[name])
         if not any(issubclass(shape, accepts) for shape in shapes):
             raise ManifestError(
-                f"data.{name}.format '{config.format.component_name}' makes {_listed(shapes)}, but the recipe "
-                f"'{self.stage_config.recipe}' of stages.{self.task.stage} takes {_listed(accepts)}. "
+                f"data.{name}.format '{self.manifest.data[name].format.component_name}' makes {_listed(shapes)}, but "
+                f"the recipe '{self.config.recipe}' of stages.{self.task.stage} takes {_listed(accepts)}. "
                 "Choose another format."
             )
+        if (name, limit) not in self._datasets:
+            self._datasets[name, limit] = self._read(name, limit)
+        return self._datasets[name, limit]
+
+    def _read(self, name: str, limit: int | None) -> Dataset:
+        config = self.located(self.manifest.data[name])
         if limit is not None:
             config = config.model_copy(update={"limit": min(limit, config.limit or limit)})
         try:
-            return Dataset(name, config, self.run.cache, sample=self.sample)
+            return Dataset(name, config, self.run.cache, sample=self.mode.sample)
         except NothingLeft:
-            if not (self.is_preflight and self.makers([name])):
+            if not (self.mode.preflight and self.makers([name])):
                 raise
             # What drops all of a trial may well let the rest through.
             config = config.model_copy(update={"filters": []})
-            return Dataset(name, config, self.run.cache, sample=self.sample)
+            return Dataset(name, config, self.run.cache, sample=self.mode.sample)
 
     def located(self, config: DatasetConfig) -> DatasetConfig:
         """A data set that a stage makes, with the files that it made as the source."""
@@ -157,7 +180,8 @@ class Parts:
         """The tokenizer of a model; of one that a stage still has to make, the one that it will have."""
         if not self.is_there(start):
             self.root(start)  # tells what is wrong on the way
-            return self._beside(start.from_ or "").made_tokenizer
+            maker = replace(self.task, stage=start.from_ or "")
+            return self._finished_tokenizer(maker, self.workers, self.mode)
         path = self.place_of(start)
         if path is None:
             raise ManifestError(
@@ -167,21 +191,23 @@ class Parts:
         return load_tokenizer(path)
 
     @property
-    def made_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the stage's artifact will have."""
+    def base_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model that the stage's model is made from. ManifestError if it makes none."""
         return self.tokenizer_of(self._before(self.task.stage))
 
-    def _beside(self, stage: str) -> Parts:
-        """The parts of another stage."""
-        from postlude.recipes.recipe import TrainingRecipe
-        from postlude.stages.training import Assembly
 
-        trains = isinstance(self.manifest.stages[stage], TrainingRecipe)
-        beside = (Assembly if trains else Parts)(
-            replace(self.task, stage=stage), self.workers, self.sample, self.artifacts
-        )
-        beside.is_preflight = self.is_preflight
-        return beside
+def devices_of(task: StageTask) -> tuple[float, Callable[[int], Shape | None]]:
+    """The devices of each worker of the stage's pool (with 0 it computes on the CPU), and how so many ranks hold each
+    model together: None where each has all of it, as one alone does whatever the manifest says. The latter raises
+    ManifestError if they do not divide."""
+    manifest = restore(task.tree)
+    config = manifest.stages[task.stage]
+    pool = manifest.compute.pools.get(config.pool or "")
+    parallel = getattr(config, "parallel", None)
+    return (
+        pool.gpus_per_worker if pool else 0,
+        lambda world: None if parallel is None or world == 1 else shape_of(parallel, world),
+    )
 
 
 def shapes_of(config: DatasetConfig) -> tuple[type, ...]:

@@ -1,0 +1,137 @@
+"""A model that is not trained and answers prompts, with the reward of what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from postlude.errors import DataError
+from postlude.manifest.schema import ModelPlace
+from postlude.recipes.answering import Sampled
+from postlude.rollout.answers import Answerer, Group
+from postlude.rollout.engine import Sampling
+from postlude.rollout.ledger import Issue
+from postlude.rollout.prompts import NotAsked, Prompt, PromptEncoders
+from postlude.rollout.reward_pool import RewardPool, Unscored
+from postlude.rollout.scoring import Score, Scorer
+from postlude.rollout.trajectory import Trajectory
+from postlude.stages.engines import fixed_engine, stop_ids_of
+from postlude.stages.models import Models
+from postlude.stages.prompts import encoders_of
+from postlude.training.timing import Phases
+from postlude.training.workers import Workers
+
+
+class Asking:
+    """Answers the prompts of data sets with one model as a recipe says. The model is loaded when it is first asked;
+    reward functions are looked for at once."""
+
+    def __init__(self, models: Models, model: ModelPlace, config: Sampled, datasets: Iterable[str]) -> None:
+        self._models, self._parts, self._model, self._config = models, models.parts, model, config
+        self._datasets = list(datasets)
+        self.scorer = Scorer(
+            config.reward, models.reward_model, RewardPool(config.reward_workers, float(config.reward_seconds))
+        )
+
+    @cached_property
+    def encoders(self) -> PromptEncoders:
+        return encoders_of(self._parts, self._parts.tokenizer_of(self._model), self._datasets)
+
+    @cached_property
+    def _answerer(self) -> Answerer:
+        config = self._config
+        engine, configured = fixed_engine(self._models, self._model, config)
+        seed = self._parts.manifest.seed if config.seed is None else config.seed
+        samplings = {
+            name: Sampling(
+                config.max_tokens,
+                stop_ids_of(configured, self.encoders[name]),
+                config.temperature,
+                config.top_p,
+                seed,
+            )
+            for name in self._datasets
+        }
+        room = min((limit for limit in (config.context, engine.context) if limit is not None), default=None)
+        return Answerer(
+            engine=engine,
+            encoders=self.encoders,
+            sampling=samplings.__getitem__,
+            scorer=self.scorer,
+            workers=Workers(device=self._parts.workers.device),  # each rank of the stage asks for itself
+            phases=Phases(),
+            tell=lambda kind, **fields: None,
+            room=room,
+            longest_prompt=None if room is None else room - 1,
+            is_repeated=False,
+            environment=config.environment,
+            most_turns=config.turns or 8,
+        )
+
+    def answer(
+        self, prompts: Iterable[Prompt | NotAsked], tell: Callable[..., None]
+    ) -> tuple[list[Group], list[NotAsked]]:
+        """Each prompt's samples, answered and scored; and the examples that nothing was made for. ``tell`` takes
+        events.
+
+        DataError, naming the record, if a reward fails.
+        """
+        answerer = replace(self._answerer, tell=tell)
+        groups: list[Group] = []
+        unasked: list[NotAsked] = []
+        for number, prompt in enumerate(prompts):
+            if isinstance(prompt, NotAsked):
+                unasked.append(prompt)
+                continue
+            begun = answerer.begin(Issue(number, 0, prompt.source, 0, number), prompt, self._config.samples)
+            if isinstance(begun, str):
+                unasked.append(NotAsked(prompt.example_id, prompt.source, begun))
+            else:
+                groups.append(begun)
+        answered = answerer.answer(groups)
+        scored([sample.score for group in answered for sample in group])
+        return answered, unasked
+
+    def close(self) -> None:
+        """Leave no process at work, and no model."""
+        self.scorer.close()
+        if "_answerer" in vars(self):
+            self._answerer.engine.close()
+
+
+def scored(scores: Sequence[Score | Unscored | None]) -> list[Score]:
+    """The scores, where there are any: without a policy that could do without a sample, DataError for one that has
+    none because its reward failed."""
+    for score in scores:
+        if isinstance(score, Unscored):
+            raise DataError(score.detail)
+    return [score for score in scores if isinstance(score, Score)]
+
+
+def score_of(sample: Trajectory) -> Score:
+    """The reward of an answered sample: 0 where nothing rewards."""
+    return sample.score if isinstance(sample.score, Score) else Score(0.0, {})
+
+
+def columns_of(sample: Trajectory) -> dict[str, Any]:
+    """A prompt and what was answered as the columns of a record, which the formats ``messages`` and
+    ``prompt_completion`` read; with an environment, what it said stands between the turns."""
+    prompt = sample.prompt
+    if isinstance(prompt.asked, str):
+        return {"prompt": prompt.asked, "completion": _interleaved(sample.turns, sample.replies)}
+    answer = [{"role": "assistant", "content": sample.turns[0] if sample.turns else ""}]
+    for reply, turn in zip(sample.replies, sample.turns[1:], strict=True):
+        answer += [{"role": "user", "content": reply}] if isinstance(reply, str) else [dict(said) for said in reply]
+        answer.append({"role": "assistant", "content": turn})
+    columns: dict[str, Any] = {"messages": [*prompt.asked, *answer], "prompt": list(prompt.asked), "completion": answer}
+    return columns if prompt.tools is None else {**columns, "tools": list(prompt.tools)}
+
+
+def _interleaved(turns: Sequence[str], replies: Sequence[Any]) -> str:
+    """The turns of a continued text, with what was said between them."""
+    pieces = list(turns[:1])
+    for reply, turn in zip(replies, turns[1:], strict=True):
+        pieces += [str(reply), turn]
+    return "".join(pieces)

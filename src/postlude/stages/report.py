@@ -1,0 +1,162 @@
+"""What a preflight finds out about a stage, for scripts and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from postlude.data.statistics import Statistics
+from postlude.data.synthetic import Verdict
+from postlude.model.memory import MIB, MemoryPlan
+from postlude.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the rehearsal of a stage that trains found."""
+
+    plan: MemoryPlan
+    precision: Precision
+    loss: float | None
+    """Of the small step; None if it was not made."""
+    grad_norm: float | None
+    expected_loss: float
+    """What a model that knows nothing has: the logarithm of the vocabulary."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "memory": self.plan.to_json(),
+            "precision": vars(self.precision),
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "log_vocabulary": self.expected_loss,
+        }
+
+    def render(self) -> Table:
+        table = Table(title="One worker", title_justify="left", show_header=False)
+        table.add_row("parameters", f"{self.plan.parameters:,}")
+        if self.plan.trained != self.plan.parameters:
+            table.add_row("trained", f"{self.plan.trained:,}")
+        for part in (
+            "base",
+            "weights",
+            "gathered",
+            "gradients",
+            "optimizer",
+            "activations",
+            "head",
+            "checkpoint",
+            "peak",
+        ):
+            if size := getattr(self.plan, f"{part}_bytes"):
+                table.add_row(part, f"{size / MIB:,.0f} MiB")
+        table.add_row("precision", f"{self.precision.name} ({self.precision.reason})")
+        step = "not made: the model is too large for this machine"
+        if self.loss is not None:
+            step = f"loss {self.loss:.3f} (chance: {self.expected_loss:.3f}), gradient norm {self.grad_norm:.3g}"
+        table.add_row("one small step", step)
+        return table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the trial of a stage found that does not train, or that answers prompts."""
+
+    counts: Mapping[str, Any]
+    """Of the data, read whole."""
+    made: Mapping[str, Any] | None
+    """The report on what came out; None if it was not made."""
+    note: str | None = None
+    """Why it was not made, or not looked at."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "made": self.made, "note": self.note}
+
+    def render(self) -> Table:
+        table = Table(show_header=False)
+        for name, value in _leaves(self.counts):
+            table.add_row(name.replace("_", " "), f"{value:,.6g}" if isinstance(value, int | float) else str(value))
+        if self.made is None:
+            table.add_row("a small trial", f"not made: {self.note}")
+        else:
+            numbers = {name: value for name, value in self.made.items() if isinstance(value, int | float)}
+            table.add_row(
+                "a small trial", ", ".join(f"{name} {value:,.6g}" for name, value in numbers.items()) or "made"
+            )
+        return table
+
+
+@dataclass
+class StageReport:
+    """What the preflight found out about one stage."""
+
+    stage: str
+    workers: int
+    threads: int
+    statistics: Statistics | None = None
+    """Of the data that a stage trains on; None for another, and where none are there yet."""
+    rehearsal: Rehearsal | None = None
+    trial: Trial | None = None
+    """Of a stage that does something else than train, or that answers prompts."""
+    awaited: dict[str, str] = field(default_factory=dict)
+    """Data sets that are not there yet, with the stage that makes each."""
+    held_out: dict[str, int] = field(default_factory=dict)
+    """How many documents each evaluation runs over."""
+    remarks: list[str] = field(default_factory=list)
+    """What is not wrong, but should be known before training."""
+    synthetic: dict[str, list[Verdict]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "workers": self.workers,
+            "threads": self.threads,
+            "data": self.statistics.to_json() if self.statistics else None,
+            "held_out_documents": self.held_out,
+            "step": self.rehearsal.to_json() if self.rehearsal else None,
+            "trial": self.trial.to_json() if self.trial else None,
+            "awaited": self.awaited,
+            "remarks": self.remarks,
+            "synthetic": {name: [v.to_json() for v in verdicts] for name, verdicts in self.synthetic.items()},
+        }
+
+    def render(self) -> list[RenderableType]:
+        parts: list[RenderableType] = [
+            f"[bold]{self.stage}[/bold]: {self.workers} worker(s) of {self.threads} thread(s)"
+        ]
+        parts += self.statistics.tables() if self.statistics else []
+        parts += [Text(f"Held out: {name}, documents {count:,}") for name, count in self.held_out.items()]
+        parts += [_synthetic_table(name, verdicts) for name, verdicts in self.synthetic.items()]
+        parts += [part.render() for part in (self.trial, self.rehearsal) if part]
+        parts += [Text(f"Not there yet: {name}, which '{maker}' makes.") for name, maker in self.awaited.items()]
+        parts += [Text(f"Note: {remark}", "yellow") for remark in self.remarks]
+        return parts
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """The leaves of a tree by their path in words; counts of what is left out as one number."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        path = f"{above} {name}".strip()
+        if isinstance(value, Mapping) and set(value) == {"count", "examples"}:
+            leaves.append((path, value["count"]))
+        elif isinstance(value, Mapping):
+            leaves += _leaves(value, path)
+        else:
+            leaves.append((path, value))
+    return leaves
+
+
+def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Table:
+    table = Table(title=f"{name}: synthetic records", title_justify="left")
+    for column in ("record", "count", "expected", "came out"):
+        table.add_column(column, justify="right" if column == "count" else "left")
+    for verdict in verdicts:
+        style = None if verdict.as_expected else "yellow"
+        table.add_row(verdict.what, str(verdict.count), verdict.expected, Text(verdict.found), style=style)
+    return table
