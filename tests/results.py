@@ -102,7 +102,13 @@ def read_file(path: Path) -> Any:
             content = json.loads(path.read_text())
             if path.name == "lineage.json":
                 parents = [{**parent, "artifact_sha256": None} for parent in content["parents"]]
-                return {**content, "versions": None, "parents": parents, "data": dict.fromkeys(content["data"])}
+                return {
+                    **content,
+                    "versions": None,
+                    "manifest_sha256": None,
+                    "parents": parents,
+                    "data": dict.fromkeys(content["data"]),
+                }
             if path.name == "adapter_config.json":
                 return {**content, "target_modules": sorted(content["target_modules"])}
             return content
