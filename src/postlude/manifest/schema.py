@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.compute import Compute, Parallel
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
 
 
 class NamesDatasets:
@@ -202,6 +200,8 @@ class StageConfig(Component):
     """Keys that ``postlude amend`` may change while the stage runs."""
     free: ClassVar[tuple[str, ...]] = ()
     """Keys that cannot change the result: a run may go on with other values."""
+    starter: ClassVar[StarterFiles | None] = None
+    """The manifest to start from, for ``postlude init``."""
 
     recipe: str
     """What the stage does, by the name of its recipe."""
@@ -217,11 +217,6 @@ class StageConfig(Component):
 
     def base_model(self) -> ModelPlace | None:
         """The model whose architecture and tokenizer the model has that the stage makes; None if it makes none."""
-        return None
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter | None:
-        """A manifest to start from, for ``postlude init``; ``stem`` is its path without the suffix."""
         return None
 
 

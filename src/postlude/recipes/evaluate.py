@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
 from postlude.recipes.generate import Sampled
 from postlude.rollout.reward import Reward
 from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
     from postlude.stages.workbench import Workbench
 
 
@@ -56,6 +56,12 @@ class Evaluate(WorkRecipe):
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "models"),)
 
+    starter = StarterFiles(
+        "postlude.recipes.starters",
+        "evaluate.yaml",
+        {".jsonl": "sums.jsonl", "-choices.jsonl": "choices.jsonl"},
+    )
+
     recipe: Literal["evaluate"]
     model: ModelPlace | None = None
     """The model."""
@@ -93,9 +99,3 @@ class Evaluate(WorkRecipe):
         if self.generation is None:
             return self
         return self.model_copy(update={"generation": self.generation.model_copy(update=self.generation.rehearsal())})
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.evaluate_starter import starter
-
-        return starter(stem)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Positive
 from postlude.rollout.reward import Reward
 from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
     from postlude.stages.workbench import Workbench
 
 
@@ -29,6 +29,8 @@ class KeepRecords(Config):
 
 class Filter(WorkRecipe):
     """Records of data sets that their filters, and a reward, let through, as a data set."""
+
+    starter = StarterFiles("postlude.recipes.starters", "filter.yaml", {".jsonl": "sums-doubtful.jsonl"})
 
     recipe: Literal["filter"]
     data: Datasets
@@ -50,9 +52,3 @@ class Filter(WorkRecipe):
         from postlude.stages.filtering import Filtering
 
         return Filtering(self, bench)
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.filter_starter import starter
-
-        return starter(stem)

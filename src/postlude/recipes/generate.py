@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Positive
 from postlude.rollout.reward import Reward
 from postlude.stages.work import Datasets, Work, WorkRecipe
 
 if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
     from postlude.stages.workbench import Workbench
 
 REHEARSED_TOKENS = 8
@@ -61,6 +61,8 @@ class KeepSome(Config):
 class Generate(WorkRecipe, Sampled):
     """A model's answers to prompts as a data set: all, the best, those above a reward, or pairs."""
 
+    starter = StarterFiles("postlude.recipes.starters", "generate.yaml", {".jsonl": "sums.jsonl"})
+
     recipe: Literal["generate"]
     model: ModelPlace
     """The model that answers."""
@@ -89,9 +91,3 @@ class Generate(WorkRecipe, Sampled):
 
     def rehearsed(self) -> Self:
         return self.model_copy(update=self.rehearsal())
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.generate_starter import starter
-
-        return starter(stem)

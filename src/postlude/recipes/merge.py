@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name
 from postlude.stages.work import Work, WorkRecipe
 
 if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
     from postlude.stages.workbench import Workbench
 
 
 class Merge(WorkRecipe):
     """A weighted average of models, task arithmetic, or the spherical interpolation of two."""
+
+    starter = StarterFiles("postlude.recipes.starters", "merge.yaml", {".jsonl": "sums.jsonl"})
 
     recipe: Literal["merge"]
     models: Annotated[dict[Name, ModelPlace], Field(min_length=1)]
@@ -60,9 +62,3 @@ class Merge(WorkRecipe):
         from postlude.stages.merging import Merging
 
         return Merging(self, bench)
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.merge_starter import starter
-
-        return starter(stem)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config, Named
 from postlude.manifest.schema import Evaluate, ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
@@ -23,7 +24,6 @@ from postlude.rollout.serving.server import EngineChoice
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from postlude.manifest.starter import Starter
     from postlude.objectives.policy import PolicyGradient
     from postlude.rollout.algorithm import Algorithm
     from postlude.training.program import Companion
@@ -96,6 +96,7 @@ class OnlineRecipe(TrainingRecipe):
     half: ClassVar[str] = "bf16"
     pool_keys: ClassVar[tuple[str, ...]] = ("pool", "rollout.pool")
     needs_reward: ClassVar[bool] = True
+    starter: ClassVar[StarterFiles] = StarterFiles("postlude.recipes.starters", "online.yaml", values={"own_key": ""})
 
     rollout: Rollout = Rollout()
     """How prompts are answered."""
@@ -197,12 +198,6 @@ class OnlineRecipe(TrainingRecipe):
             measures_reference=self.compares,
             **keys,
         )
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.online_starter import starter
-
-        return starter(stem, cls.component_name)
 
     def rehearsed(self) -> Self:
         """The same with so little of everything that a preflight can do a step of it."""

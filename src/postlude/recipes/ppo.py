@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Positive, Share
-from postlude.recipes.group_relative import Clip, Coefficient
+from postlude.recipes.group_relative import Clip, ClipBelow, Coefficient
 from postlude.recipes.online import OnlineRecipe
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class PPO(OnlineRecipe):
     updates: Positive = 2
     critic_: Annotated[Critic, Field(alias="critic")] = Critic()
     """What says how good an answer will be before it is there."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip: ClipBelow = 0.2
     """A token's probability counts as changed by at most so much."""
     gamma: Share = 1.0
     """How much of what comes a token later counts."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from postlude.manifest.component import Component, Named
+from postlude.manifest.starter import StarterFiles
 from postlude.recipes.recipe import TrainingRecipe
 
 
 class ConfidentSFT(TrainingRecipe):
     """Likelihood with a penalty on low entropy (Pereyra et al., 2017)."""
+
+    starter = StarterFiles("postlude_example.starters", "confident_sft.yaml", {".jsonl": "scripts.jsonl"})
 
     recipe: Literal["confident_sft"]
     loss: Annotated[Component, Named("objectives")]
