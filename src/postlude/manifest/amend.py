@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from postlude.manifest.nearest import suggestion
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.refusals import phrase
 from postlude.manifest.schema import StageConfig
 from postlude.manifest.text import parse_inline
 from postlude.manifest.value import Origin
+from postlude.nearest import suggestion
 
 StageType = TypeVar("StageType", bound=StageConfig)
 

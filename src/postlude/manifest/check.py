@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pydantic import ValidationError
 
 from postlude.manifest.graph import Reference, references
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
 from postlude.manifest.shape import STAGE
 from postlude.manifest.value import KeyPath, Value, located
+from postlude.nearest import suggestion_or_list
 
 
 def validated(value: Value) -> tuple[Manifest | None, list[Problem]]:

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
+from postlude.nearest import suggestion_or_list
 
 KINDS = (
     "recipes",

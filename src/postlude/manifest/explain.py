@@ -11,10 +11,10 @@ from pydantic.fields import FieldInfo
 
 from postlude.manifest.component import Config, names
 from postlude.manifest.load import Resolved
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.shape import MANIFEST, Shape
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Setting, dotted
+from postlude.nearest import suggestion_or_list
 
 
 def explain(resolved: Resolved, key: str) -> str:

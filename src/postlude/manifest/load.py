@@ -9,13 +9,13 @@ from typing import Any
 from postlude.manifest import assignments
 from postlude.manifest.check import validated
 from postlude.manifest.component import BrokenExtension, import_plugin
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem, refusal
 from postlude.manifest.resolve import resolve
 from postlude.manifest.schema import Manifest
 from postlude.manifest.shape import MANIFEST, Shape
 from postlude.manifest.text import parse
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Origin, Setting, Value
+from postlude.nearest import suggestion_or_list
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from postlude.manifest.assignments import TOP_LEVEL_KEYS
-from postlude.manifest.nearest import suggestion, suggestion_or_list
 from postlude.manifest.problem import Problem
 from postlude.manifest.shape import MANIFEST
 from postlude.manifest.value import KeyPath, Value, located
+from postlude.nearest import suggestion, suggestion_or_list
 
 _TYPES = {
     "bool_type": "true or false",

@@ -8,10 +8,10 @@ from functools import reduce
 
 from postlude.manifest.component import BrokenExtension, Component, keys_of, lookup
 from postlude.manifest.inherit import overlaid
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem
 from postlude.manifest.shape import ANYTHING, MANIFEST, STAGE, Shape
 from postlude.manifest.value import Value
+from postlude.nearest import suggestion_or_list
 
 
 def resolve(written: Value, said: Value) -> tuple[Value, list[Problem]]:
