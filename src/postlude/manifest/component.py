@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from postlude.manifest.problem import ManifestError
@@ -76,6 +76,16 @@ class Component(Config):
 
     component_name: ClassVar[str] = ""
     """The name it is registered under; set by the registry."""
+
+    @classmethod
+    def of(cls, component: Component) -> Self:
+        """A field's component as one of this class, the base of its kind: ``Schedule.of(config.schedule)``.
+
+        The manifest knows no kind from inside. TypeError for a component that does not derive from its kind's base.
+        """
+        if not isinstance(component, cls):
+            raise TypeError(f"'{component.component_name}' ({type(component).__qualname__}) is no {cls.__qualname__}")
+        return component
 
 
 def attribute_of(config: type[Config], key: str) -> str:
@@ -204,6 +214,11 @@ def _of_others(what: str) -> Iterator[None]:
 
 
 # --- components in fields -----------------------------------------------------------------------------------
+
+
+def default_name(name: str) -> Any:
+    """The default of a field that is :class:`Named`: the component of this name, with the defaults of its keys."""
+    return Field(default=name, validate_default=True)
 
 
 class Named:

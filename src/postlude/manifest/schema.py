@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.component import Component, Config, Named, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
@@ -253,9 +253,9 @@ class TrainingStage(StageConfig):
     """How long: so many passes over the largest data set by weight."""
     batch: Batch = Batch()
     """How many tokens make an optimiser step, and how they are packed."""
-    optimizer: Annotated[Component, Named("optimizers", default="adamw"), Field(validate_default=True)] = "adamw"  # type: ignore
+    optimizer: Annotated[Component, Named("optimizers", default="adamw")] = default_name("adamw")
     """How gradients change the weights."""
-    schedule: Annotated[Component, Named("schedules", default="cosine"), Field(validate_default=True)] = "cosine"  # type: ignore
+    schedule: Annotated[Component, Named("schedules", default="cosine")] = default_name("cosine")
     """How the learning rate changes over the stage."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients with a larger norm are scaled down to it; null for no limit."""
