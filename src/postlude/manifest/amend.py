@@ -33,7 +33,7 @@ def amendment(stage: StageConfig, assignment: str) -> Amendment:
         ManifestError: the key may not change while the stage runs, the stage does not have it, or the value is
             not one that it can have.
     """
-    key, _ = _parsed(stage, assignment)
+    key, _ = _parse(stage, assignment)
     before = stage.model_dump(mode="json", by_alias=True)
     after = amended(stage, assignment).model_dump(mode="json", by_alias=True)
     for part in key.split("."):
@@ -43,7 +43,7 @@ def amendment(stage: StageConfig, assignment: str) -> Amendment:
 
 def amended(stage: StageType, assignment: str) -> StageType:
     """The stage's config with one key changed. Raises as :func:`amendment` does."""
-    key, value = _parsed(stage, assignment)
+    key, value = _parse(stage, assignment)
     tree = stage.model_dump(mode="json", by_alias=True)
     *above, last = key.split(".")
     here = tree
@@ -59,7 +59,7 @@ def amended(stage: StageType, assignment: str) -> StageType:
         raise ManifestError(f"'{assignment}' cannot be: the value {why}") from error
 
 
-def _parsed(stage: StageConfig, assignment: str) -> tuple[str, Any]:
+def _parse(stage: StageConfig, assignment: str) -> tuple[str, Any]:
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals:

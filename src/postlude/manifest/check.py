@@ -14,12 +14,12 @@ from postlude.manifest.graph import Reference, references
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
-from postlude.manifest.shape import STAGE
-from postlude.manifest.value import KeyPath, Value, located
+from postlude.manifest.slot import STAGE
+from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion_or_list
 
 
-def validated(value: Value) -> tuple[Manifest | None, list[Problem]]:
+def validate(value: Value) -> tuple[Manifest | None, list[Problem]]:
     """The manifest that a resolved value is; None, and what is wrong, if it is none."""
     manifest, problems = None, []
     try:
@@ -34,7 +34,7 @@ def _misreferences(value: Value) -> Iterator[Problem]:
     """Names that stand for nothing, circles, and data sets and pools that nothing uses."""
 
     def at(path: KeyPath, what: str) -> Problem:
-        origin, key = located(value, path)
+        origin, key = locate(value, path)
         return Problem(origin, key, what)
 
     data, stages = value.mapping("data"), value.mapping("stages")

@@ -61,12 +61,12 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _has_exactly_one(self) -> Self:
         for group in self.exactly_one:
-            given = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
-            if len(given) != 1:
+            keys = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
+            if len(keys) != 1:
                 raise PydanticCustomError(
                     "exactly_one",
                     "exactly one of {group} is needed, found {found}",
-                    {"group": _listed(group), "found": _listed(given) or "none"},
+                    {"group": _listed(group), "found": _listed(keys) or "none"},
                 )
         return self
 
@@ -123,12 +123,12 @@ def _entry_points(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 def _by_name(points: Iterable[EntryPoint]) -> dict[str, tuple[EntryPoint, ...]]:
     """More than one under a name is an error, once the name is used."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
+    named: dict[str, tuple[EntryPoint, ...]] = {}
     for point in points:
-        same = found.get(point.name, ())
+        same = named.get(point.name, ())
         if all(point.value != other.value for other in same):
-            found[point.name] = (*same, point)
-    return found
+            named[point.name] = (*same, point)
+    return named
 
 
 def register(kind: str, name: str) -> Callable[[ComponentType], ComponentType]:
