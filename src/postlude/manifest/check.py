@@ -14,7 +14,7 @@ from postlude.manifest.graph import Reference, references
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
-from postlude.manifest.slot import STAGE
+from postlude.manifest.subschema import STAGE
 from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion_or_list
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from postlude.manifest.slot import Slot
+from postlude.manifest.subschema import Subschema
 from postlude.manifest.value import Value
 
 
-def overlay(below: Value, above: Value, slot: Slot, key: str = "") -> Value:
+def overlay(below: Value, above: Value, subschema: Subschema, key: str = "") -> Value:
     """The value ``above`` with what it inherits from ``below``.
 
-    ``slot`` is the schema's view of the place where both stand, ``key`` the last part of its path.
+    ``subschema`` is the schema's view of the place where both stand, ``key`` the last part of its path.
     """
     if below.is_mapping or above.is_mapping:
-        below, above = slot.expand(below), slot.expand(above)
+        below, above = subschema.expand(below), subschema.expand(above)
     if not (below.is_mapping and above.is_mapping):
         return replace(above, previous=(key, below))
-    inherits = not _stands_alone(above, below, slot)
+    inherits = not _stands_alone(above, below, subschema)
     keys = {**below.plain(), **above.plain()} if inherits else above.plain()
     content = dict(below.content) if inherits else {}
     for name, value in above.content.items():
@@ -34,10 +34,10 @@ def overlay(below: Value, above: Value, slot: Slot, key: str = "") -> Value:
         if under is None:
             content[name] = value
         elif inherits:
-            content[name] = overlay(under, value, slot.child(keys, name), name)
+            content[name] = overlay(under, value, subschema.child(keys, name), name)
         else:
             content[name] = replace(value, previous=(name, under))
-    config = slot.config(keys)
+    config = subschema.config(keys)
     for group in config.exactly_one if config else ():
         _exclude(group, above, below, content)
     place = below if above.partial else above
@@ -45,11 +45,11 @@ def overlay(below: Value, above: Value, slot: Slot, key: str = "") -> Value:
     return Value(content, place.origin, place.key_origin, below.partial and above.partial, previous)
 
 
-def _stands_alone(above: Value, below: Value, slot: Slot) -> bool:
+def _stands_alone(above: Value, below: Value, subschema: Subschema) -> bool:
     """Whether nothing is inherited although both are mappings."""
-    if slot.names_datasets and not above.partial:
+    if subschema.names_datasets and not above.partial:
         return True
-    named = slot.branch_for(above.content).named
+    named = subschema.branch_for(above.content).named
     if named is None:
         return False
     name = named.name_in(above.plain())

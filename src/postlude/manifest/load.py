@@ -12,7 +12,7 @@ from postlude.manifest.component import BrokenExtension, import_plugin
 from postlude.manifest.problem import Problem, refusal
 from postlude.manifest.resolve import resolve
 from postlude.manifest.schema import Manifest
-from postlude.manifest.slot import MANIFEST, Slot
+from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.text import parse
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Origin, Setting, Value
 from postlude.nearest import suggestion_or_list
@@ -108,14 +108,14 @@ def _refuse_without_effect(assigned: Value, value: Value, name: str) -> None:
 
 def _written_at(value: Value, path: KeyPath) -> Value | None:
     """What was written at a path of the tree; None where the schema's default stands."""
-    here, slot = value, MANIFEST
+    here, subschema = value, MANIFEST
     for part in path:
-        here = slot.expand(here)
+        here = subschema.expand(here)
         content = here.plain()
-        below = here.get(part) or slot.name_origin(here, str(part))
+        below = here.get(part) or subschema.name_origin(here, str(part))
         if below is None or below.origin == SCHEMA_DEFAULT:
             return None
-        here, slot = below, slot.child(content, part)
+        here, subschema = below, subschema.child(content, part)
     return here
 
 
@@ -131,13 +131,13 @@ def _descend(tree: Any, path: Iterable[str | int]) -> Any:
     return tree
 
 
-def _without_default_nulls(tree: Any, value: Value | None, slot: Slot) -> Any:
+def _without_default_nulls(tree: Any, value: Value | None, subschema: Subschema) -> Any:
     """The tree without the nulls that nobody asked for."""
     if value is not None:
-        value = slot.expand(value)
+        value = subschema.expand(value)
     if isinstance(tree, list):
         return [
-            _without_default_nulls(item, value.get(i) if value else None, slot.child(tree, i))
+            _without_default_nulls(item, value.get(i) if value else None, subschema.child(tree, i))
             for i, item in enumerate(tree)
         ]
     if not isinstance(tree, dict):
@@ -146,5 +146,5 @@ def _without_default_nulls(tree: Any, value: Value | None, slot: Slot) -> Any:
     for key, item in tree.items():
         below = value.get(key) if value else None
         if item is not None or below is not None:
-            kept[key] = _without_default_nulls(item, below, slot.child(tree, key))
+            kept[key] = _without_default_nulls(item, below, subschema.child(tree, key))
     return kept

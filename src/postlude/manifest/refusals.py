@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from postlude.manifest.assignments import TOP_LEVEL_KEYS
 from postlude.manifest.problem import Problem
-from postlude.manifest.slot import MANIFEST
+from postlude.manifest.subschema import MANIFEST
 from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion, suggestion_or_list
 
@@ -107,11 +107,11 @@ def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tupl
     path: KeyPath = ()
     union: KeyPath | None = None
     known: list[str] = list(TOP_LEVEL_KEYS)
-    slot, here = MANIFEST, value
+    subschema, here = MANIFEST, value
     for i, part in enumerate(location):
-        here = slot.expand(here)
+        here = subschema.expand(here)
         content = here.plain() if here.is_mapping else {}
-        keys = slot.keys(content) if path else known
+        keys = subschema.keys(content) if path else known
         below = here.get(part)
         if below is None and part not in keys and not (is_missing and i == len(location) - 1):
             union = path if union is None else union
@@ -119,7 +119,7 @@ def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tupl
         path, known = (*path, part), keys
         if below is None:
             break
-        slot, here = slot.child(content, part), below
+        subschema, here = subschema.child(content, part), below
     return path, union, known
 
 

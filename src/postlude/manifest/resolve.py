@@ -9,7 +9,7 @@ from functools import reduce
 from postlude.manifest.component import BrokenExtension, Component, keys_of, lookup
 from postlude.manifest.inherit import overlay
 from postlude.manifest.problem import Problem
-from postlude.manifest.slot import ANYTHING, MANIFEST, STAGE, Slot
+from postlude.manifest.subschema import ANYTHING, MANIFEST, STAGE, Subschema
 from postlude.manifest.value import Value
 from postlude.nearest import suggestion_or_list
 
@@ -71,6 +71,6 @@ def _fold(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Compo
         return layers[-1]
     takes: Mapping[str, str] = keys_of(recipe) if recipe else {"recipe": "recipe"}
     inherited = [replace(layer, content={k: v for k, v in layer.content.items() if k in takes}) for layer in defaults]
-    slot = Slot(recipe) if recipe else ANYTHING
-    whole = reduce(lambda below, above: overlay(below, above, slot), [*inherited, *layers])
+    subschema = Subschema(recipe) if recipe else ANYTHING
+    whole = reduce(lambda below, above: overlay(below, above, subschema), [*inherited, *layers])
     return replace(whole, origin=layers[0].origin, key_origin=layers[0].key_origin)

@@ -19,25 +19,25 @@ from postlude.manifest.value import SCHEMA_DEFAULT, Value
 
 
 @dataclass(frozen=True)
-class Slot:
+class Subschema:
     """One annotation of the schema: a config, a component to be named, a list, a mapping, a scalar, or a choice."""
 
     annotation: Any
     metadata: tuple[Any, ...] = ()
 
     @staticmethod
-    def of_field(field: FieldInfo) -> Slot:
+    def of_field(field: FieldInfo) -> Subschema:
         """What a field may hold."""
-        return Slot(field.annotation, tuple(field.metadata))
+        return Subschema(field.annotation, tuple(field.metadata))
 
-    def branches(self) -> Iterator[Slot]:
-        """The alternatives of a union; the slot itself if it is none."""
+    def branches(self) -> Iterator[Subschema]:
+        """The alternatives of a union; the subschema itself if it is none."""
         if get_origin(self.annotation) is Annotated:
             inner, *more = get_args(self.annotation)
-            yield from Slot(inner, (*self.metadata, *more)).branches()
+            yield from Subschema(inner, (*self.metadata, *more)).branches()
         elif get_origin(self.annotation) in (Union, UnionType):
             for branch in get_args(self.annotation):
-                yield from Slot(branch, self.metadata).branches()
+                yield from Subschema(branch, self.metadata).branches()
         else:
             yield self
 
@@ -51,7 +51,7 @@ class Slot:
         """Whether the keys are names of data sets."""
         return any(isinstance(item, NamesDatasets) for branch in self.branches() for item in branch.metadata)
 
-    def branch_for(self, content: Any) -> Slot:
+    def branch_for(self, content: Any) -> Subschema:
         """The alternative that a value of this type is meant for."""
         branches = list(self.branches())
         return next((branch for branch in branches if branch._takes(content)), branches[0])
@@ -68,10 +68,10 @@ class Slot:
 
     def config(self, content: Mapping[str, Any]) -> type[Config] | None:
         """The config class that a mapping is checked by; None for an open mapping or an unknown component."""
-        slot = self.branch_for(content)
-        if slot.named is not None:
-            return slot.named.component(content)
-        origin = get_origin(slot.annotation) or slot.annotation
+        subschema = self.branch_for(content)
+        if subschema.named is not None:
+            return subschema.named.component(content)
+        origin = get_origin(subschema.annotation) or subschema.annotation
         return origin if isinstance(origin, type) and issubclass(origin, Config) else None
 
     def keys(self, content: Mapping[str, Any]) -> list[str]:
@@ -87,16 +87,16 @@ class Slot:
         name = keys_of(config).get(key) if config else None
         return config.model_fields[name] if config and name else None
 
-    def child(self, content: Any, key: str | int) -> Slot:
-        """The slot of what stands under a key or a list position; of anything at all where the schema has none."""
+    def child(self, content: Any, key: str | int) -> Subschema:
+        """The subschema of what stands under a key or a list position; of anything at all where the schema has none."""
         if isinstance(content, Mapping):
             field = self.field(content, str(key))
             if field is not None:
-                return Slot.of_field(field)
+                return Subschema.of_field(field)
         branch = self.branch_for(content)
         arguments = get_args(branch.annotation)
         if get_origin(branch.annotation) in (dict, list) and arguments:
-            return Slot(arguments[-1])
+            return Subschema(arguments[-1])
         return ANYTHING
 
     def expand(self, value: Value) -> Value:
@@ -120,6 +120,6 @@ class Slot:
         return Value(inferred, value.origin) if inferred else Value(named.default, SCHEMA_DEFAULT)
 
 
-ANYTHING = Slot(Any)
-MANIFEST = Slot(Manifest)
+ANYTHING = Subschema(Any)
+MANIFEST = Subschema(Manifest)
 STAGE = MANIFEST.child({}, "stages").child({}, "")
