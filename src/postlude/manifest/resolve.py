@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
-from postlude.manifest.component import BrokenExtension, Component, keys_of, lookup
+from postlude.manifest.component import Config, keys_of
 from postlude.manifest.inherit import overlay
 from postlude.manifest.problem import Problem
 from postlude.manifest.subschema import ANYTHING, MANIFEST, STAGE, Subschema
@@ -37,7 +37,8 @@ def resolve(written: Value, assigned: Value) -> tuple[Value, list[Problem]]:
     folded = {}
     for name in dict.fromkeys([*own[0], *own[1]]):
         layers = [STAGE.expand(stages[name]) for stages in own if name in stages]
-        recipes[name] = _recipe([*defaults, *layers])
+        named = next((layer for layer in reversed([*defaults, *layers]) if layer.get("recipe")), None)
+        recipes[name] = STAGE.config({"recipe": named.text("recipe") if named else None})
         folded[name] = _fold(defaults, layers, recipes[name])
     if all(recipes.values()):
         keys = {key for recipe in recipes.values() if recipe for key in keys_of(recipe)}
@@ -54,16 +55,7 @@ def _without_stages(value: Value) -> Value:
     return replace(value, content={k: v for k, v in value.content.items() if k not in ("defaults", "stages")})
 
 
-def _recipe(layers: Sequence[Value]) -> type[Component] | None:
-    """The recipe that the uppermost layer names; None if it cannot be used, which is reported when it is checked."""
-    name = next((layer.text("recipe") for layer in reversed(layers) if layer.get("recipe")), None)
-    try:
-        return lookup("recipes", name) if name else None
-    except (KeyError, BrokenExtension):
-        return None
-
-
-def _fold(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Component] | None) -> Value:
+def _fold(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Config] | None) -> Value:
     """A stage's own layers over those of the defaults that its recipe has."""
     if layers[-1].content is None:
         layers = [*layers[:-1], replace(layers[-1], content={})]
