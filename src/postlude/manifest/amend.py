@@ -26,7 +26,7 @@ class Amendment:
     value: Any
 
 
-def amendment(stage: StageConfig, assignment: str) -> Amendment:
+def check_amendment(stage: StageConfig, assignment: str) -> Amendment:
     """Read and check a KEY=VALUE for a stage; the key is the stage's own, such as ``optimizer.lr``.
 
     Raises:
@@ -35,14 +35,14 @@ def amendment(stage: StageConfig, assignment: str) -> Amendment:
     """
     key, _ = _parse(stage, assignment)
     before = stage.model_dump(mode="json", by_alias=True)
-    after = amended(stage, assignment).model_dump(mode="json", by_alias=True)
+    after = apply_amendment(stage, assignment).model_dump(mode="json", by_alias=True)
     for part in key.split("."):
         before, after = before[part], after[part]
     return Amendment(key, before, after)
 
 
-def amended(stage: StageType, assignment: str) -> StageType:
-    """The stage's config with one key changed. Raises as :func:`amendment` does."""
+def apply_amendment(stage: StageType, assignment: str) -> StageType:
+    """The stage's config with one key changed. Raises as :func:`check_amendment` does."""
     key, value = _parse(stage, assignment)
     tree = stage.model_dump(mode="json", by_alias=True)
     *above, last = key.split(".")
