@@ -37,8 +37,8 @@ def test_help_imports_neither_the_libraries_nor_the_schema(arguments):
 def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
     imported = modules_after(
         "from postlude.manifest import load, explain, lock, json_schema, catalogue\n"
-        "from postlude.recipes.sft_starter import starter\n"
-        "resolved = load.load(starter('x').text, 'x.yaml', ['sft.steps=3'])\n"
+        "from postlude.manifest.starter import starter\n"
+        "resolved = load.load(starter('sft', 'x').text, 'x.yaml', ['sft.steps=3'])\n"
         "explain.explain(resolved, 'sft.steps'); lock.lock_text(resolved)\n"
         "list(catalogue.catalogue()); json_schema.schema()\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from postlude.manifest.amend import amended, amendment
+from postlude.manifest.amend import apply_amendment, check_amendment
 from postlude.manifest.load import load
 from postlude.manifest.problem import ManifestError
 
@@ -16,7 +16,7 @@ def stages(example):
 
 def test_an_amendment_changes_one_key_and_nothing_else(stages):
     before = stages["first"]
-    after = amended(before, "optimizer.lr=3e-4")
+    after = apply_amendment(before, "optimizer.lr=3e-4")
     assert after.optimizer.lr == 3e-4
     assert after.model_dump(exclude={"optimizer"}) == before.model_dump(exclude={"optimizer"})
     assert after.optimizer.model_dump(exclude={"lr"}) == before.optimizer.model_dump(exclude={"lr"})
@@ -24,9 +24,9 @@ def test_an_amendment_changes_one_key_and_nothing_else(stages):
 
 
 def test_an_amendment_says_what_was_there_before(stages):
-    change = amendment(stages["first"], " evaluate.every = 3")
+    change = check_amendment(stages["first"], " evaluate.every = 3")
     assert (change.key, change.before, change.value) == ("evaluate.every", 10, 3)
-    assert amended(stages["first"], "max_grad_norm=null").max_grad_norm is None
+    assert apply_amendment(stages["first"], "max_grad_norm=null").max_grad_norm is None
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_an_amendment_says_what_was_there_before(stages):
     ],
 )
 def test_an_amendment_that_cannot_be_is_refused(stages, stage, assignment, what):
-    for refuse in (amended, amendment):
+    for refuse in (apply_amendment, check_amendment):
         with pytest.raises(ManifestError, match=what):
             refuse(stages[stage], assignment)

@@ -22,9 +22,9 @@ def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> Non
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        said = ""
+        reply = ""
         for piece in answer(list(messages)):
-            said += piece
+            reply += piece
             console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
         console.print()
-        messages.append({"role": "assistant", "content": said})
+        messages.append({"role": "assistant", "content": reply})

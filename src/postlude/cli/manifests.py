@@ -22,8 +22,8 @@ def init(
     from postlude.manifest.starter import starter
 
     path = output or f"{recipe}.yaml"
-    begun = starter(recipe, path.removesuffix(".yaml").removesuffix(".yml"))
-    files = {path: begun.text, **begun.files}
+    chosen = starter(recipe, path.removesuffix(".yaml").removesuffix(".yml"))
+    files = {path: chosen.text, **chosen.files}
     for taken in filter(storage.exists, files):
         raise UserError(f"'{taken}' is there already. Give another file with -o, or remove it.")
     for name, text in files.items():
@@ -72,13 +72,13 @@ def preview(
     """Show the packed blocks as they will be trained on, each token marked as trained or not."""
     from postlude.workflow import preview as workflow
 
-    shown = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks)
+    report = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks)
     if html is not None:
         from postlude import storage
 
-        storage.write_text(html, shown.to_html(manifest))
+        storage.write_text(html, report.to_html(manifest))
     if as_json or html is None:
-        show(shown, as_json)
+        show(report, as_json)
 
 
 def flow(
@@ -92,9 +92,9 @@ def flow(
     ] = None,
 ) -> None:
     """Write the graph of stages as a Metaflow flow, whose steps run one stage each."""
-    from postlude.workflow.flow import flow as written
+    from postlude.workflow import flow as workflow
 
-    text = written(manifest, overrides or [], output or "flow.py")
+    text = workflow.flow(manifest, overrides or [], output or "flow.py")
     if output is None:
         typer.echo(text, nl=False)
         return
@@ -127,11 +127,10 @@ def explain(
 ) -> None:
     """Tell a key's value, where it comes from, what it took the place of, and what it means."""
     from postlude import storage
-    from postlude.manifest.explain import explain as explained
-    from postlude.manifest.load import load
+    from postlude.manifest import explain, load
 
-    resolved = load(storage.read_bytes(manifest), manifest, overrides or [])
-    typer.echo(explained(resolved, key))
+    resolved = load.load(storage.read_bytes(manifest), manifest, overrides or [])
+    typer.echo(explain.explain(resolved, key))
 
 
 def recipes() -> None:
@@ -151,6 +150,6 @@ def recipes() -> None:
 
 def schema() -> None:
     """Print the manifest's JSON Schema, for completion in an editor."""
-    from postlude.manifest.json_schema import schema as described
+    from postlude.manifest import json_schema
 
-    show_json(described())
+    show_json(json_schema.schema())

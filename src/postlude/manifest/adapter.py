@@ -41,9 +41,9 @@ class Adapter(Config):
     @model_validator(mode="after")
     def _is_new_or_continued(self) -> Self:
         shape = ("rank", "alpha", "targets", "dropout", "rslora", "dora")
-        given = [name for name in shape if getattr(self, name) is not None]
-        if self.continue_ and given:
-            raise ValueError(f"'continue' takes the adapter as it is: leave out {', '.join(given)}")
+        keys = [name for name in shape if getattr(self, name) is not None]
+        if self.continue_ and keys:
+            raise ValueError(f"'continue' takes the adapter as it is: leave out {', '.join(keys)}")
         return self
 
     @model_validator(mode="after")

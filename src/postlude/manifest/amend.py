@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from postlude.manifest.nearest import suggestion
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.refusals import phrase
 from postlude.manifest.schema import StageConfig
 from postlude.manifest.text import parse_inline
 from postlude.manifest.value import Origin
+from postlude.nearest import suggestion
 
 StageType = TypeVar("StageType", bound=StageConfig)
 
@@ -26,24 +26,24 @@ class Amendment:
     value: Any
 
 
-def amendment(stage: StageConfig, assignment: str) -> Amendment:
+def check_amendment(stage: StageConfig, assignment: str) -> Amendment:
     """Read and check a KEY=VALUE for a stage; the key is the stage's own, such as ``optimizer.lr``.
 
     Raises:
         ManifestError: the key may not change while the stage runs, the stage does not have it, or the value is
             not one that it can have.
     """
-    key, _ = _parsed(stage, assignment)
+    key, _ = _parse(stage, assignment)
     before = stage.model_dump(mode="json", by_alias=True)
-    after = amended(stage, assignment).model_dump(mode="json", by_alias=True)
+    after = apply_amendment(stage, assignment).model_dump(mode="json", by_alias=True)
     for part in key.split("."):
         before, after = before[part], after[part]
     return Amendment(key, before, after)
 
 
-def amended(stage: StageType, assignment: str) -> StageType:
-    """The stage's config with one key changed. Raises as :func:`amendment` does."""
-    key, value = _parsed(stage, assignment)
+def apply_amendment(stage: StageType, assignment: str) -> StageType:
+    """The stage's config with one key changed. Raises as :func:`check_amendment` does."""
+    key, value = _parse(stage, assignment)
     tree = stage.model_dump(mode="json", by_alias=True)
     *above, last = key.split(".")
     here = tree
@@ -59,7 +59,7 @@ def amended(stage: StageType, assignment: str) -> StageType:
         raise ManifestError(f"'{assignment}' cannot be: the value {why}") from error
 
 
-def _parsed(stage: StageConfig, assignment: str) -> tuple[str, Any]:
+def _parse(stage: StageConfig, assignment: str) -> tuple[str, Any]:
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals:

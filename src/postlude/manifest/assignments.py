@@ -22,9 +22,9 @@ def layer(assignments: Iterable[str], stages: Iterable[str]) -> tuple[Value, lis
     stages = set(stages)
     problems: list[Problem] = []
     root = Value({}, Origin("command line"), partial=True)
-    for text in assignments:
-        origin = Origin("command line", assignment=text)
-        key, equals, value = text.partition("=")
+    for assignment in assignments:
+        origin = Origin("command line", assignment=assignment)
+        key, equals, text = assignment.partition("=")
         path: KeyPath = tuple(key.strip().split("."))
         if not equals or not all(path):
             what = "an assignment is KEY=VALUE, such as sft.optimizer.lr=1e-4"
@@ -33,17 +33,17 @@ def layer(assignments: Iterable[str], stages: Iterable[str]) -> tuple[Value, lis
         if path[0] not in TOP_LEVEL_KEYS and path[0] in stages:
             path = ("stages", *path)
         try:
-            said = parse_inline(value, origin)
+            value = parse_inline(text, origin)
         except ManifestError as error:
             problems += [replace(problem, key=dotted(path)) for problem in error.problems]
             continue
         for part in reversed(path):
-            said = Value({part: replace(said, key_origin=origin)}, origin, partial=True)
-        root = _together(root, said, (), problems)
+            value = Value({part: replace(value, key_origin=origin)}, origin, partial=True)
+        root = _join(root, value, (), problems)
     return root, problems
 
 
-def _together(first: Value, second: Value, path: KeyPath, problems: list[Problem]) -> Value:
+def _join(first: Value, second: Value, path: KeyPath, problems: list[Problem]) -> Value:
     """Two assignments side by side. None outranks the other, so that both saying the same key is a problem."""
     if not (isinstance(first.content, Mapping) and isinstance(second.content, Mapping)):
         what = f"this key is given twice, the other time by {first.origin.place}"
@@ -51,5 +51,5 @@ def _together(first: Value, second: Value, path: KeyPath, problems: list[Problem
         return second
     content = dict(first.content)
     for key, value in second.content.items():
-        content[key] = _together(content[key], value, (*path, key), problems) if key in content else value
+        content[key] = _join(content[key], value, (*path, key), problems) if key in content else value
     return replace(first, content=content, partial=first.partial and second.partial)

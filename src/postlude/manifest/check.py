@@ -6,20 +6,20 @@ Everything that is wrong is gathered, so that one reading mends the whole file.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from pydantic import ValidationError
 
 from postlude.manifest.graph import Reference, references
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
-from postlude.manifest.shape import STAGE
-from postlude.manifest.value import KeyPath, Value, located
+from postlude.manifest.subschema import STAGE
+from postlude.manifest.value import KeyPath, Value, locate
+from postlude.nearest import suggestion_or_list
 
 
-def validated(value: Value) -> tuple[Manifest | None, list[Problem]]:
+def validate(value: Value) -> tuple[Manifest | None, list[Problem]]:
     """The manifest that a resolved value is; None, and what is wrong, if it is none."""
     manifest, problems = None, []
     try:
@@ -34,7 +34,7 @@ def _misreferences(value: Value) -> Iterator[Problem]:
     """Names that stand for nothing, circles, and data sets and pools that nothing uses."""
 
     def at(path: KeyPath, what: str) -> Problem:
-        origin, key = located(value, path)
+        origin, key = locate(value, path)
         return Problem(origin, key, what)
 
     data, stages = value.mapping("data"), value.mapping("stages")
@@ -44,7 +44,10 @@ def _misreferences(value: Value) -> Iterator[Problem]:
         recipe = STAGE.config(stage.plain()) if stage.is_mapping else None
         if recipe is not None and issubclass(recipe, StageConfig):
             used[name] = list(references(stage.plain(), STAGE))
-            pools |= {*filter(None, [_pool(stage, recipe), *_named(stage, recipe.pool_keys)])}
+            names = [stage.at(tuple(key.split("."))) for key in recipe.pool_keys]
+            pools |= {name.content for name in names if name is not None and isinstance(name.content, str)}
+            if not stage.text("pool") and recipe.model_fields["pool"].default:
+                pools.add(recipe.model_fields["pool"].default)
     for name, named in used.items():
         for reference in named:
             path = ("stages", name, *reference.path)
@@ -55,7 +58,8 @@ def _misreferences(value: Value) -> Iterator[Problem]:
             elif reference.to == "stage" and reference.name not in stages:
                 others = suggestion_or_list(reference.name, set(stages) - {name})
                 yield at(path, f"there is no stage '{reference.name}'.{others}")
-    makers = {name: maker for name, dataset in data.items() if isinstance(maker := _maker(dataset), str)}
+    sources = {name: dataset.at(("source", "from")) for name, dataset in data.items()}
+    makers = {name: stage.content for name, stage in sources.items() if stage and isinstance(stage.content, str)}
     for name, maker in makers.items():
         if maker not in stages:
             others = suggestion_or_list(maker, stages)
@@ -74,25 +78,6 @@ def _misreferences(value: Value) -> Iterator[Problem]:
         if name not in pools:
             what = f"no stage runs on this pool.{suggestion_or_list(name, pools)}"
             yield at(("compute", "pools", name), what)
-
-
-def _pool(stage: Value, recipe: type[StageConfig]) -> str | None:
-    """The pool that a stage runs on: what it says, or what its recipe has."""
-    return stage.text("pool") or recipe.model_fields["pool"].default
-
-
-def _named(stage: Value, keys: Iterable[str]) -> Iterator[str]:
-    """The names that stand under dotted keys, where there are any."""
-    for key in keys:
-        value = stage.at(tuple(key.split(".")))
-        if value is not None and isinstance(value.content, str):
-            yield value.content
-
-
-def _maker(dataset: Value) -> object:
-    """What a data set's source says makes it."""
-    source = dataset.get("source")
-    return source.plain().get("from") if source is not None and source.is_mapping else None
 
 
 def _circles(used: Mapping[str, list[Reference]], makers: Mapping[str, str]) -> Iterator[list[str]]:

@@ -20,11 +20,11 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
+from postlude.nearest import suggestion_or_list
 
 KINDS = (
     "recipes",
@@ -65,12 +65,12 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _has_exactly_one(self) -> Self:
         for group in self.exactly_one:
-            given = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
-            if len(given) != 1:
+            keys = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
+            if len(keys) != 1:
                 raise PydanticCustomError(
                     "exactly_one",
                     "exactly one of {group} is needed, found {found}",
-                    {"group": _listed(group), "found": _listed(given) or "none"},
+                    {"group": _listed(group), "found": _listed(keys) or "none"},
                 )
         return self
 
@@ -80,6 +80,16 @@ class Component(Config):
 
     component_name: ClassVar[str] = ""
     """The name it is registered under; set by the registry."""
+
+    @classmethod
+    def of(cls, component: Component) -> Self:
+        """A field's component as one of this class, the base of its kind: ``Schedule.of(config.schedule)``.
+
+        The manifest knows no kind from inside. TypeError for a component that does not derive from its kind's base.
+        """
+        if not isinstance(component, cls):
+            raise TypeError(f"'{component.component_name}' ({type(component).__qualname__}) is no {cls.__qualname__}")
+        return component
 
 
 def attribute_of(config: type[Config], key: str) -> str:
@@ -117,12 +127,12 @@ def _entry_points(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
 
 def _by_name(points: Iterable[EntryPoint]) -> dict[str, tuple[EntryPoint, ...]]:
     """More than one under a name is an error, once the name is used."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
+    named: dict[str, tuple[EntryPoint, ...]] = {}
     for point in points:
-        same = found.get(point.name, ())
+        same = named.get(point.name, ())
         if all(point.value != other.value for other in same):
-            found[point.name] = (*same, point)
-    return found
+            named[point.name] = (*same, point)
+    return named
 
 
 def register(kind: str, name: str) -> Callable[[ComponentType], ComponentType]:
@@ -214,6 +224,11 @@ def _of_others(what: str) -> Iterator[None]:
 
 
 # --- components in fields -----------------------------------------------------------------------------------
+
+
+def default_name(name: str) -> Any:
+    """The default of a field that is :class:`Named`: the component of this name, with the defaults of its keys."""
+    return Field(default=name, validate_default=True)
 
 
 class Named:

@@ -11,10 +11,10 @@ from pydantic.fields import FieldInfo
 
 from postlude.manifest.component import Config, names
 from postlude.manifest.load import Resolved
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
-from postlude.manifest.shape import MANIFEST, Shape
+from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Setting, dotted
+from postlude.nearest import suggestion_or_list
 
 
 def explain(resolved: Resolved, key: str) -> str:
@@ -51,12 +51,12 @@ class _Place:
 
     def __init__(self, resolved: Resolved, path: KeyPath) -> None:
         tree: Any = resolved.tree
-        shape, field, self.named_component = MANIFEST, None, None
+        subschema, field, self.named_component = MANIFEST, None, None
         for i, part in enumerate(path):
             content = tree if isinstance(tree, dict) else {}
-            field, named = shape.field(content, str(part)), shape.taking(content).named
+            field, named = subschema.field(content, str(part)), subschema.branch_for(content).named
             self.named_component = named if named is not None and named.key == part else None
-            self.component_doc = _documentation(shape.config(content)) if self.named_component else ""
+            self.component_doc = _documentation(subschema.config(content)) if self.named_component else ""
             if isinstance(tree, list) and str(part).isdecimal() and int(part) < len(tree):
                 below = tree[int(part)]
             elif part in content:
@@ -64,12 +64,12 @@ class _Place:
             elif field is not None:
                 below = None  # a null that nobody asked for is not in the tree
             else:
-                known = {*content, *shape.keys(content), *(resolved.manifest.stages if i == 0 else ())}
+                known = {*content, *subschema.keys(content), *(resolved.manifest.stages if i == 0 else ())}
                 above = f" in '{dotted(path[:i])}'" if i else ""
                 near = suggestion_or_list(str(part), known) if known else ""
                 raise ManifestError(f"{resolved.name} has no key '{part}'{above}.{near}")
-            shape, tree = shape.child(tree, part), below
-        self.value, self.field, self.shape = tree, field, shape
+            subschema, tree = subschema.child(tree, part), below
+        self.value, self.field, self.subschema = tree, field, subschema
         try:
             self.history = resolved.history(path)
         except KeyError:
@@ -80,7 +80,7 @@ class _Place:
         """The documentation of the key, and of the component or config that stands there."""
         parts = [self.field.description or "" if self.field else "", self.component_doc]
         if isinstance(self.value, dict):
-            parts.append(_documentation(self.shape.config(self.value)))
+            parts.append(_documentation(self.subschema.config(self.value)))
         return "\n\n".join(dict.fromkeys(part for part in parts if part))
 
 
@@ -96,7 +96,7 @@ def _story(place: _Place) -> Iterator[tuple[str, str]]:
         default = _default(place.field)
         if default is not None:
             yield "default", default
-        choices = _choices(Shape.of_field(place.field))
+        choices = _choices(Subschema.of_field(place.field))
         if choices:
             yield "choices", ", ".join(choices)
 
@@ -131,10 +131,10 @@ def _default(field: FieldInfo) -> str | None:
     return _shown(field.default)
 
 
-def _choices(shape: Shape) -> list[str]:
+def _choices(subschema: Subschema) -> list[str]:
     """What may stand there, where that is a list of words."""
     choices: list[str] = []
-    for branch in shape.branches():
+    for branch in subschema.branches():
         if get_origin(branch.annotation) is Literal:
             choices += [_shown(choice) for choice in get_args(branch.annotation)]
         elif branch.named is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
-from postlude.manifest.shape import Shape
+from postlude.manifest.subschema import Subschema
 from postlude.manifest.value import KeyPath
 
 
@@ -28,25 +28,25 @@ class Reference:
     name: str
 
 
-def references(content: Any, shape: Shape) -> Iterator[Reference]:
-    """Every reference in plain content of a shape, which need not be valid."""
+def references(content: Any, subschema: Subschema) -> Iterator[Reference]:
+    """Every reference in plain content that a subschema describes and that need not be valid."""
 
-    def below(content: Any, shape: Shape, path: KeyPath) -> Iterator[Reference]:
+    def below(content: Any, subschema: Subschema, path: KeyPath) -> Iterator[Reference]:
         if isinstance(content, list):
             for i, item in enumerate(content):
-                yield from below(item, shape.child(content, i), (*path, i))
+                yield from below(item, subschema.child(content, i), (*path, i))
         if not isinstance(content, Mapping):
             return
-        if shape.names_datasets:
+        if subschema.names_datasets:
             yield from (Reference("data", (*path, name), name) for name in content)
             return
-        config = shape.config(content)
+        config = subschema.config(content)
         if config is not None and issubclass(config, ModelPlace) and isinstance(content.get("from"), str):
             yield Reference("stage", (*path, "from"), content["from"])
         for key, item in content.items():
-            yield from below(item, shape.child(content, key), (*path, key))
+            yield from below(item, subschema.child(content, key), (*path, key))
 
-    yield from below(content, shape, ())
+    yield from below(content, subschema, ())
 
 
 def stages_used(stage: StageConfig) -> dict[KeyPath, str]:
@@ -83,7 +83,7 @@ def descendants(manifest: Manifest, stage: str) -> set[str]:
 
 
 def _of(stage: StageConfig) -> Iterator[Reference]:
-    return references(stage.model_dump(mode="json", by_alias=True), Shape(type(stage)))
+    return references(stage.model_dump(mode="json", by_alias=True), Subschema(type(stage)))
 
 
 def order(manifest: Manifest) -> list[str]:

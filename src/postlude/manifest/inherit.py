@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from postlude.manifest.shape import Shape
+from postlude.manifest.subschema import Subschema
 from postlude.manifest.value import Value
 
 
-def overlaid(below: Value, above: Value, shape: Shape, key: str = "") -> Value:
+def overlay(below: Value, above: Value, subschema: Subschema, key: str = "") -> Value:
     """The value ``above`` with what it inherits from ``below``.
 
-    ``shape`` is the schema's view of the place where both stand, ``key`` the last part of its path.
+    ``subschema`` is the schema's view of the place where both stand, ``key`` the last part of its path.
     """
     if below.is_mapping or above.is_mapping:
-        below, above = shape.expanded(below), shape.expanded(above)
+        below, above = subschema.expand(below), subschema.expand(above)
     if not (below.is_mapping and above.is_mapping):
         return replace(above, previous=(key, below))
-    inherits = not _stands_alone(above, below, shape)
+    inherits = not _stands_alone(above, below, subschema)
     keys = {**below.plain(), **above.plain()} if inherits else above.plain()
     content = dict(below.content) if inherits else {}
     for name, value in above.content.items():
@@ -34,10 +34,10 @@ def overlaid(below: Value, above: Value, shape: Shape, key: str = "") -> Value:
         if under is None:
             content[name] = value
         elif inherits:
-            content[name] = overlaid(under, value, shape.child(keys, name), name)
+            content[name] = overlay(under, value, subschema.child(keys, name), name)
         else:
             content[name] = replace(value, previous=(name, under))
-    config = shape.config(keys)
+    config = subschema.config(keys)
     for group in config.exactly_one if config else ():
         _exclude(group, above, below, content)
     place = below if above.partial else above
@@ -45,11 +45,11 @@ def overlaid(below: Value, above: Value, shape: Shape, key: str = "") -> Value:
     return Value(content, place.origin, place.key_origin, below.partial and above.partial, previous)
 
 
-def _stands_alone(above: Value, below: Value, shape: Shape) -> bool:
+def _stands_alone(above: Value, below: Value, subschema: Subschema) -> bool:
     """Whether nothing is inherited although both are mappings."""
-    if shape.names_datasets and not above.partial:
+    if subschema.names_datasets and not above.partial:
         return True
-    named = shape.taking(above.content).named
+    named = subschema.branch_for(above.content).named
     if named is None:
         return False
     name = named.name_in(above.plain())

@@ -21,14 +21,14 @@ Schema = dict[str, Any]
 
 def schema() -> Schema:
     """The JSON Schema, with the components that are registered now."""
-    document = _closed(Manifest.model_json_schema(by_alias=True))
+    document = _close(Manifest.model_json_schema(by_alias=True))
     definitions = document.pop("$defs")
-    relaxed = {_RELAXED + name: _relaxed(definition) for name, definition in definitions.items()}
+    relaxed = {_RELAXED + name: _relax(definition) for name, definition in definitions.items()}
     stages = document["properties"]["stages"]
     (pattern, stage), *_ = stages["patternProperties"].items()
-    choices = [_relaxed(choice) for choice in stage["anyOf"]]
+    choices = [_relax(choice) for choice in stage["anyOf"]]
     stages["patternProperties"][pattern] = {"anyOf": [{"type": "null"}, *choices]}
-    bodies = [_body(choice, relaxed) for choice in choices]
+    bodies = [relaxed[choice["$ref"].removeprefix(_DEFINITIONS)] if "$ref" in choice else choice for choice in choices]
     document["properties"]["defaults"] = {
         "title": "Defaults",
         "description": "What every stage inherits whose recipe has the key; a stage's own value comes first.",
@@ -36,11 +36,6 @@ def schema() -> Schema:
     }
     document["$defs"] = _reachable(document, {**definitions, **relaxed})
     return {"$schema": _DIALECT, **document, "title": "Postlude manifest"}
-
-
-def _body(schema: Schema, definitions: dict[str, Schema]) -> Schema:
-    reference = schema.get("$ref", "")
-    return definitions[reference.removeprefix(_DEFINITIONS)] if reference else schema
 
 
 def _union(recipes: list[Schema]) -> Schema:
@@ -51,35 +46,31 @@ def _union(recipes: list[Schema]) -> Schema:
             known = alternatives.setdefault(key, [])
             if value not in known:
                 known.append(value)
-    properties = {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in alternatives.items()}
+    properties = {key: each[0] if len(each) == 1 else {"anyOf": each} for key, each in alternatives.items()}
     properties["recipe"] = {"enum": names("recipes"), "description": "The recipe of stages that name none."}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _relaxed(schema: Any) -> Any:
+def _relax(schema: Any) -> Any:
     """A copy that requires nothing, down to the definitions that it refers to."""
     if isinstance(schema, list):
-        return [_relaxed(item) for item in schema]
+        return [_relax(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    copy = {key: _relaxed(value) for key, value in schema.items() if not _is_requirement(key, value)}
+    is_keyword = isinstance(schema.get("required"), list)  # and no property that is called so
+    copy = {key: _relax(value) for key, value in schema.items() if not (key == "required" and is_keyword)}
     if isinstance(copy.get("$ref"), str):
         copy["$ref"] = _DEFINITIONS + _RELAXED + copy["$ref"].removeprefix(_DEFINITIONS)
     return copy
 
 
-def _is_requirement(key: str, value: Any) -> bool:
-    """Whether this is the keyword and not a property that is called ``required``."""
-    return key == "required" and isinstance(value, list)
-
-
-def _closed(schema: Any) -> Any:
+def _close(schema: Any) -> Any:
     """A copy in which a mapping with a pattern for its names takes no other names."""
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_close(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    copy = {key: _closed(value) for key, value in schema.items()}
+    copy = {key: _close(value) for key, value in schema.items()}
     if "patternProperties" in copy and "properties" not in copy:
         copy.setdefault("additionalProperties", False)
     return copy

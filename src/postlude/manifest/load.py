@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from postlude.manifest import assignments
-from postlude.manifest.check import validated
+from postlude.manifest.check import validate
 from postlude.manifest.component import BrokenExtension, import_plugin
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import Problem, refusal
 from postlude.manifest.resolve import resolve
 from postlude.manifest.schema import Manifest
-from postlude.manifest.shape import MANIFEST, Shape
+from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.text import parse
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Origin, Setting, Value
+from postlude.nearest import suggestion_or_list
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Resolved:
     """The same as plain data that JSON knows, the schema's defaults included, apart from those that are null.
     :func:`restore` makes the manifest of it again."""
     value: Value
-    """What was said, by the text and the command line."""
+    """What the text and the command line say."""
 
     def origin(self, key: str | KeyPath) -> Origin:
         """Where the value of a key of ``tree`` came from. KeyError if there is no such key."""
@@ -41,15 +41,15 @@ class Resolved:
         KeyError if there is no such key.
         """
         path = tuple(key.split(".")) if isinstance(key, str) else key
-        stands = _descend(self.tree, path)
-        said = _said(self.value, path)
+        plain = _descend(self.tree, path)
+        value = _written_at(self.value, path)
         name = str(path[-1]) if path else ""
-        if said is None:
-            return [Setting(name, stands, SCHEMA_DEFAULT)]
-        settings = [Setting(name, said.plain(), said.origin)]
-        while said.previous is not None:
-            name, said = said.previous
-            settings.append(Setting(name, said.plain(), said.origin))
+        if value is None:
+            return [Setting(name, plain, SCHEMA_DEFAULT)]
+        settings = [Setting(name, value.plain(), value.origin)]
+        while value.previous is not None:
+            name, value = value.previous
+            settings.append(Setting(name, value.plain(), value.origin))
         return settings
 
 
@@ -60,15 +60,15 @@ def load(text: str | bytes, name: str, overrides: Sequence[str] = ()) -> Resolve
         ManifestError: with every problem, each with its place and key.
     """
     written = parse(text, name)
-    said, problems = assignments.layer(overrides, written.mapping("stages"))
-    problems += _import_plugins(written, said)
-    value, more = resolve(written, said)
+    assigned, problems = assignments.layer(overrides, written.mapping("stages"))
+    problems += _import_plugins(written, assigned)
+    value, more = resolve(written, assigned)
     problems += more
-    manifest, more = validated(value)
+    manifest, more = validate(value)
     problems += more
     if manifest is None or problems:
         raise refusal(name, problems)
-    _refuse_without_effect(said, value, name)
+    _refuse_without_effect(assigned, value, name)
     tree = _without_default_nulls(manifest.model_dump(mode="json", by_alias=True), value, MANIFEST)
     return Resolved(name, manifest, tree, value)
 
@@ -80,10 +80,10 @@ def restore(tree: dict[str, Any]) -> Manifest:
     return Manifest.model_validate(tree)
 
 
-def _import_plugins(written: Value, said: Value) -> list[Problem]:
+def _import_plugins(written: Value, assigned: Value) -> list[Problem]:
     """Import the modules that register components, before anything is looked up."""
     problems = []
-    plugins = said.get("plugins") or written.get("plugins")
+    plugins = assigned.get("plugins") or written.get("plugins")
     for i, module in enumerate(plugins.content if plugins and isinstance(plugins.content, list) else ()):
         if isinstance(module.content, str):
             try:
@@ -93,29 +93,29 @@ def _import_plugins(written: Value, said: Value) -> list[Problem]:
     return problems
 
 
-def _refuse_without_effect(said: Value, value: Value, name: str) -> None:
+def _refuse_without_effect(assigned: Value, value: Value, name: str) -> None:
     """An assignment to a default that every stage sets itself would be ignored in silence."""
     effective = {leaf.origin for leaf in value.leaves()}
     what = "no effect: the stages set this key themselves"
     problems = [
         Problem(leaf.origin, leaf.origin.assignment.partition("=")[0], what)
-        for leaf in said.leaves()
+        for leaf in assigned.leaves()
         if leaf.origin.assignment and leaf.origin not in effective
     ]
     if problems:
         raise refusal(name, problems)
 
 
-def _said(value: Value, path: KeyPath) -> Value | None:
-    """What was said at a path of the tree; None where the schema's default stands."""
-    here, shape = value, MANIFEST
+def _written_at(value: Value, path: KeyPath) -> Value | None:
+    """What was written at a path of the tree; None where the schema's default stands."""
+    here, subschema = value, MANIFEST
     for part in path:
-        here = shape.expanded(here)
+        here = subschema.expand(here)
         content = here.plain()
-        below = here.get(part) or shape.name_origin(here, str(part))
+        below = here.get(part) or subschema.name_origin(here, str(part))
         if below is None or below.origin == SCHEMA_DEFAULT:
             return None
-        here, shape = below, shape.child(content, part)
+        here, subschema = below, subschema.child(content, part)
     return here
 
 
@@ -131,13 +131,13 @@ def _descend(tree: Any, path: Iterable[str | int]) -> Any:
     return tree
 
 
-def _without_default_nulls(tree: Any, value: Value | None, shape: Shape) -> Any:
+def _without_default_nulls(tree: Any, value: Value | None, subschema: Subschema) -> Any:
     """The tree without the nulls that nobody asked for."""
     if value is not None:
-        value = shape.expanded(value)
+        value = subschema.expand(value)
     if isinstance(tree, list):
         return [
-            _without_default_nulls(item, value.get(i) if value else None, shape.child(tree, i))
+            _without_default_nulls(item, value.get(i) if value else None, subschema.child(tree, i))
             for i, item in enumerate(tree)
         ]
     if not isinstance(tree, dict):
@@ -146,5 +146,5 @@ def _without_default_nulls(tree: Any, value: Value | None, shape: Shape) -> Any:
     for key, item in tree.items():
         below = value.get(key) if value else None
         if item is not None or below is not None:
-            kept[key] = _without_default_nulls(item, below, shape.child(tree, key))
+            kept[key] = _without_default_nulls(item, below, subschema.child(tree, key))
     return kept

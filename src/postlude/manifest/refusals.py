@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from postlude.manifest.assignments import TOP_LEVEL_KEYS
-from postlude.manifest.nearest import suggestion, suggestion_or_list
 from postlude.manifest.problem import Problem
-from postlude.manifest.shape import MANIFEST
-from postlude.manifest.value import KeyPath, Value, located
+from postlude.manifest.subschema import MANIFEST
+from postlude.manifest.value import KeyPath, Value, locate
+from postlude.nearest import suggestion, suggestion_or_list
 
 _TYPES = {
     "bool_type": "true or false",
@@ -45,8 +45,8 @@ def schema_problems(value: Value, error: ValidationError) -> list[Problem]:
         refusals += _best_fit(alternatives)
     problems = []
     for refusal in refusals:
-        origin, key = located(value, refusal.path)
-        problems.append(Problem(origin, key, refusal.what + refusal.found))
+        origin, key = locate(value, refusal.path)
+        problems.append(Problem(origin, key, refusal.what + refusal.instead))
     return problems
 
 
@@ -58,22 +58,23 @@ class _Refusal:
     is_type: bool
     """Whether the value is of another type altogether."""
     what: str
-    found: str
+    instead: str
+    """What stands there, as the end of the sentence."""
 
 
 def _refusal(value: Value, details: ErrorDetails) -> _Refusal:
     kind = details["type"]
     path, union, known = _walk(value, details["loc"], kind == "missing")
-    what, found = _phrase(details)
+    what, instead = _phrase(details)
     if kind == "extra_forbidden":
         if len(path) == 1 and value.content[path[0]].origin.assignment:
             known = [*known, *value.mapping("stages")]
-        what, found = f"unknown key.{suggestion_or_list(str(path[-1]), known)}", ""
+        what, instead = f"unknown key.{suggestion_or_list(str(path[-1]), known)}", ""
     elif kind in ("component_name", "component_unusable"):
         name = (*path, details["ctx"]["key"])
         path = name if value.at(name) is not None else path
     is_type = kind.endswith("_type") or (kind == "literal_error" and not isinstance(details["input"], str))
-    return _Refusal(path, union, is_type, what, found)
+    return _Refusal(path, union, is_type, what, instead)
 
 
 def phrase(details: ErrorDetails) -> str:
@@ -83,21 +84,21 @@ def phrase(details: ErrorDetails) -> str:
 
 def _phrase(details: ErrorDetails) -> tuple[str, str]:
     """What must be, and what is found instead."""
-    kind, context, given = details["type"], details.get("ctx", {}), details["input"]
+    kind, context, content = details["type"], details.get("ctx", {}), details["input"]
     if kind == "missing":
         return "this key is missing", ""
     if kind == "too_short":
         return "must not be empty", ""
     if kind in _TYPES:
-        return f"must be {_TYPES[kind]}", _found(given)
+        return f"must be {_TYPES[kind]}", _instead(content)
     if kind == "component_type":
-        return details["msg"], _found(given)
+        return details["msg"], _instead(content)
     if "error" in context:
         return str(context["error"]), ""
-    if isinstance(given, (dict, list)) or kind == "component_unusable":
+    if isinstance(content, (dict, list)) or kind == "component_unusable":
         return details["msg"], ""
-    near = suggestion(str(given), re.findall(r"'([^']*)'", context["expected"])) if kind == "literal_error" else ""
-    return re.sub(r"^\w+ should ", "must ", details["msg"]), _found(given) + (f".{near}" if near else "")
+    near = suggestion(str(content), re.findall(r"'([^']*)'", context["expected"])) if kind == "literal_error" else ""
+    return re.sub(r"^\w+ should ", "must ", details["msg"]), _instead(content) + (f".{near}" if near else "")
 
 
 def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tuple[KeyPath, KeyPath | None, list[str]]:
@@ -106,11 +107,11 @@ def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tupl
     path: KeyPath = ()
     union: KeyPath | None = None
     known: list[str] = list(TOP_LEVEL_KEYS)
-    shape, here = MANIFEST, value
+    subschema, here = MANIFEST, value
     for i, part in enumerate(location):
-        here = shape.expanded(here)
+        here = subschema.expand(here)
         content = here.plain() if here.is_mapping else {}
-        keys = shape.keys(content) if path else known
+        keys = subschema.keys(content) if path else known
         below = here.get(part)
         if below is None and part not in keys and not (is_missing and i == len(location) - 1):
             union = path if union is None else union
@@ -118,7 +119,7 @@ def _walk(value: Value, location: Sequence[str | int], is_missing: bool) -> tupl
         path, known = (*path, part), keys
         if below is None:
             break
-        shape, here = shape.child(content, part), below
+        subschema, here = subschema.child(content, part), below
     return path, union, known
 
 
@@ -133,20 +134,20 @@ def _best_fit(alternatives: list[_Refusal]) -> list[_Refusal]:
     first = best[0]
     others = dict.fromkeys(refusal.what.removeprefix("must be ") for refusal in best[1:])
     what = ", or ".join([first.what, *others])
-    return [_Refusal(first.path, None, first.is_type, what, first.found)]
+    return [_Refusal(first.path, None, first.is_type, what, first.instead)]
 
 
-def _found(given: Any) -> str:
+def _instead(content: Any) -> str:
     """What stands there instead, as the manifest writes it."""
-    if isinstance(given, dict):
+    if isinstance(content, dict):
         shown = "a mapping"
-    elif isinstance(given, list):
+    elif isinstance(content, list):
         shown = "a list"
-    elif given is None:
+    elif content is None:
         shown = "null"
-    elif isinstance(given, bool):
-        shown = str(given).lower()
+    elif isinstance(content, bool):
+        shown = str(content).lower()
     else:
-        text = repr(given)
+        text = repr(content)
         shown = text if len(text) <= 60 else f"{text[:57]}..."
     return f", found {shown}"

@@ -6,42 +6,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
-from postlude.manifest.component import BrokenExtension, Component, keys_of, lookup
-from postlude.manifest.inherit import overlaid
-from postlude.manifest.nearest import suggestion_or_list
+from postlude.manifest.component import Config, keys_of
+from postlude.manifest.inherit import overlay
 from postlude.manifest.problem import Problem
-from postlude.manifest.shape import ANYTHING, MANIFEST, STAGE, Shape
+from postlude.manifest.subschema import ANYTHING, MANIFEST, STAGE, Subschema
 from postlude.manifest.value import Value
+from postlude.nearest import suggestion_or_list
 
 
-def resolve(written: Value, said: Value) -> tuple[Value, list[Problem]]:
+def resolve(written: Value, assigned: Value) -> tuple[Value, list[Problem]]:
     """What a manifest's text and the command line amount to: ``defaults`` are gone, folded into the stages.
 
     Also the problems that only show here: defaults that no stage takes.
     """
-    whole = overlaid(_without_stages(written), _without_stages(said), MANIFEST)
-    stages = written.get("stages") or said.get("stages")
+    whole = overlay(_without_stages(written), _without_stages(assigned), MANIFEST)
+    stages = written.get("stages") or assigned.get("stages")
     if stages is None:
         return whole, []
     if not stages.is_mapping:
         return replace(whole, content={**whole.content, "stages": stages}), []
-    problems = []
-    defaults = [
-        value for value in (written.get("defaults"), said.get("defaults")) if value and value.content is not None
+    above = [layer for layer in (written.get("defaults"), assigned.get("defaults")) if layer]
+    defaults = [layer for layer in above if layer.is_mapping]
+    problems = [
+        Problem(layer.place, "defaults", "must be a mapping of keys that stages inherit")
+        for layer in above
+        if not layer.is_mapping and layer.content is not None
     ]
-    for value in defaults:
-        if not value.is_mapping:
-            problems.append(Problem(value.place, "defaults", "must be a mapping of keys that stages inherit"))
-    defaults = [value for value in defaults if value.is_mapping]
-    own = [written.mapping("stages"), said.mapping("stages")]
+    own = [written.mapping("stages"), assigned.mapping("stages")]
     recipes = {}
     folded = {}
     for name in dict.fromkeys([*own[0], *own[1]]):
-        layers = [STAGE.expanded(stages[name]) for stages in own if name in stages]
-        recipes[name] = _recipe([*defaults, *layers])
-        folded[name] = _folded(defaults, layers, recipes[name])
+        layers = [STAGE.expand(stages[name]) for stages in own if name in stages]
+        named = next((layer for layer in reversed([*defaults, *layers]) if layer.get("recipe")), None)
+        recipes[name] = STAGE.config({"recipe": named.text("recipe") if named else None})
+        folded[name] = _fold(defaults, layers, recipes[name])
     if all(recipes.values()):
-        problems += _unused(defaults, {key for recipe in recipes.values() if recipe for key in keys_of(recipe)})
+        keys = {key for recipe in recipes.values() if recipe for key in keys_of(recipe)}
+        problems += [
+            Problem(value.place, f"defaults.{key}", f"no stage has this key.{suggestion_or_list(key, keys)}")
+            for layer in defaults
+            for key, value in layer.content.items()
+            if key not in keys
+        ]
     return replace(whole, content={**whole.content, "stages": replace(stages, content=folded)}), problems
 
 
@@ -49,16 +55,7 @@ def _without_stages(value: Value) -> Value:
     return replace(value, content={k: v for k, v in value.content.items() if k not in ("defaults", "stages")})
 
 
-def _recipe(layers: Sequence[Value]) -> type[Component] | None:
-    """The recipe that the uppermost layer names; None if it cannot be used, which is reported when it is checked."""
-    name = next((layer.text("recipe") for layer in reversed(layers) if layer.get("recipe")), None)
-    try:
-        return lookup("recipes", name) if name else None
-    except (KeyError, BrokenExtension):
-        return None
-
-
-def _folded(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Component] | None) -> Value:
+def _fold(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Config] | None) -> Value:
     """A stage's own layers over those of the defaults that its recipe has."""
     if layers[-1].content is None:
         layers = [*layers[:-1], replace(layers[-1], content={})]
@@ -66,15 +63,6 @@ def _folded(defaults: Sequence[Value], layers: Sequence[Value], recipe: type[Com
         return layers[-1]
     takes: Mapping[str, str] = keys_of(recipe) if recipe else {"recipe": "recipe"}
     inherited = [replace(layer, content={k: v for k, v in layer.content.items() if k in takes}) for layer in defaults]
-    shape = Shape(recipe) if recipe else ANYTHING
-    whole = reduce(lambda below, above: overlaid(below, above, shape), [*inherited, *layers])
+    subschema = Subschema(recipe) if recipe else ANYTHING
+    whole = reduce(lambda below, above: overlay(below, above, subschema), [*inherited, *layers])
     return replace(whole, origin=layers[0].origin, key_origin=layers[0].key_origin)
-
-
-def _unused(defaults: Sequence[Value], keys: set[str]) -> list[Problem]:
-    return [
-        Problem(value.place, f"defaults.{key}", f"no stage has this key.{suggestion_or_list(key, keys)}")
-        for layer in defaults
-        for key, value in layer.content.items()
-        if key not in keys
-    ]

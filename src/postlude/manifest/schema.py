@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.component import Component, Config, Named, default_name
 from postlude.manifest.compute import Compute, Parallel
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
-
-if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
 
 
 class NamesDatasets:
@@ -205,6 +203,8 @@ class StageConfig(Component):
     does: ClassVar[str]
     """The class that works on such a stage, as ``package.module:name``: a :class:`postlude.stages.stage.Stage`, made
     from the stage's parts. Not the class itself, which imports torch."""
+    starter: ClassVar[StarterFiles | None] = None
+    """The manifest to start from, for ``postlude init``."""
 
     recipe: str
     """What the stage does, by the name of its recipe."""
@@ -225,11 +225,6 @@ class StageConfig(Component):
     def rehearsed(self) -> Self:
         """The same with so little of everything that a preflight can try it."""
         return self
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter | None:
-        """A manifest to start from, for ``postlude init``; ``stem`` is its path without the suffix."""
-        return None
 
 
 class TrainingStage(StageConfig):
@@ -265,9 +260,9 @@ class TrainingStage(StageConfig):
     """How long: so many passes over the largest data set by weight."""
     batch: Batch = Batch()
     """How many tokens make an optimiser step, and how they are packed."""
-    optimizer: Annotated[Component, Named("optimizers", default="adamw"), Field(validate_default=True)] = "adamw"  # type: ignore
+    optimizer: Annotated[Component, Named("optimizers", default="adamw")] = default_name("adamw")
     """How gradients change the weights."""
-    schedule: Annotated[Component, Named("schedules", default="cosine"), Field(validate_default=True)] = "cosine"  # type: ignore
+    schedule: Annotated[Component, Named("schedules", default="cosine")] = default_name("cosine")
     """How the learning rate changes over the stage."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients with a larger norm are scaled down to it; null for no limit."""

@@ -103,15 +103,15 @@ class _Reading:
     """One pass over the nodes of a document, gathering what is wrong on the way."""
 
     name: str
-    said: Origin | None = None
+    everywhere: Origin | None = None
     """The origin of everything, for a value of the command line."""
     problems: list[Problem] = field(default_factory=list)
     above: list[int] = field(default_factory=list)
     """Ids of the collections around the node being read: an alias to one of them has no end."""
 
     def origin(self, node: Node, path: KeyPath) -> Origin:
-        if self.said is not None:
-            return self.said
+        if self.everywhere is not None:
+            return self.everywhere
         layer = _LAYERS.get(str(path[0]), "manifest") if path else "manifest"
         return Origin(layer, self.name, node.start_mark.line + 1, node.start_mark.column + 1)
 

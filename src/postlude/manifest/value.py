@@ -122,7 +122,7 @@ def dotted(path: KeyPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-def located(root: Value, path: KeyPath) -> tuple[Origin, str]:
+def locate(root: Value, path: KeyPath) -> tuple[Origin, str]:
     """Where a user finds a path of the resolved manifest, and the path as the user wrote it.
 
     What the text does not have is placed where its parent stands; what a stage inherits, in the defaults.

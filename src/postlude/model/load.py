@@ -8,7 +8,6 @@ each is an error here, where transformers would go on.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from postlude.model import vocabulary
 from postlude.model.added_tokens import grow, grown_config
 from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
 from postlude.model.mesh import Mesh
+from postlude.nearest import suggestion
 
 if TYPE_CHECKING:
     from postlude.model.adapters import Asked
@@ -181,7 +181,7 @@ def configuration_keys(architecture: str) -> set[str]:
     if architecture not in known:
         raise ManifestError(
             f"'{architecture}' is not an architecture that predicts tokens from left to right."
-            f"{_nearest(architecture, known)} Known to this transformers: {', '.join(known)}."
+            f"{suggestion(architecture, known)} Known to this transformers: {', '.join(known)}."
         )
     config = CONFIG_MAPPING[architecture]
     keys = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
@@ -197,7 +197,7 @@ def _new_config(new: NewModel, tokenizer: PreTrainedTokenizerBase | None) -> Pre
         if key not in known:
             raise ManifestError(
                 f"model.new.config: '{key}' is not a key of the architecture '{new.architecture}'."
-                f"{_nearest(key, sorted(known))} Its keys: {', '.join(sorted(known))}."
+                f"{suggestion(key, known)} Its keys: {', '.join(sorted(known))}."
             )
     derived: dict[str, Any] = {"dtype": torch.float32}
     if tokenizer is not None:
@@ -237,11 +237,6 @@ def _user_errors(what: str) -> Iterator[None]:
         yield
     except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ManifestError(f"{what}: {_one_line(error)} Look at model.new.config.") from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.recipes.group_relative import Clip, GroupRelative
+from postlude.recipes.group_relative import Clip, GroupRelative, Normalize, Surrogate
 
 
 class CISPO(GroupRelative):
     """GRPO whose ratios are bounded weights of the likelihood's gradient."""
 
     recipe: Literal["cispo"]
-    surrogate: Literal["clip", "cispo", "plain"] = "cispo"
+    surrogate: Surrogate = "cispo"
     clip_high: Clip = 4.0
-    normalize: Literal["token", "document", "length"] = "token"
+    normalize: Normalize = "token"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.recipes.group_relative import Clip, GroupRelative
+from postlude.recipes.group_relative import Clip, GroupRelative, Normalize
 
 
 class DAPO(GroupRelative):
@@ -13,5 +13,5 @@ class DAPO(GroupRelative):
 
     recipe: Literal["dapo"]
     clip_high: Clip = 0.28
-    normalize: Literal["token", "document", "length"] = "token"
+    normalize: Normalize = "token"
     resample: bool = True

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Positive
+from postlude.objectives.nll import Normalizer
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
-    from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
     from postlude.training.program import Annotation, Companion
 
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 BALANCED = 0.5
 """``beta`` where it is not given."""
 
@@ -31,11 +33,13 @@ class Teacher(ModelPlace):
 class Distill(TrainingRecipe):
     """Distillation on conversations, text or token ids."""
 
+    starter = StarterFiles("postlude.recipes.starters", "distill.yaml", {".jsonl": "sums.jsonl"})
+
     recipe: Literal["distill"]
     teacher: Teacher
     """The model that is learned from, of any size, with the student's tokenizer. It is frozen, and runs along or, with
     ``top_k``, beforehand."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
     """What is minimised: KL(teacher || student), which covers all that the teacher does; KL(student || teacher), which
     keeps to what it mostly does; or the generalised Jensen-Shannon divergence between them."""
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -44,7 +48,7 @@ class Distill(TrainingRecipe):
     """Both models' logits are divided by it, and the divergence is multiplied by its square."""
     hard_loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the negative log-likelihood of the data in the loss; the divergence has the rest."""
-    normalize: Literal["token", "document"] = "token"
+    normalize: Normalizer = "token"
     """What counts the same: each trained token (times its weight), or each document."""
 
     @field_validator("beta")
@@ -75,9 +79,3 @@ class Distill(TrainingRecipe):
         if self.teacher.top_k is None:
             return {}
         return {"teacher": Annotation(self.teacher, LikeliestTokens(self.teacher.top_k, self.temperature))}
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.distill_starter import starter
-
-        return starter(stem)

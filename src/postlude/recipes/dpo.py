@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from postlude.data.example import Judged, Ranked
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
-    from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
     from postlude.training.program import Annotation, Companion
 
@@ -32,6 +32,12 @@ USED: dict[str, tuple[str, ...]] = {
 
 class DPO(TrainingRecipe):
     """Direct preference optimisation and its kin, on pairs; and KTO on single judged answers."""
+
+    starter = StarterFiles(
+        "postlude.recipes.starters",
+        "dpo.yaml",
+        {"-answers.jsonl": "answers.jsonl", "-pairs.jsonl": "pairs.jsonl"},
+    )
 
     recipe: Literal["dpo"]
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "kto"] = "sigmoid"
@@ -101,12 +107,6 @@ class DPO(TrainingRecipe):
         if not self.precompute_reference:
             return {}
         return {"reference": Annotation(self.reference or self.model, TokenLikelihood())}
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.preference_starter import starter
-
-        return starter(stem, "dpo")
 
 
 def _given(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.recipes.group_relative import GroupRelative
+from postlude.recipes.group_relative import GroupRelative, Normalize
+from postlude.rollout.advantages import Scale
 
 
 class DrGRPO(GroupRelative):
     """GRPO whose advantages are not scaled and whose samples are not divided by their lengths."""
 
     recipe: Literal["dr_grpo"]
-    scale: Literal["group", "batch", "none"] = "none"
-    normalize: Literal["token", "document", "length"] = "length"
+    scale: Scale = "none"
+    normalize: Normalize = "length"

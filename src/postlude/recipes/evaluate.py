@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
 from postlude.recipes.answering import Sampled
 from postlude.recipes.recipe import Datasets, WorkRecipe
@@ -55,6 +56,12 @@ class Evaluate(WorkRecipe):
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "models"),)
     does: ClassVar[str] = "postlude.stages.evaluation:Evaluation"
+
+    starter = StarterFiles(
+        "postlude.recipes.starters",
+        "evaluate.yaml",
+        {".jsonl": "sums.jsonl", "-choices.jsonl": "choices.jsonl"},
+    )
 
     recipe: Literal["evaluate"]
     model: ModelPlace | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.component import Config
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Positive
 from postlude.recipes.answering import Rewarding
 from postlude.recipes.recipe import Datasets, WorkRecipe
@@ -29,6 +30,7 @@ class Filter(WorkRecipe, Rewarding):
 
     does: ClassVar[str] = "postlude.stages.filtering:Filtering"
     later: ClassVar[tuple[str, ...]] = ("reward_workers", "reward_seconds")
+    starter = StarterFiles("postlude.recipes.starters", "filter.yaml", {".jsonl": "sums-doubtful.jsonl"})
 
     recipe: Literal["filter"]
     data: Datasets

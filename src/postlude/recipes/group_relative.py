@@ -5,36 +5,47 @@ The loss is that of :mod:`postlude.objectives.policy`. Each algorithm is a recip
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from postlude.recipes.online import OnlineRecipe
+from postlude.rollout.advantages import Baseline, Scale
 
 if TYPE_CHECKING:
     from postlude.objectives.objective import Objective
     from postlude.rollout.algorithm import Algorithm
 
 Clip = Annotated[float, Field(gt=0)]
+ClipBelow = Annotated[float, Field(gt=0, lt=1)]
 Coefficient = Annotated[float, Field(ge=0)]
+Ratio = Literal["token", "sequence"]
+Surrogate = Literal["clip", "cispo", "plain"]
+Normalize = Literal["token", "document", "length"]
 
 
 class GroupRelative(OnlineRecipe):
     """Base of the recipes without a critic."""
 
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    starter = replace(
+        OnlineRecipe.starter,
+        values={"own_key": "    group: 8                              # samples of each prompt\n"},
+    )
+
+    clip: ClipBelow = 0.2
     """A token's probability counts as changed by at most so much downwards, and by ``clip_high`` upwards."""
     clip_high: Clip = 0.2
     """The bound upwards: larger than ``clip``, rare tokens can become likely (DAPO's clip-higher)."""
-    baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    baseline: Baseline = "group"
     """What a reward is compared with: the mean of its group, of the group's other samples, or of the whole round."""
-    scale: Literal["group", "batch", "none"] = "group"
+    scale: Scale = "group"
     """Advantages are divided by the deviation of the group's rewards, of all the round's, or not at all."""
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Ratio = "token"
     """Whether each token's change of probability counts, or the geometric mean over its sample."""
-    surrogate: Literal["clip", "cispo", "plain"] = "clip"
+    surrogate: Surrogate = "clip"
     """``clip`` takes the gradient from tokens past the bound, ``cispo`` only bounds their weight, ``plain`` neither."""
-    normalize: Literal["token", "document", "length"] = "document"
+    normalize: Normalize = "document"
     """What counts the same: each token, each sample, or each token divided by the longest sample there may be."""
     kl: Coefficient = 0.0
     """How much the divergence from the reference counts in the loss."""

@@ -3,17 +3,15 @@ the clipping, whose bounds are narrower for it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from postlude.recipes.group_relative import Clip, GroupRelative
+from postlude.recipes.group_relative import Clip, ClipBelow, GroupRelative, Ratio
 
 
 class GSPO(GroupRelative):
     """GRPO with the ratio of sequences."""
 
     recipe: Literal["gspo"]
-    ratio: Literal["token", "sequence"] = "sequence"
-    clip: Annotated[float, Field(gt=0, lt=1)] = 3e-4
+    ratio: Ratio = "sequence"
+    clip: ClipBelow = 3e-4
     clip_high: Clip = 4e-4

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.manifest.schema import ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name
 from postlude.recipes.recipe import WorkRecipe
 
@@ -16,6 +17,7 @@ class Merge(WorkRecipe):
     """A weighted average of models, task arithmetic, or the spherical interpolation of two."""
 
     does: ClassVar[str] = "postlude.stages.merging:Merging"
+    starter = StarterFiles("postlude.recipes.starters", "merge.yaml", {".jsonl": "sums.jsonl"})
 
     recipe: Literal["merge"]
     models: Annotated[dict[Name, ModelPlace], Field(min_length=1)]

@@ -4,12 +4,14 @@ distribution of a teacher, by the reverse divergence KL(student || teacher)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Positive
+from postlude.recipes.distill import Divergence
 from postlude.recipes.online import OnlineRecipe
 
 if TYPE_CHECKING:
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 class OnPolicyDistill(OnlineRecipe):
     """Distillation on the student's own answers."""
 
+    starter = replace(
+        OnlineRecipe.starter,
+        values={"own_key": "    teacher: {from: sft}                  # a better model, with the same tokenizer\n"},
+    )
     needs_reward: ClassVar[bool] = False
 
     recipe: Literal["on_policy_distill"]
     group: Positive = 1
     teacher: ModelPlace
     """The model that is learned from, with the student's tokenizer."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    divergence: Divergence = "reverse_kl"
     """What is minimised at each token; see the recipe ``distill``."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With ``jsd`` the teacher's share in the mixture that both are compared with."""

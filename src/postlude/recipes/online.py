@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from postlude.manifest.component import Named
 from postlude.manifest.schema import Evaluate, ModelPlace
+from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
 from postlude.recipes.answering import REHEARSED_TOKENS, Answering
 from postlude.recipes.recipe import TrainingRecipe
@@ -78,6 +79,7 @@ class OnlineRecipe(TrainingRecipe):
     half: ClassVar[str] = "bf16"
     pool_keys: ClassVar[tuple[str, ...]] = ("pool", "rollout.pool")
     needs_reward: ClassVar[bool] = True
+    starter: ClassVar[StarterFiles] = StarterFiles("postlude.recipes.starters", "online.yaml", values={"own_key": ""})
 
     rollout: Rollout = Rollout()
     """How prompts are answered."""

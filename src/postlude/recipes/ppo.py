@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.component import Config, Named
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.types import Positive, Share
-from postlude.recipes.group_relative import Clip, Coefficient
+from postlude.recipes.group_relative import Clip, ClipBelow, Coefficient
 from postlude.recipes.online import OnlineRecipe
+from postlude.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from postlude.objectives.objective import Objective
@@ -30,7 +31,7 @@ class Critic(Config):
     model: ModelPlace | None = None
     """What a model of its own starts from: by default the model that the stage starts from. A reward model brings a
     head that scores already."""
-    optimizer: Annotated[Component, Named("optimizers", default="adamw")] | None = None
+    optimizer: Annotated[Optimizer, Named("optimizers", default="adamw")] | None = None
     """How a model of its own is trained; by default as the policy is."""
     coefficient: Clip = 0.5
     """How much its loss counts; the policy's counts 1."""
@@ -53,7 +54,7 @@ class PPO(OnlineRecipe):
     updates: Positive = 2
     critic_: Annotated[Critic, Field(alias="critic")] = Critic()
     """What says how good an answer will be before it is there."""
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip: ClipBelow = 0.2
     """A token's probability counts as changed by at most so much."""
     gamma: Share = 1.0
     """How much of what comes a token later counts."""
@@ -96,6 +97,5 @@ class PPO(OnlineRecipe):
 
         if self.critic == HEAD_ON_POLICY:
             return super().companions()
-        optimizer = self.critic_.optimizer or self.optimizer
-        own = Companion(self.critic_.model or self.model, optimizer)  # type: ignore[arg-type]
-        return {**super().companions(), "critic": own}
+        optimizer = self.critic_.optimizer or Optimizer.of(self.optimizer)
+        return {**super().companions(), "critic": Companion(self.critic_.model or self.model, optimizer)}

@@ -6,15 +6,19 @@ from __future__ import annotations
 from typing import Literal
 
 from postlude.manifest.types import Positive
-from postlude.recipes.group_relative import Coefficient, GroupRelative
+from postlude.recipes.group_relative import Coefficient, GroupRelative, Normalize
+from postlude.recipes.online import OnlineRecipe
+from postlude.rollout.advantages import Baseline, Scale
 
 
 class ReinforcePlusPlus(GroupRelative):
     """REINFORCE with the round as the baseline."""
 
+    starter = OnlineRecipe.starter
+
     recipe: Literal["reinforce++"]
     group: Positive = 1
-    baseline: Literal["group", "leave_one_out", "batch"] = "batch"
-    scale: Literal["group", "batch", "none"] = "batch"
-    normalize: Literal["token", "document", "length"] = "token"
+    baseline: Baseline = "batch"
+    scale: Scale = "batch"
+    normalize: Normalize = "token"
     kl_in_reward: Coefficient = 0.01

@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.data.example import Ranked
+from postlude.manifest.starter import StarterFiles
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
-    from postlude.manifest.starter import Starter
     from postlude.objectives.objective import Objective
 
 
 class RewardModel(TrainingRecipe):
     """A reward model from pairs or ranked lists of answers."""
+
+    starter = StarterFiles(
+        "postlude.recipes.starters",
+        "reward.yaml",
+        {"-answers.jsonl": "answers.jsonl", "-pairs.jsonl": "pairs.jsonl"},
+    )
 
     recipe: Literal["reward"]
     order: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"
@@ -46,9 +52,3 @@ class RewardModel(TrainingRecipe):
         from postlude.objectives.ranking import Ranking
 
         return Ranking(self.order, self.margins, self.centering)
-
-    @classmethod
-    def starter(cls, stem: str) -> Starter:
-        from postlude.recipes.preference_starter import starter
-
-        return starter(stem, "reward")

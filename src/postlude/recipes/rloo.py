@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.recipes.group_relative import Coefficient, GroupRelative
+from postlude.recipes.group_relative import Coefficient, GroupRelative, Normalize, Surrogate
+from postlude.rollout.advantages import Baseline, Scale
 
 
 class RLOO(GroupRelative):
     """REINFORCE with the other samples of a prompt as the baseline."""
 
     recipe: Literal["rloo"]
-    baseline: Literal["group", "leave_one_out", "batch"] = "leave_one_out"
-    scale: Literal["group", "batch", "none"] = "none"
-    surrogate: Literal["clip", "cispo", "plain"] = "plain"
-    normalize: Literal["token", "document", "length"] = "length"
+    baseline: Baseline = "leave_one_out"
+    scale: Scale = "none"
+    surrogate: Surrogate = "plain"
+    normalize: Normalize = "length"
     kl_in_reward: Coefficient = 0.05

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from postlude import storage
 from postlude.errors import UserError
+from postlude.nearest import suggestion
 from postlude.runs.run import Run
 from postlude.runs.stage import Stage
 
@@ -77,7 +77,5 @@ def _split(place: str) -> tuple[Run | None, str | None]:
 
 
 def _nearest(name: str, known: Sequence[str], what: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f" Did you mean '{near[0]}'?"
-    return f" There is the {what} {', '.join(repr(other) for other in known)}." if known else ""
+    listed = f" There is the {what} {', '.join(map(repr, known))}." if known else ""
+    return suggestion(name, known) or listed

@@ -11,7 +11,6 @@ Local files are handled by the operating system directly; fsspec is imported whe
 
 from __future__ import annotations
 
-import difflib
 import glob
 import io
 import os
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any
 
+from postlude.nearest import nearest
 from postlude.storage.errors import StorageError, reading, writing
 
 UNFINISHED = ".unfinished"
@@ -291,8 +291,8 @@ def _filesystem(protocol: str) -> Any:
     except ValueError as error:
         if protocol in fsspec.available_protocols():
             raise
-        near = difflib.get_close_matches(protocol, fsspec.available_protocols(), n=1)
-        hint = f" Did you mean '{near[0]}://'?" if near else ""
+        near = nearest(protocol, fsspec.available_protocols())
+        hint = f" Did you mean '{near}://'?" if near else ""
         raise StorageError(f"'{protocol}://' is not a kind of storage that is known here.{hint}") from error
 
 

@@ -19,7 +19,7 @@ from postlude.data.batch import PackedBatch, collate
 from postlude.data.document import Block
 from postlude.data.loader import StepBlocks
 from postlude.errors import UserError
-from postlude.manifest.amend import amended
+from postlude.manifest.amend import apply_amendment
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
@@ -157,7 +157,7 @@ class Trainer:
 
     def _amend(self, assignments: Sequence[str], step: int) -> None:
         for assignment in assignments:
-            self.config = amended(self.config, assignment)
+            self.config = apply_amendment(self.config, assignment)
             if step == self.step + 1:
                 self.journal.event("amendment_applied", assignment=assignment, step=step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from postlude.manifest.amend import amended, amendment
+from postlude.manifest.amend import apply_amendment, check_amendment
 from postlude.manifest.load import restore
 from postlude.manifest.lock import read_lock
 from postlude.manifest.problem import ManifestError
@@ -27,8 +27,8 @@ def amend(place: str, stage_name: str, assignment: str) -> str:
     entries = [entry for entry in stage.amendments.read() if "assignment" in entry]
     config = manifest.stages[stage_name]
     for entry in entries:
-        config = amended(config, entry["assignment"])
-    change = amendment(config, assignment)
+        config = apply_amendment(config, entry["assignment"])
+    change = check_amendment(config, assignment)
     asked = {"id": len(entries), "assignment": assignment, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     stage.amendments.append(asked, sync=True)
     return f"{stage_name}: {change.key} {change.before} -> {change.value}, from the next step on"

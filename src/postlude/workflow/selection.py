@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from postlude.manifest.graph import ancestors, descendants, order
 from postlude.manifest.load import Resolved
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
+from postlude.nearest import suggestion_or_list
 
 
 @dataclass(frozen=True)

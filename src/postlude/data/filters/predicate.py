@@ -17,7 +17,7 @@ import pyarrow as pa
 from postlude.data.example import Record
 from postlude.data.records import record_json
 from postlude.errors import DataError, UserError
-from postlude.manifest.nearest import suggestion_or_list
+from postlude.nearest import suggestion_or_list
 
 _ROW, _RECORD = "__postlude_row", "__postlude_record"
 

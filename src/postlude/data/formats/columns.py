@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postlude.data.example import BadRecord, Record
-from postlude.manifest.nearest import suggestion_or_list
+from postlude.nearest import suggestion_or_list
 
 
 def column(record: Record, name: str) -> Any:

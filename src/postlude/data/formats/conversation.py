@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.formats.columns import kind_of, parsed_json
-from postlude.manifest.nearest import suggestion_or_list
+from postlude.nearest import suggestion_or_list
 
 Roles = Literal["strict", "any"]
 """``strict``: the roles below, in an order that a conversation can have. ``any``: whatever roles in whatever order."""

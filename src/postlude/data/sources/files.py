@@ -14,7 +14,7 @@ from postlude.data.sources.sequential import Sequential
 from postlude.data.sources.tables import RowGroups, parquet_rows
 from postlude.data.sources.text import layout_of
 from postlude.errors import DataError
-from postlude.manifest.nearest import suggestion
+from postlude.nearest import suggestion
 
 GROUP_ROWS = 4096
 """Rows of a group of a text file that is read as a stream."""

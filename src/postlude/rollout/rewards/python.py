@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from postlude.manifest.nearest import suggestion_or_list
 from postlude.manifest.problem import ManifestError
+from postlude.nearest import suggestion_or_list
 from postlude.rollout.reward import RewardFunction
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from postlude.manifest.component import Component
+from postlude.objectives.objective import ObjectiveConfig
 
 
-class ConfidencePenalty(Component):
+class ConfidencePenalty(ObjectiveConfig):
     """Negative log-likelihood minus ``beta`` times the entropy, over trained tokens."""
 
     beta: Annotated[float, Field(ge=0)] = 0.1

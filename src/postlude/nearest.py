@@ -6,10 +6,15 @@ import difflib
 from collections.abc import Iterable
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that is nearest; None if none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A sentence, with a space before it, that offers the nearest known name; empty if none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = nearest(word, known)
+    return f" Did you mean '{near}'?" if near else ""
 
 
 def suggestion_or_list(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the schema says of a place in the manifest: which keys it has, and which of them hold components.
+"""What the schema lets stand at a place in the manifest: which keys it has, and which of them hold components.
 
 Inheritance, provenance, messages and explanations all need it before, or without, a validated manifest. It is
 read off pydantic's fields, so that there is one account of the schema.
@@ -19,25 +19,25 @@ from postlude.manifest.value import SCHEMA_DEFAULT, Value
 
 
 @dataclass(frozen=True)
-class Shape:
+class Subschema:
     """One annotation of the schema: a config, a component to be named, a list, a mapping, a scalar, or a choice."""
 
     annotation: Any
     metadata: tuple[Any, ...] = ()
 
     @staticmethod
-    def of_field(field: FieldInfo) -> Shape:
+    def of_field(field: FieldInfo) -> Subschema:
         """What a field may hold."""
-        return Shape(field.annotation, tuple(field.metadata))
+        return Subschema(field.annotation, tuple(field.metadata))
 
-    def branches(self) -> Iterator[Shape]:
-        """The alternatives of a union; the shape itself if it is none."""
+    def branches(self) -> Iterator[Subschema]:
+        """The alternatives of a union; the subschema itself if it is none."""
         if get_origin(self.annotation) is Annotated:
             inner, *more = get_args(self.annotation)
-            yield from Shape(inner, (*self.metadata, *more)).branches()
+            yield from Subschema(inner, (*self.metadata, *more)).branches()
         elif get_origin(self.annotation) in (Union, UnionType):
             for branch in get_args(self.annotation):
-                yield from Shape(branch, self.metadata).branches()
+                yield from Subschema(branch, self.metadata).branches()
         else:
             yield self
 
@@ -51,7 +51,7 @@ class Shape:
         """Whether the keys are names of data sets."""
         return any(isinstance(item, NamesDatasets) for branch in self.branches() for item in branch.metadata)
 
-    def taking(self, content: Any) -> Shape:
+    def branch_for(self, content: Any) -> Subschema:
         """The alternative that a value of this type is meant for."""
         branches = list(self.branches())
         return next((branch for branch in branches if branch._takes(content)), branches[0])
@@ -68,15 +68,15 @@ class Shape:
 
     def config(self, content: Mapping[str, Any]) -> type[Config] | None:
         """The config class that a mapping is checked by; None for an open mapping or an unknown component."""
-        shape = self.taking(content)
-        if shape.named is not None:
-            return shape.named.component(content)
-        origin = get_origin(shape.annotation) or shape.annotation
+        subschema = self.branch_for(content)
+        if subschema.named is not None:
+            return subschema.named.component(content)
+        origin = get_origin(subschema.annotation) or subschema.annotation
         return origin if isinstance(origin, type) and issubclass(origin, Config) else None
 
     def keys(self, content: Mapping[str, Any]) -> list[str]:
         """The keys that a mapping may have here; empty where every key is allowed."""
-        named = self.taking(content).named
+        named = self.branch_for(content).named
         config = self.config(content)
         own = list(keys_of(config)) if config else []
         return own if named is None or named.key in own else [named.key, *own]
@@ -87,23 +87,23 @@ class Shape:
         name = keys_of(config).get(key) if config else None
         return config.model_fields[name] if config and name else None
 
-    def child(self, content: Any, key: str | int) -> Shape:
-        """The shape of what stands under a key or a list position; of anything at all where the schema has none."""
+    def child(self, content: Any, key: str | int) -> Subschema:
+        """The subschema of what stands under a key or a list position; of anything at all where the schema has none."""
         if isinstance(content, Mapping):
             field = self.field(content, str(key))
             if field is not None:
-                return Shape.of_field(field)
-        branch = self.taking(content)
+                return Subschema.of_field(field)
+        branch = self.branch_for(content)
         arguments = get_args(branch.annotation)
         if get_origin(branch.annotation) in (dict, list) and arguments:
-            return Shape(arguments[-1])
+            return Subschema(arguments[-1])
         return ANYTHING
 
-    def expanded(self, value: Value) -> Value:
+    def expand(self, value: Value) -> Value:
         """A component's bare name as the mapping that it stands for; any other value as it is."""
         if not isinstance(value.content, str):
             return value
-        named = self.taking(value.content).named
+        named = self.branch_for(value.content).named
         if named is None:
             return value
         name = Value(value.content, value.origin, value.key_origin)
@@ -113,13 +113,13 @@ class Shape:
         """The name of a component whose mapping does not give it under ``key``, if it follows from its other keys
         or is the schema's default."""
         content = value.plain()
-        named = self.taking(content).named if isinstance(content, dict) else None
+        named = self.branch_for(content).named if isinstance(content, dict) else None
         if named is None or named.key != key:
             return None
         inferred = named.name_in(content)
         return Value(inferred, value.origin) if inferred else Value(named.default, SCHEMA_DEFAULT)
 
 
-ANYTHING = Shape(Any)
-MANIFEST = Shape(Manifest)
+ANYTHING = Subschema(Any)
+MANIFEST = Subschema(Manifest)
 STAGE = MANIFEST.child({}, "stages").child({}, "")
