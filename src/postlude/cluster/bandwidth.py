@@ -57,7 +57,7 @@ def check_bandwidth(compute: Compute) -> None:
     for name, pool in compute.pools.items():
         if pool.bandwidth_gbit is None or pool.least < 2:
             continue
-        for source, target, measured in measured_bandwidth(Demand.of(compute, pool), pool.least):
+        for source, target, measured in measure_bandwidth(Demand.of(compute, pool), pool.least):
             if measured < pool.bandwidth_gbit:
                 raise ComputeError(
                     f"compute.pools.{name}.bandwidth_gbit is {pool.bandwidth_gbit:g}, and from {source} to {target} "
@@ -66,7 +66,7 @@ def check_bandwidth(compute: Compute) -> None:
                 )
 
 
-def measured_bandwidth(demand: Demand, workers: int) -> list[tuple[str, str, float]]:
+def measure_bandwidth(demand: Demand, workers: int) -> list[tuple[str, str, float]]:
     """Gigabits a second from each worker's node to that of the next, as sender, receiver and rate. ComputeError without
     room."""
     held = placement.place(demand, workers, 30.0, lambda: False)

@@ -19,7 +19,7 @@ from postlude.cluster.group import WorkerGroup
 from postlude.cluster.observer import Observer
 from postlude.cluster.placement import Demand
 from postlude.cluster.watch import Watch
-from postlude.cluster.worker import Look, Setting
+from postlude.cluster.worker import Look, WorkerSetup
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Supervision
 from postlude.telemetry.progress import waiting
@@ -45,7 +45,7 @@ class Job:
     least: int
     """Workers that are enough."""
     most: int
-    setting: Setting
+    setup: WorkerSetup
     limits: Supervision
     interface: str | None = None
     """The network interface by which ranks reach each other; by default the one with the node's address."""
@@ -121,7 +121,7 @@ class Supervisor:
             self._grow_at = time.monotonic() + CONTENT_SECONDS
         self._told_to_stop = self._told_to_yield = self._told_to_leave = False
         self._size_before = size
-        group = WorkerGroup(job.name, job.demand, held, size, job.setting, job.interface)
+        group = WorkerGroup(job.name, job.demand, held, size, job.setup, job.interface)
         self._tell("group_formed", workers=size, hosts=sorted({address.host for address in group.addresses}))
         return group
 
@@ -137,7 +137,7 @@ class Supervisor:
             if time.monotonic() > deadline:
                 raise ComputeError(
                     f"There is no room for {_count(job)} of {job.name}: each needs {job.demand}, and there is room for "
-                    f"{placement.room(job.demand)} now, on {placement.described_nodes()}. Free or add nodes "
+                    f"{placement.room(job.demand)} now, on {placement.describe_nodes()}. Free or add nodes "
                     "and run again; what was committed is kept."
                 )
         return 0, None

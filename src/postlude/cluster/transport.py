@@ -49,7 +49,7 @@ def variables(transport: Transport) -> dict[str, str]:
 def check_transport(compute: Compute) -> None:
     """:class:`ComputeError` if the manifest requires encryption and something would cross the network without it."""
     transport = compute.transport
-    if not transport.require_encryption or compute.provider == "local":
+    if not transport.require_encryption or not compute.provider.is_remote:
         return
     if _certificates(transport) is None and not transport.network_is_encrypted:
         raise ComputeError(
@@ -63,7 +63,7 @@ def check_collectives(compute: Compute, pools: Iterable[str]) -> None:
     """:class:`ComputeError` if the manifest requires encryption and the workers of one of the pools, which work on one
     model together, would cross the network without it."""
     transport = compute.transport
-    if not transport.require_encryption or compute.provider == "local" or transport.network_is_encrypted:
+    if not transport.require_encryption or not compute.provider.is_remote or transport.network_is_encrypted:
         return
     for name in dict.fromkeys(pools):
         pool = compute.pools.get(name, Pool())

@@ -123,17 +123,6 @@ def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
         raise ManifestError(f"{name} is not a lock that this version of postlude wrote: {error!r}.") from error
 
 
-def differences(locked: Lock, resolved: Resolved, stage: str, free: Collection[str]) -> list[str]:
-    """What has changed of all that bears on a stage's result, one line for each key: ``seed: 1 -> 2``.
-
-    ``free`` are keys of the stage that do not bear on it.
-    """
-    then = locked.stages[stage]
-    placement = resolved.manifest.stages[stage].pool_keys
-    before = _bearing(locked.manifest, stage, then.data, then.pools, (*placement, *free))
-    return changed_keys(before, bearing(resolved, stage, free))
-
-
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What two accounts of :func:`bearing` do not share, one line for each key: ``seed: 1 -> 2``."""
     return [
@@ -143,21 +132,15 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
-def bearing(resolved: Resolved, stage: str, free: Collection[str] | None = None) -> dict[str, Any]:
+def bearing(resolved: Resolved, stage: str) -> dict[str, Any]:
     """What the manifest says that bears on a stage's result, by dotted key: its :func:`basis` without the keys that
-    are free, by default those of its recipe."""
+    its recipe calls free."""
     config = resolved.manifest.stages[stage]
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
-    free = (*config.pool_keys, *(config.free if free is None else free))
-    return _bearing(resolved.tree, stage, data, config.all_pools, free)
-
-
-def _bearing(
-    tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str], free: Collection[str]
-) -> dict[str, Any]:
-    flat = _flat(basis(tree, stage, data, pools))
-    return {key: value for key, value in flat.items() if not _is_free(key, stage, free)}
+    free = (*config.pool_keys, *config.free)
+    leaves = _flat(basis(resolved.tree, stage, data, config.all_pools))
+    return {key: value for key, value in leaves.items() if not _is_free(key, stage, free)}
 
 
 def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str]) -> dict[str, Any]:

@@ -8,10 +8,8 @@ architecture and vocabulary with random weights and at most two layers.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +28,7 @@ from postlude.objectives.logits import Limits
 from postlude.stages.annotate import annotated, check_annotations
 from postlude.stages.little import LARGEST_PARAMETERS, little_model
 from postlude.stages.training import Assembly
+from postlude.telemetry import hardware
 from postlude.training.meters import Meters
 from postlude.training.precision import Precision
 from postlude.training.trainer import Trainer
@@ -235,7 +234,4 @@ def _limit(assembly: Assembly) -> int | None:
 
 def _base_bytes(assembly: Assembly) -> int:
     """What a process takes that has imported everything, as this one has; beside a GPU it is another memory."""
-    if _pool(assembly).gpus_per_worker:
-        return 0
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0 if _pool(assembly).gpus_per_worker else hardware.resident_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -66,12 +65,11 @@ def read() -> Reading:
     """This process now."""
     with _lock:
         lines, link = list(_lines), dict(_link)
-    torch = sys.modules.get("torch")
-    uses_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    cuda = hardware.cuda_in_use()
     return Reading(
         step=int(lines[-1].get("step", 0)) if lines else 0,
         resident_bytes=hardware.resident_bytes(),
-        device_bytes=torch.cuda.memory_allocated() if torch is not None and uses_gpu else None,
+        device_bytes=cuda.memory_allocated() if cuda else None,
         seconds={key: _mean(lines, key) for key in _KEPT if any(key in line for line in lines)},
         link=link,
     )

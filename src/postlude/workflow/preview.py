@@ -21,7 +21,7 @@ from postlude.stages.training import Assembly
 from postlude.stages.work import WorkRecipe
 from postlude.stages.workbench import Workbench
 from postlude.training.workers import Workers
-from postlude.workflow.run import stages_in_order
+from postlude.workflow.selection import stages_in_order
 
 PROMPTS_SHOWN = 8
 """Prompts that stand for a block, where a stage has no blocks."""

@@ -24,7 +24,7 @@ from postlude.workflow.selection import Selection, stages_in_order
 from postlude.workflow.side_by_side import StagesAtWork
 
 if TYPE_CHECKING:
-    from postlude.cluster.provider import Cluster
+    from postlude.cluster.providers.base import Cluster
 
 __all__ = ["INTERRUPTED", "dry_run", "run", "stages_in_order"]
 
@@ -108,11 +108,11 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -
 @contextmanager
 def workers_for(manifest: Manifest) -> Iterator[Cluster]:
     """The cluster that the manifest names, found to have the nodes and the network for its pools, or ComputeError."""
-    from postlude.cluster.provider import open_cluster
+    from postlude.cluster.providers.base import open_cluster
 
     with open_cluster(manifest.compute) as cluster:
         from postlude.cluster.bandwidth import check_bandwidth  # loads Ray, which reads its environment then
-        from postlude.cluster.topology import check_topology
+        from postlude.cluster.placement import check_topology
 
         check_topology(manifest.compute)
         check_bandwidth(manifest.compute)

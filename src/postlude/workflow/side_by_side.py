@@ -22,7 +22,7 @@ from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
 if TYPE_CHECKING:
-    from postlude.cluster.provider import Cluster
+    from postlude.cluster.providers.base import Cluster
     from postlude.cluster.supervisor import Supervisor
 
 FUNCTION = "postlude.stages.run:run_stage"
@@ -148,22 +148,22 @@ class StagesAtWork:
         """The hosts of a stage's engines, where these have a pool of their own."""
         from postlude.cluster.engines import engine_hosts
         from postlude.cluster.placement import Demand
-        from postlude.cluster.worker import Setting
+        from postlude.cluster.worker import WorkerSetup
 
         manifest, name = self.resolved.manifest, decision.stage
         pool, compute = engines_of(manifest, manifest.stages[name]), manifest.compute
         if pool is None:
             return nullcontext()
         threads = pool.cpus_per_worker or threads_of(manifest, name)
-        setting = Setting.here(name, threads, compute.environment)
+        setup = WorkerSetup.here(name, threads, compute.environment)
         seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
-        return engine_hosts(self._job_name(decision), demand, pool.most, setting, seconds, give_up)
+        return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
     def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
         from postlude.cluster.observer import Observer
         from postlude.cluster.placement import Demand
         from postlude.cluster.supervisor import Job, Supervisor
-        from postlude.cluster.worker import Setting
+        from postlude.cluster.worker import WorkerSetup
 
         assert self.cluster is not None
         manifest, name = self.resolved.manifest, decision.stage
@@ -176,7 +176,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setting=Setting.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
+            setup=WorkerSetup.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )

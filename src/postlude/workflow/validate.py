@@ -31,9 +31,11 @@ from postlude.stages.preflight import Rehearsal, rehearse
 from postlude.stages.training import Assembly
 from postlude.stages.trial import Trial, try_out
 from postlude.stages.work import WorkRecipe
+from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
-from postlude.workflow.compute import check_compute, cores, ranks_of, threads_of
-from postlude.workflow.run import stages_in_order, workers_for
+from postlude.workflow.compute import check_compute, ranks_of, threads_of
+from postlude.workflow.run import workers_for
+from postlude.workflow.selection import stages_in_order
 
 
 @dataclass
