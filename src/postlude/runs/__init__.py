@@ -7,7 +7,7 @@ from postlude.runs.lineage import Ancestor, artifact_digest, provenance, walk
 from postlude.runs.revisions import revision_of, revisions, set_aside
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
-from postlude.runs.takeover import finished_elsewhere, run_of, take_over
+from postlude.runs.takeover import finished_elsewhere, take_over
 
 __all__ = [
     "Ancestor",
@@ -28,7 +28,6 @@ __all__ = [
     "read_examples",
     "revision_of",
     "revisions",
-    "run_of",
     "set_aside",
     "take_over",
     "walk",

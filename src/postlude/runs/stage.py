@@ -64,6 +64,11 @@ class Stage:
         self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
         """Requests for changes to the running stage, and the steps from which they hold."""
 
+    @property
+    def run_name(self) -> str:
+        """The name of the run that it stands in."""
+        return storage.name(storage.parent(storage.parent(self.uri)))
+
     # --- state ----------------------------------------------------------------------------------------------
 
     def status(self) -> Status:

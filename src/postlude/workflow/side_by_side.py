@@ -17,7 +17,7 @@ from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import begin, identity_now, make_room, taken_over, verify_inputs
+from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs
 from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
@@ -61,7 +61,7 @@ class StagesAtWork:
         """Run one stage to its end in this process."""
         from postlude.stages.run import run_stage_here
 
-        verify_inputs(self.run, decision)
+        verify_inputs(self.run, decision.stage, decision.needs)
         if self._needs_no_work(decision):
             return
         try:
@@ -74,7 +74,7 @@ class StagesAtWork:
     def start(self, decision: Decision, alone: bool) -> None:
         """Start a stage on a group of workers; only one that is ``alone`` draws a live line."""
         try:
-            verify_inputs(self.run, decision)
+            verify_inputs(self.run, decision.stage, decision.needs)
             if self._needs_no_work(decision):
                 return
         except UserError as error:
@@ -118,7 +118,7 @@ class StagesAtWork:
         """Prepare the stage; whether it is done with that, because another run made it."""
         make_room(self.run, decision)
         identity = identity_now(self.resolved, self.run, decision)
-        if taken_over(self.run, decision, identity):
+        if try_take_over(self.run, decision, identity):
             return True
         begin(self.run, decision, identity)
         self.run.stage(decision.stage).enter("running", process=os.getpid(), **_said(self.run, decision))

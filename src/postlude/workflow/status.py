@@ -14,7 +14,7 @@ from postlude.manifest.lock import read_lock
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
 from postlude.telemetry import events
 from postlude.telemetry.summary import StageSummary, summarize
-from postlude.workflow.drawing import drawn
+from postlude.workflow.drawing import draw
 
 ALARMS_SHOWN = 5
 
@@ -85,7 +85,7 @@ class RunStatus:
         for column in ("stage", "state", "step", "loss", "last checkpoint", "revision", "taken over from"):
             table.add_column(column, justify="right" if column in ("step", "loss", "revision") else "left")
         by_name = {stage.summary.stage: stage for stage in self.stages}
-        for name, branch in drawn({name: stage.needs for name, stage in by_name.items()}):
+        for name, branch in draw({name: stage.needs for name, stage in by_name.items()}):
             stage, summary = by_name[name], by_name[name].summary
             table.add_row(
                 Text(branch),
