@@ -16,11 +16,11 @@ from postlude.manifest.lock import (
     LockedStage,
     bearing,
     changed_keys,
+    dump_lock,
     lock,
     lock_text,
     manifest_hash,
     read_lock,
-    written,
 )
 from postlude.manifest.problem import ManifestError
 
@@ -34,7 +34,7 @@ trees = st.recursive(
 def test_any_tree_is_read_back_as_it_was_written(tree):
     stages = {"one": LockedStage("ab", ["chats"], ["train"], None), "two": LockedStage("cd", [], [], 4)}
     locked = Lock("ef", {"torch": "2.0"}, stages, tree)
-    assert read_lock(written(locked)) == locked
+    assert read_lock(dump_lock(locked)) == locked
 
 
 @pytest.mark.capability("The resolved manifest is locked into the run with hashes and versions")

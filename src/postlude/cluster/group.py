@@ -47,14 +47,14 @@ class WorkerGroup:
                 here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
                 named = actor.options(name=actor_name(name, rank), scheduling_strategy=here, **options)
                 self.workers.append(named.remote(rank, setup))
-            self.addresses = self._started([worker.address.remote() for worker in self.workers])
+            self.addresses = self._await_start([worker.address.remote() for worker in self.workers])
             meeting = f"{self.addresses[0].host}:{self.addresses[0].free_port}"
             numbers: Counter[str] = Counter()
             places = []
             for worker, address in zip(self.workers, self.addresses, strict=True):
                 places.append(worker.take_place.remote(size, numbers[address.node], meeting, interface))
                 numbers[address.node] += 1
-            self._started(places)
+            self._await_start(places)
         except BaseException:
             self.close()
             raise
@@ -84,7 +84,7 @@ class WorkerGroup:
                 stacks[ranks[reference]] = ray.get(reference)
         return stacks
 
-    def _started(self, references: Sequence[Any]) -> list[Any]:
+    def _await_start(self, references: Sequence[Any]) -> list[Any]:
         try:
             return ray.get(list(references), timeout=START_SECONDS)
         except ray.exceptions.RayActorError as error:

@@ -42,9 +42,11 @@ class Demand:
         return Demand(resources, pool.labels, pool.placement)
 
     def __str__(self) -> str:
-        asked = [f"{amount:g} {name}" for name, amount in self.resources.items() if amount]
-        asked += [f"label {name}={value}" for name, value in self.labels.items()]
-        return ", ".join(asked) + (f", placed '{self.placement}'" if self.placement.endswith(("node", "each")) else "")
+        demands = [f"{amount:g} {name}" for name, amount in self.resources.items() if amount]
+        demands += [f"label {name}={value}" for name, value in self.labels.items()]
+        return ", ".join(demands) + (
+            f", placed '{self.placement}'" if self.placement.endswith(("node", "each")) else ""
+        )
 
     def fits(self, nodes: Sequence[Mapping[str, Any]], free: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> int:
         """How many workers find room on the nodes, of whose resources ``free`` tells what may be taken."""
@@ -53,8 +55,10 @@ class Demand:
             if any(node.get("Labels", {}).get(name) != value for name, value in self.labels.items()):
                 continue
             has = free(node)
-            asked = {name: amount for name, amount in self.resources.items() if amount}
-            counts.append(min((int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()), default=64))
+            amounts = {name: amount for name, amount in self.resources.items() if amount}
+            counts.append(
+                min((int(has.get(name, 0.0) / amount + 1e-9) for name, amount in amounts.items()), default=64)
+            )
         if self.placement == "one_node":
             return max(counts, default=0)
         return sum(min(count, 1) for count in counts) if self.placement == "node_each" else sum(counts)

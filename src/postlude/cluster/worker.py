@@ -225,4 +225,4 @@ def _on_terminate(notice: Callable[[], None]) -> None:
 def _interface_of(address: str) -> str | None:
     """The network interface that has an IP address, by which collectives reach the others."""
     interfaces = psutil.net_if_addrs().items()
-    return next((name for name, known in interfaces if any(one.address == address for one in known)), None)
+    return next((name for name, known in interfaces if any(each.address == address for each in known)), None)

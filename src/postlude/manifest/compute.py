@@ -102,8 +102,8 @@ class Transport(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, given: Any) -> Any:
-        return {"require_encryption": True} if given == "require-encryption" else given
+    def _short_form(cls, value: Any) -> Any:
+        return {"require_encryption": True} if value == "require-encryption" else value
 
 
 class ProviderConfig(Component):

@@ -81,10 +81,10 @@ def lock_text(
     resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
 ) -> str:
     """:func:`lock` as the text of the file."""
-    return written(lock(resolved, threads, fingerprints))
+    return dump_lock(lock(resolved, threads, fingerprints))
 
 
-def written(locked: Lock) -> str:
+def dump_lock(locked: Lock) -> str:
     """A lock as YAML, which :func:`read_lock` reads."""
     document = {
         "hash": locked.hash,
@@ -126,7 +126,7 @@ def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What two accounts of :func:`bearing` do not share, one line for each key: ``seed: 1 -> 2``."""
     return [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        f"{key}: {_show(before, key)} -> {_show(after, key)}"
         for key in dict.fromkeys([*before, *after])
         if key not in before or key not in after or before[key] != after[key]
     ]
@@ -161,14 +161,14 @@ def manifest_hash(tree: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of everything that computes, and the git commit where this package is a checkout."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     commit = _git_commit(Path(__file__).parent)
-    return {**found, "postlude_commit": commit} if commit else found
+    return {**installed, "postlude_commit": commit} if commit else installed
 
 
 def _git_commit(folder: Path) -> str | None:
@@ -214,7 +214,7 @@ def hash_of(document: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _shown(flat: Mapping[str, Any], key: str) -> str:
+def _show(flat: Mapping[str, Any], key: str) -> str:
     if key not in flat:
         return "(not set)"
     text = json.dumps(flat[key], ensure_ascii=False)

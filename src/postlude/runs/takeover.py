@@ -16,7 +16,7 @@ from postlude.runs.run import Run
 from postlude.runs.stage import Stage
 
 
-def finished_elsewhere(run: Run) -> Mapping[str, Stage]:
+def find_finished_elsewhere(run: Run) -> Mapping[str, Stage]:
     """The finished stages of the other runs in the same folder, by the fingerprint of their results.
 
     A stage that was taken over itself is passed by for the one that made it, if that is still there.

@@ -114,7 +114,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, threads: int) -> 
 
     device = torch.device(device)
     if device.type != "cuda":
-        return _measured_flops(dtype, threads)
+        return _measure_flops(dtype, threads)
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return datasheet_flops(
         device_name(device), "tf32" if dtype == torch.float32 and tf32 else str(dtype).split(".")[-1]
@@ -122,7 +122,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, threads: int) -> 
 
 
 @cache
-def _measured_flops(dtype: torch.dtype, threads: int) -> float:
+def _measure_flops(dtype: torch.dtype, threads: int) -> float:
     import torch
 
     before = torch.get_num_threads()

@@ -62,9 +62,9 @@ def threads_of(manifest: Manifest, name: str, inline: bool = False) -> int:
     """CPU threads of each worker of a stage: what the stage says, or what its pool reserves; on this machine its share
     of the cores."""
     stage = manifest.stages[name]
-    asked = getattr(stage, "threads", None) or pool_of(manifest, stage).cpus_per_worker
-    if asked:
-        return asked
+    threads = getattr(stage, "threads", None) or pool_of(manifest, stage).cpus_per_worker
+    if threads:
+        return threads
     if inline:
         return cores()
     if manifest.compute.provider.is_remote:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
-from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of
+from postlude.runs import Identity, Run, Stage, find_finished_elsewhere, revision_of
 from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier
 from postlude.workflow.selection import Selection
@@ -147,7 +147,7 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
 
     def find_elsewhere(fingerprint: str) -> Stage | None:
         if not elsewhere:
-            elsewhere.append(finished_elsewhere(run))
+            elsewhere.append(find_finished_elsewhere(run))
         return elsewhere[0].get(fingerprint)
 
     decisions = decide(

@@ -93,13 +93,13 @@ class StagesAtWork:
     def wait(self) -> None:
         """Wait until a stage at work has ended, or a moment; of those that have ended, note how."""
         if self.stop.requested:
-            for one in self._at_work.values():
-                one.supervisor.stop()
-        wait([one.result for one in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
-        for name in [name for name, one in self._at_work.items() if one.result.done()]:
-            one, decision = self._at_work.pop(name), self.decisions.pop(name)
-            error = one.result.exception()
-            results = None if error is not None else one.result.result()
+            for at_work in self._at_work.values():
+                at_work.supervisor.stop()
+        wait([at_work.result for at_work in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
+        for name in [name for name, at_work in self._at_work.items() if at_work.result.done()]:
+            at_work, decision = self._at_work.pop(name), self.decisions.pop(name)
+            error = at_work.result.exception()
+            results = None if error is not None else at_work.result.result()
             if error is not None:
                 self._end(decision, error=error)
             else:
@@ -110,8 +110,8 @@ class StagesAtWork:
 
     def close(self) -> None:
         """Kill whatever is still at work."""
-        for one in self._at_work.values():
-            one.supervisor.abandon()
+        for at_work in self._at_work.values():
+            at_work.supervisor.abandon()
         self._threads.shutdown()
 
     def _needs_no_work(self, decision: Decision) -> bool:
@@ -121,7 +121,7 @@ class StagesAtWork:
         if try_take_over(self.run, decision, identity):
             return True
         begin(self.run, decision, identity)
-        self.run.stage(decision.stage).enter("running", process=os.getpid(), **_said(self.run, decision))
+        self.run.stage(decision.stage).enter("running", process=os.getpid(), **_identity_details(self.run, decision))
         return False
 
     def _task(self, decision: Decision, inline: bool = False) -> StageTask:
@@ -193,21 +193,21 @@ class StagesAtWork:
         """Note how a stage ended: with a summary, with an error, or, with neither, asked to stop before it began.
 
         What a debugger or a second interrupt raised goes on from here."""
-        stage, said = self.run.stage(decision.stage), _said(self.run, decision)
+        stage, details = self.run.stage(decision.stage), _identity_details(self.run, decision)
         if isinstance(error, Exception):
-            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            stage.enter("failed", error=told.splitlines()[0], **said)
-            events.record(self.run.events, events.make("failure", decision.stage, error=told))
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            stage.enter("failed", error=reason.splitlines()[0], **details)
+            events.record(self.run.events, events.make("failure", decision.stage, error=reason))
             self.failure = self.failure or error
         elif error is not None or summary is None or summary.interrupted:
-            stage.enter("interrupted", **said)
+            stage.enter("interrupted", **details)
             self.interrupted = self.interrupted or decision.stage
             if error is not None:
                 raise error
         else:
-            stage.enter("done", steps=summary.steps, **said)
+            stage.enter("done", steps=summary.steps, **details)
 
 
-def _said(run: Run, decision: Decision) -> dict[str, Any]:
+def _identity_details(run: Run, decision: Decision) -> dict[str, Any]:
     identity = run.stage(decision.stage).identity()
     return {"fingerprint": identity.fingerprint, "revision": identity.revision} if identity else {}

@@ -99,7 +99,7 @@ class RunStatus:
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
-        notes += [f"{alarm.time} {alarm.kind}: {_told(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
+        notes += [f"{alarm.time} {alarm.kind}: {_describe(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
         return Group(table, *map(Text, notes))
 
 
@@ -181,6 +181,6 @@ def _worker(reading: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _told(event: events.Event) -> str:
-    said = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
-    return ", ".join(f"{key} {value}" for key, value in said.items())
+def _describe(event: events.Event) -> str:
+    fields = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
+    return ", ".join(f"{key} {value}" for key, value in fields.items())

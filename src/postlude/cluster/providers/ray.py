@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from postlude.cluster.providers.base import Provider
-from postlude.cluster.transport import probe, variables
+from postlude.cluster.transport import probe, ray_variables
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
 from postlude.runs import Run
@@ -19,7 +19,7 @@ class Ray(Provider):
     """The cluster at ``compute.address``, or where RAY_ADDRESS says."""
 
     def variables(self, compute: Compute) -> Mapping[str, str]:
-        return variables(compute.transport)
+        return ray_variables(compute.transport)
 
     @contextmanager
     def open(self, compute: Compute) -> Iterator[None]:
