@@ -4,8 +4,8 @@
 
 A Qwen3 of 4 layers and hidden 256, vocabulary 8,192, fp32, steps of about a second; groups of one rank of two threads
 and of two ranks of one. Both sides run the same stage of the same manifest, in turn; a step's time is the median of
-those after the first few, and a side's that of its rounds. A call is one that the controller makes on every rank, with
-nothing to do and a small answer. The first step is that of ``examples/demo.yaml``, from the start of ``postlude run``.
+those after the first few, and a side's that of its rounds. A call is the controller's look at every rank. The first
+step is that of ``examples/demo.yaml``, from the start of ``postlude run``.
 """
 
 from __future__ import annotations
@@ -89,32 +89,25 @@ def as_rank(task: Path) -> None:
     run_stage_here(pickle.loads(task.read_bytes()))
 
 
-class Idle:
-    """What ranks hold that have nothing to do."""
-
-    def nothing(self, number: int) -> int:
-        return number
-
-
 def milliseconds_of_a_call(ranks: int) -> float:
-    sys.path.insert(0, str(Path(__file__).parent))
+    import ray
+
     from postlude.cluster import placement
     from postlude.cluster.group import WorkerGroup
     from postlude.cluster.placement import Demand
-    from postlude.cluster.provider import open_cluster
-    from postlude.cluster.worker import Setting
+    from postlude.cluster.providers.base import open_cluster
+    from postlude.cluster.worker import WorkerSetup
     from postlude.manifest.compute import Compute, Pool
 
     compute = Compute(pools={"train": Pool(workers=ranks)})
     demand = Demand.of(compute, compute.pools["train"])
     with open_cluster(compute) as cluster:
         held = placement.place(demand, ranks, 60.0, lambda: False)
-        with WorkerGroup("idle", demand, held, ranks, Setting.here("idle", 1, {}), cluster.interface) as group:
-            group.build("groups:Idle")
+        with WorkerGroup("idle", demand, held, ranks, WorkerSetup.here("idle", 1, {}), cluster.interface) as group:
             spent = []
-            for number in range(CALLS):
+            for _ in range(CALLS):
                 begin = time.perf_counter()
-                group.call("nothing", number)
+                ray.get([worker.look.remote() for worker in group.workers])
                 spent.append(time.perf_counter() - begin)
     return 1000 * statistics.median(spent)
 

@@ -1,14 +1,20 @@
-"""A package beside ours brings a recipe, an objective, a format, a filter and a sink, checked as strictly as ours."""
+"""A package beside ours brings a recipe, an objective, a format, a filter, a sink and a provider, checked as ours."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from postlude.cluster.providers.base import provider_of
+from postlude.errors import ComputeError
 from postlude.manifest.load import load
+from postlude.manifest.lock import read_lock
 from postlude.manifest.problem import ManifestError
+from postlude.runs import Run
 from postlude.workflow.run import run
 
 SCRIPTS = ["User: What is {n} and {n}?\nGuide: It is {m}.", "User: And {n}?\nGuide: That one is {n}, friend."]
@@ -29,6 +35,10 @@ def manifest(tmp_path: Path) -> dict:
                 "format": {"name": "dialogue", "assistant": "Guide"},
                 "filters": [{"name": "mentions", "word": "What"}],
             }
+        },
+        "compute": {
+            "provider": {"name": "labelled", "labels": {"rack": "seven"}},
+            "pools": {"train": {"workers": 2, "labels": {"rack": "seven"}}},
         },
         "sinks": [{"name": "lines", "path": str(tmp_path / "lines.txt")}],
         "stages": {
@@ -56,12 +66,36 @@ def test_a_run_made_of_somebody_elses_components(manifest: dict, tmp_path: Path)
     assert (tmp_path / "lines.txt").read_text().splitlines() == [f"tune {step}" for step in (1, 2, 3)]
 
 
+@pytest.mark.capability("A provider of one's own brings the machines of a run")
+def test_a_stage_runs_on_somebody_elses_nodes(manifest: dict, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(manifest))
+
+    def postlude(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "postlude", "run", str(path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+    refused = postlude("compute.pools.train.labels={rack: eight}")
+    assert refused.returncode == 4, refused.stderr
+    assert "label rack=eight" in refused.stderr
+    done = postlude()
+    assert done.returncode == 0, done.stderr
+    own = Run(str(tmp_path / "runs/own"))
+    assert [event["workers"] for event in own.events.read() if event["kind"] == "group_formed"] == [2]
+    assert (tmp_path / "lines.txt").read_text().splitlines() == [f"tune {step}" for step in (1, 2, 3)]
+    locked = read_lock(own.read_manifest_lock() or "").manifest
+    assert locked["compute"]["provider"] == manifest["compute"]["provider"]
+    with pytest.raises(ComputeError, match="takes no command that outlives the terminal"):
+        provider_of(load(path.read_text(), "own.yaml").manifest.compute).submit(own, [])
+
+
 @pytest.mark.parametrize(
     ("place", "key", "nearest"),
     [
         (("data", "scripts", "format"), "asistant", "assistant"),
         (("data", "scripts", "filters", 0), "wrod", "word"),
         (("sinks", 0), "pth", "path"),
+        (("compute", "provider"), "lables", "labels"),
         (("stages", "tune", "loss"), "betta", "beta"),
         (("stages", "tune"), "lossy", "loss"),
     ],

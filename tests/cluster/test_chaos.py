@@ -191,22 +191,24 @@ def test_engines_on_other_nodes_are_given_the_weights_and_may_be_lost(nodes, tmp
 
 
 def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):
+    import ray
+
     from postlude.cluster import placement
     from postlude.cluster.group import WorkerGroup
     from postlude.cluster.placement import Demand
-    from postlude.cluster.provider import open_cluster
-    from postlude.cluster.worker import Setting
+    from postlude.cluster.providers.base import open_cluster
+    from postlude.cluster.worker import WorkerSetup
     from postlude.manifest.compute import Compute, Pool
 
     package = tmp_path / "sent_package"
     package.mkdir()
-    (package / "__init__.py").write_text("class Thing:\n    def place(self):\n        return __file__\n")
+    (package / "__init__.py").write_text("def place(task, stop, display):\n    return __file__\n")
     compute = Compute(provider="ray", address=nodes.address, code=[str(package)])
     demand = Demand.of(compute, Pool())
     with open_cluster(compute) as cluster:
         held = placement.place(demand, 1, 60.0, lambda: False)
-        setting = Setting("sent", "/", [], 1, {})
-        with WorkerGroup("sent", demand, held, 1, setting, cluster.interface) as group:
-            group.build("sent_package:Thing")
-            (place,) = group.call("place")
+        setup = WorkerSetup("sent", "/", [], 1, {})
+        with WorkerGroup("sent", demand, held, 1, setup, cluster.interface) as group:
+            (outcome,) = ray.get(group.work("sent_package:place", None, lease_seconds=60.0))
+    place = outcome.value
     assert not place.startswith(str(tmp_path))

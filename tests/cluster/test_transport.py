@@ -15,7 +15,7 @@ import pytest
 
 from cluster import hosts
 from postlude.cluster.certificates import make_certificates
-from postlude.cluster.transport import check_collectives, check_transport, probe, variables
+from postlude.cluster.transport import check_collectives, check_transport, probe, ray_variables
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Certificates, Compute, Pool, Transport
 from postlude.manifest.load import load
@@ -111,16 +111,16 @@ def test_engines_that_would_be_asked_in_clear_text_are_refused():
 def test_ray_is_told_everything_and_a_missing_file_is_named(files, tmp_path, monkeypatch):
     for name in ("RAY_USE_TLS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert variables(Transport()) == {"RAY_AUTH_MODE": "disabled"}
+    assert ray_variables(Transport()) == {"RAY_AUTH_MODE": "disabled"}
     token = tmp_path / "token"
     token.write_text("secret\n")
-    told = variables(Transport(tls=files, token=str(token)))
+    told = ray_variables(Transport(tls=files, token=str(token)))
     assert (told["RAY_USE_TLS"], told["RAY_AUTH_MODE"], told["RAY_AUTH_TOKEN"]) == ("1", "token", "secret")
     assert told["RAY_TLS_SERVER_KEY"] == files.key
     with pytest.raises(ComputeError, match=r"transport\.token: there is no file"):
-        variables(Transport(token=str(tmp_path / "nowhere")))
+        ray_variables(Transport(token=str(tmp_path / "nowhere")))
     with pytest.raises(ComputeError, match=r"tls\.key: there is no file"):
-        variables(Transport(tls=files.model_copy(update={"key": "nowhere.key"})))
+        ray_variables(Transport(tls=files.model_copy(update={"key": "nowhere.key"})))
 
 
 # --- the probe ----------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_a_cluster_with_tls_and_a_token_lets_in_who_has_both_and_sends_no_clear_
 
         def on_host(number: int) -> dict[str, str]:
             its = certificates(folder, made.address(number))
-            return variables(Transport(tls=its, token=str(token)))
+            return ray_variables(Transport(tls=its, token=str(token)))
 
         cluster = hosts.RayOnHosts(made, Path(place) / "ray", {2: 1}, on_host)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from postlude.manifest import component
 from postlude.manifest.component import Component, Named, register
+from postlude.manifest.compute import ProviderConfig
 from postlude.manifest.schema import ModelFrom, TrainingStage
 
 
@@ -86,6 +87,10 @@ class Square(Component):
     scale: float = 1.0
 
 
+class Local(ProviderConfig):
+    """This machine."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registry() -> Iterator[None]:
     """Only the components above are known."""
@@ -101,6 +106,7 @@ def registry() -> Iterator[None]:
             ("optimizers", "sgd", Sgd),
             ("schedules", "cosine", Cosine),
             ("objectives", "square", Square),
+            ("providers", "local", Local),
             ("recipes", "plain", Plain),
             ("recipes", "pair", Pair),
         ):

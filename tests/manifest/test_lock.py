@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postlude.manifest.load import load, restore
-from postlude.manifest.lock import Lock, LockedStage, differences, lock, lock_text, manifest_hash, read_lock, written
+from postlude.manifest.lock import (
+    Lock,
+    LockedStage,
+    bearing,
+    changed_keys,
+    dump_lock,
+    lock,
+    lock_text,
+    manifest_hash,
+    read_lock,
+)
 from postlude.manifest.problem import ManifestError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -24,7 +34,7 @@ trees = st.recursive(
 def test_any_tree_is_read_back_as_it_was_written(tree):
     stages = {"one": LockedStage("ab", ["chats"], ["train"], None), "two": LockedStage("cd", [], [], 4)}
     locked = Lock("ef", {"torch": "2.0"}, stages, tree)
-    assert read_lock(written(locked)) == locked
+    assert read_lock(dump_lock(locked)) == locked
 
 
 @pytest.mark.capability("The resolved manifest is locked into the run with hashes and versions")
@@ -74,20 +84,20 @@ CHANGES = [
 @pytest.mark.capability("A stage that has begun refuses a changed manifest with a diff")
 @pytest.mark.parametrize(("change", "stages"), CHANGES)
 def test_what_bears_on_a_stage_changes_its_hash_and_is_told(example, change, stages):
-    before, resolved = lock(load(example, "x.yaml")), load(example, "x.yaml", [change])
-    after = lock(resolved)
+    begun, now = load(example, "x.yaml"), load(example, "x.yaml", [change])
+    before, after = lock(begun), lock(now)
     for stage in ("first", "second"):
-        told = differences(before, resolved, stage, resolved.manifest.stages[stage].free)
+        told = changed_keys(bearing(begun, stage), bearing(now, stage))
         assert bool(told) == (stage in stages), told
         assert (before.stages[stage].hash != after.stages[stage].hash) == (stage in stages)
     assert before.hash != after.hash
 
 
 def test_a_difference_names_the_key_and_both_values(example):
-    locked = read_lock(lock_text(load(example, "x.yaml")))
+    begun = load(example, "x.yaml")
     changes = ["first.optimizer.lr=0.5", "data.chats.limit=null", "first.recompute=layer", "first.data={held: 1.0}"]
-    resolved = load(example, "x.yaml", [*changes, "second.data.held=3"])
-    assert sorted(differences(locked, resolved, "first", ())) == [
+    now = load(example, "x.yaml", [*changes, "second.data.held=3"])
+    assert sorted(changed_keys(bearing(begun, "first"), bearing(now, "first"))) == [
         'data.chats.filters.0: "len(messages) >= 2" -> (not set)',
         "data.chats.filters.1.most: 30 -> (not set)",
         'data.chats.filters.1.name: "length" -> (not set)',
@@ -108,9 +118,19 @@ def test_a_difference_names_the_key_and_both_values(example):
 
 
 def test_a_stage_that_is_new_or_gone_leaves_the_others_alone(example):
-    locked = lock(load(example, "x.yaml"))
+    begun = load(example, "x.yaml")
     more = load(example + "  third: {recipe: pair, model: {from: second}, data: {chats: 2.0}}\n", "x.yaml")
-    assert differences(locked, more, "first", ()) == differences(locked, more, "second", ()) == []
+    for stage in ("first", "second"):
+        assert bearing(begun, stage) == bearing(more, stage)
+
+
+def test_a_provider_without_keys_is_locked_as_the_text_that_it_has_always_been(example):
+    short, long = example, example.replace("compute:\n", "compute:\n  provider: {name: local}\n")
+    for text in (short, long, example.replace("compute:\n", "compute:\n  provider: local\n")):
+        resolved = load(text, "x.yaml")
+        assert resolved.tree["compute"]["provider"] == "local"
+        assert restore(resolved.tree) == resolved.manifest
+        assert lock(resolved).hash == lock(load(short, "x.yaml")).hash
 
 
 @pytest.mark.parametrize("text", ["name: x", "stages: 3", "hash: a\nversions: {}\nstages: {a: {b: 1}}\nmanifest: {}"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from postlude import storage
-from postlude.runs import Identity, Run, artifact_digest, finished_elsewhere, revisions, set_aside, take_over
+from postlude.runs import Identity, Run, artifact_digest, find_finished_elsewhere, revisions, set_aside, take_over
 from postlude.storage import files
 
 WRITES = ("write_bytes", "remove", "open_file")
@@ -106,7 +106,7 @@ def test_killed_anywhere_a_stage_is_taken_over_whole_or_has_not_begun(place: str
         first, second = Run(storage.join(above, "first")), Run(storage.join(above, "second"))
         finish(first, "a", identity)
         second.write_manifest_lock("name: second\n")
-        source = finished_elsewhere(second)[identity.fingerprint]
+        source = find_finished_elsewhere(second)[identity.fingerprint]
         try:
             with killed_at(number):
                 take_over(second.stage("a"), source, identity.as_revision(3))

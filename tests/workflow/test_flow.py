@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 
 from postlude.runs import artifact_digest
-from postlude.workflow.flow import _Branches, _taken_apart
+from postlude.workflow.flow import Branches, take_apart
 
 
-def test_a_graph_is_taken_apart_into_chains_and_branches() -> None:
-    assert _taken_apart({"a": [], "b": ["a"], "c": ["b"]}) == ["a", "b", "c"]
-    assert _taken_apart({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": ["d"]}) == [
+def test_a_graph_istake_apart_into_chains_and_branches() -> None:
+    assert take_apart({"a": [], "b": ["a"], "c": ["b"]}) == ["a", "b", "c"]
+    assert take_apart({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": ["d"]}) == [
         "a",
-        _Branches([["b"], ["c"]]),
+        Branches([["b"], ["c"]]),
         "d",
         "e",
     ]
-    assert _taken_apart({"a": [], "x": [], "b": ["a"], "y": ["x"]}) == [_Branches([["a", "b"], ["x", "y"]])]
-    assert _taken_apart({"a": [], "b": [], "c": ["a", "b"], "x": []}) == [
-        _Branches([[_Branches([["a"], ["b"]]), "c"], ["x"]])
+    assert take_apart({"a": [], "x": [], "b": ["a"], "y": ["x"]}) == [Branches([["a", "b"], ["x", "y"]])]
+    assert take_apart({"a": [], "b": [], "c": ["a", "b"], "x": []}) == [
+        Branches([[Branches([["a"], ["b"]]), "c"], ["x"]])
     ]
 
 

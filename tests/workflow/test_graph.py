@@ -94,7 +94,7 @@ def test_status_draws_the_graph_and_lineage_leads_back_to_the_data(chain) -> Non
     while ancestor is not None and ancestor.place is not None:
         names.append(ancestor.stage)
         assert artifact_digest(ancestor.place) == ancestor.artifact_sha256
-        assert ("data.chats", str(chain.chats)) in {(what, uri) for what, uri, _ in ancestor.roots()}
+        assert str(chain.chats) in ancestor.files["data.chats"]
         ancestor = ancestor.parents[0] if ancestor.parents else None
     assert names == ["e", "d", "c", "a"]
 

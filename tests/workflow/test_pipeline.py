@@ -87,7 +87,7 @@ def result(run: Run) -> dict[str, Any]:
 
 
 def actions(manifest: str, *overrides: str, **selection: Any) -> dict[str, str]:
-    return {decision.stage: decision.told for decision in dry_run(manifest, overrides, **selection).decisions}
+    return {decision.stage: decision.describe() for decision in dry_run(manifest, overrides, **selection).decisions}
 
 
 @pytest.mark.long
@@ -124,7 +124,7 @@ def test_a_changed_stage_and_what_hangs_on_it_run_again(pipeline, tmp_path):
     before, lock = result(there), storage.read_text(there.manifest_lock)
     change = "fourth.optimizer.lr=2e-3"
     plan = dry_run(manifest, [change])
-    assert [(d.stage, d.told) for d in plan.work] == [
+    assert [(d.stage, d.describe()) for d in plan.work] == [
         ("fourth", "run again as revision 2"),
         ("fifth", "run again as revision 2"),
     ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postlude.runs import Identity
-from postlude.workflow.plan import Decision, Found, decide
+from postlude.workflow.plan import Decision, Standing, decide
 from postlude.workflow.run import can_begin
 
 Graph = dict[str, list[str]]
@@ -22,22 +22,22 @@ class World:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.config = dict.fromkeys(graph, 0)
-        self.found = {name: Found() for name in graph}
+        self.standing = {name: Standing() for name in graph}
 
     def identify(self, name: str, inputs: Mapping[str, str], revisions: Mapping[str, int]) -> Identity:
         return Identity(config={"number": self.config[name]}, inputs=inputs, input_revisions=revisions)
 
     def plan(self, forced: set[str] | None = None) -> list[Decision]:
-        return decide(self.graph, self.identify, self.found, forced=forced or set())
+        return decide(self.graph, self.identify, self.standing, forced=forced or set())
 
     def carry_out(self, decisions: list[Decision]) -> None:
         for one in decisions:
             if one.action != "keep":
-                self.found[one.stage] = Found(one.identity, True, True, 1, one.identity.revision)
+                self.standing[one.stage] = Standing(one.identity, True, True, 1, one.identity.revision)
 
     def copy(self) -> World:
         other = World(self.graph)
-        other.config, other.found = dict(self.config), dict(self.found)
+        other.config, other.standing = dict(self.config), dict(self.standing)
         return other
 
     def below(self, names: set[str]) -> set[str]:
@@ -74,7 +74,7 @@ def test_what_is_changed_runs_again_with_all_that_hangs_on_it_and_nothing_else(
         assert again == world.below(changed)
         assert {one.stage for one in planned if one.action == "keep"} == set(graph) - again
         for one in planned:
-            before = world.found[one.stage].revision
+            before = world.standing[one.stage].revision
             assert one.identity.revision == before + (one.stage in again)
             assert bool(one.reasons) == (one.stage in again)
         # Stopped after any part of the plan, the next plan leads to the same end.
@@ -82,10 +82,10 @@ def test_what_is_changed_runs_again_with_all_that_hangs_on_it_and_nothing_else(
         whole.carry_out(planned)
         parts.carry_out(planned[: data.draw(st.integers(0, len(planned)))])
         half = data.draw(st.sampled_from(sorted(graph)))
-        if half in again and parts.found[half].identity != whole.found[half].identity:
-            parts.found[half] = Found(revision=world.found[half].revision + 1)  # moved aside and not begun
+        if half in again and parts.standing[half].identity != whole.standing[half].identity:
+            parts.standing[half] = Standing(revision=world.standing[half].revision + 1)  # moved aside and not begun
         parts.carry_out(parts.plan())
-        assert parts.found == whole.found
+        assert parts.standing == whole.standing
         assert {one.action for one in whole.plan()} == {"keep"}
         world = whole
 
@@ -107,7 +107,7 @@ def test_an_unfinished_stage_goes_on_unless_an_input_is_new(graph: Graph, data: 
     world = World(graph)
     world.carry_out(world.plan())
     name = data.draw(st.sampled_from(sorted(graph)))
-    world.found[name] = replace(world.found[name], done=False, step=7)
+    world.standing[name] = replace(world.standing[name], done=False, step=7)
     decision = next(one for one in world.plan() if one.stage == name)
     assert (decision.action, decision.step) == ("resume", 7)
     if graph[name]:

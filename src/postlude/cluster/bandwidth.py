@@ -57,7 +57,7 @@ def check_bandwidth(compute: Compute) -> None:
     for name, pool in compute.pools.items():
         if pool.bandwidth_gbit is None or pool.least < 2:
             continue
-        for source, target, measured in measured_bandwidth(Demand.of(compute, pool), pool.least):
+        for source, target, measured in measure_bandwidth(Demand.of(compute, pool), pool.least):
             if measured < pool.bandwidth_gbit:
                 raise ComputeError(
                     f"compute.pools.{name}.bandwidth_gbit is {pool.bandwidth_gbit:g}, and from {source} to {target} "
@@ -66,26 +66,24 @@ def check_bandwidth(compute: Compute) -> None:
                 )
 
 
-def measured_bandwidth(demand: Demand, workers: int) -> list[tuple[str, str, float]]:
+def measure_bandwidth(demand: Demand, workers: int) -> list[tuple[str, str, float]]:
     """Gigabits a second from each worker's node to that of the next, as sender, receiver and rate. ComputeError without
     room."""
-    held = placement.place(demand, workers, 30.0, lambda: False)
-    if held is None:
+    room = placement.place(demand, workers, 30.0, lambda: False)
+    if room is None:
         raise ComputeError(f"There is no room to measure the network between {workers} workers with {demand} each.")
     actor: Any = ray.remote(Station)
     stations = []
     try:
         for number in range(workers):
-            here = PlacementGroupSchedulingStrategy(held, number, placement_group_capture_child_tasks=False)
+            here = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
             stations.append(actor.options(num_cpus=0, scheduling_strategy=here).remote())
         places = ray.get([station.place.remote() for station in stations], timeout=60.0)
-        pairs = [(one, other) for one in range(workers) for other in [(one + 1) % workers]]
-        apart = [(one, other) for one, other in pairs if places[one][0] != places[other][0]] or pairs[:1]
-        return [
-            (places[one][0], places[other][0], ray.get(stations[one].send.remote(*places[other]), timeout=60.0))
-            for one, other in apart
-        ]
+        pairs = [(sender, (sender + 1) % workers) for sender in range(workers)]
+        apart = [pair for pair in pairs if places[pair[0]][0] != places[pair[1]][0]] or pairs[:1]
+        rates = [ray.get(stations[sender].send.remote(*places[to]), timeout=60.0) for sender, to in apart]
+        return [(places[sender][0], places[to][0], rate) for (sender, to), rate in zip(apart, rates, strict=True)]
     finally:
         for station in stations:
             ray.kill(station)
-        placement.remove(held)
+        placement.remove(room)

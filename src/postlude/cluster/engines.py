@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from postlude.cluster import placement
 from postlude.cluster.group import GONE_SECONDS, NAMESPACE, actor_name, actor_options, remove_left_behind
 from postlude.cluster.placement import Demand
-from postlude.cluster.worker import Setting, die_with_parent
+from postlude.cluster.worker import WorkerSetup, die_with_parent
 from postlude.errors import ComputeError, UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Room, Server, Serving
@@ -57,7 +57,7 @@ Answer = tuple[str, Any]
 class EngineHost:
     """The actor that holds one engine, started when it is first asked for."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: WorkerSetup) -> None:
         die_with_parent()
         setting.enter()
         self._server: Server | None = None
@@ -282,7 +282,7 @@ def host_names(name: str, count: int) -> list[str]:
 
 @contextlib.contextmanager
 def engine_hosts(
-    name: str, demand: Demand, count: int, setting: Setting, seconds: float, give_up: Callable[[], bool]
+    name: str, demand: Demand, count: int, setting: WorkerSetup, seconds: float, give_up: Callable[[], bool]
 ) -> Iterator[None]:
     """Hosts of the engines of a job, for as long as the context lasts. ComputeError if there is no room for them within
     ``seconds``."""
@@ -294,7 +294,7 @@ def engine_hosts(
             return
         raise ComputeError(
             f"There is no room for {count} engines of {name}: each needs {demand}, and there is room for "
-            f"{placement.room(demand)} now, on {placement.described_nodes()}. Free or add nodes and run again."
+            f"{placement.room(demand)} now, on {placement.describe_nodes()}. Free or add nodes and run again."
         )
     actor: Any = ray.remote(EngineHost)
     hosts: list[Any] = []

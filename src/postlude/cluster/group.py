@@ -1,4 +1,4 @@
-"""A group of workers, one actor for each rank, that is called as one: all ranks, some, or a single one."""
+"""A group of workers, one actor for each rank, that is called as one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from postlude.cluster import placement
-from postlude.cluster.failure import Failure, Kind, Outcome, first_cause
+from postlude.cluster.failure import Failure, Kind
 from postlude.cluster.placement import Demand
-from postlude.cluster.worker import Address, Setting, Worker
+from postlude.cluster.worker import Address, Worker, WorkerSetup
 
 NAMESPACE = "postlude"
 START_SECONDS = 180.0
@@ -33,7 +34,7 @@ class WorkerGroup:
     """
 
     def __init__(
-        self, name: str, demand: Demand, room: Any, size: int, setting: Setting, interface: str | None
+        self, name: str, demand: Demand, room: Any, size: int, setup: WorkerSetup, interface: str | None
     ) -> None:
         self.size, self._room = size, room
         self.addresses: list[Address] = []
@@ -45,15 +46,15 @@ class WorkerGroup:
             for rank in range(size):
                 here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
                 named = actor.options(name=actor_name(name, rank), scheduling_strategy=here, **options)
-                self.workers.append(named.remote(rank, setting))
-            self.addresses = self._started([worker.address.remote() for worker in self.workers])
+                self.workers.append(named.remote(rank, setup))
+            self.addresses = self._await_start([worker.address.remote() for worker in self.workers])
             meeting = f"{self.addresses[0].host}:{self.addresses[0].free_port}"
             numbers: Counter[str] = Counter()
             places = []
             for worker, address in zip(self.workers, self.addresses, strict=True):
                 places.append(worker.take_place.remote(size, numbers[address.node], meeting, interface))
                 numbers[address.node] += 1
-            self._started(places)
+            self._await_start(places)
         except BaseException:
             self.close()
             raise
@@ -68,21 +69,6 @@ class WorkerGroup:
         shared = ray.put(task)  # once for all, however large it is
         return [worker.work.remote(function, shared, lease_seconds) for worker in self.workers]
 
-    def build(self, what: str, *arguments: Any) -> None:
-        """Have every rank make an object whose methods :meth:`call` calls. :class:`Failure` as one raised it."""
-        self._results(self._all("build", what, *arguments))
-
-    def call(self, method: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
-        """Call a method of what every rank has built, or only the ranks that are named: results in rank order.
-
-        Arguments go through the object store once. :class:`Failure` as a rank raised it, or for one that died.
-        """
-        return self._results(self._all("call", method, *arguments, ranks=ranks))
-
-    def look(self) -> list[Any]:
-        """References to what each rank shows of itself."""
-        return [worker.look.remote() for worker in self.workers]
-
     def stop(self, at_checkpoint: bool = False) -> None:
         """Ask every rank to stop after the step in progress, or after the next checkpoint."""
         for worker in self.workers:
@@ -90,29 +76,15 @@ class WorkerGroup:
 
     def stacks(self, seconds: float = 3.0) -> dict[int, str]:
         """Where each rank is, of those that answer in time."""
-        asked = {worker.stack.remote(): rank for rank, worker in enumerate(self.workers)}
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
-        found = {}
+        ranks = {worker.stack.remote(): rank for rank, worker in enumerate(self.workers)}
+        done, _ = ray.wait(list(ranks), num_returns=len(ranks), timeout=seconds)
+        stacks = {}
         for reference in done:
             with contextlib.suppress(ray.exceptions.RayError):
-                found[asked[reference]] = ray.get(reference)
-        return found
+                stacks[ranks[reference]] = ray.get(reference)
+        return stacks
 
-    def _all(self, method: str, *arguments: Any, ranks: Sequence[int] | None = None) -> list[Any]:
-        shared = [ray.put(argument) for argument in arguments]
-        chosen = self.workers if ranks is None else [self.workers[rank] for rank in ranks]
-        return [getattr(worker, method).remote(*shared) for worker in chosen]
-
-    def _results(self, references: Sequence[Any]) -> list[Any]:
-        try:
-            outcomes: list[Outcome] = ray.get(list(references))
-        except ray.exceptions.RayActorError as error:
-            raise Failure(Kind.PROCESS, str(error).splitlines()[0]) from error
-        if any(outcome.kind is not None for outcome in outcomes):
-            raise first_cause(outcomes)
-        return [outcome.value for outcome in outcomes]
-
-    def _started(self, references: Sequence[Any]) -> list[Any]:
+    def _await_start(self, references: Sequence[Any]) -> list[Any]:
         try:
             return ray.get(list(references), timeout=START_SECONDS)
         except ray.exceptions.RayActorError as error:
@@ -184,7 +156,6 @@ def remove_left_behind(name: str) -> None:
 
 def _is_alive(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False

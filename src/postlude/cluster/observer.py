@@ -36,6 +36,6 @@ class Observer:
             line |= {"host": address.host, "round_trip_seconds": round_trip_seconds, **look.reading.to_json()}
             self._journal.append(line)
         if len(self._newest) == self._size:
-            for found in self._alarms.look(self._newest):
-                self._tell("alarm", what=f"{found.what}, rank {found.rank}", reason=found.reason)
+            for alarm in self._alarms.look(self._newest):
+                self._tell("alarm", what=f"{alarm.what}, rank {alarm.rank}", reason=alarm.reason)
             self._newest, self._due = {}, time.monotonic() + self._seconds

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute, Pool
 
 STRATEGIES = {"pack": "PACK", "spread": "SPREAD", "one_node": "STRICT_PACK", "node_each": "STRICT_SPREAD"}
@@ -32,7 +33,7 @@ class Demand:
     def of(compute: Compute, pool: Pool) -> Demand:
         """What the manifest asks for a pool. On this machine as many workers are started as it says, however few cores
         they share; elsewhere each reserves one where it does not say how many."""
-        cpus = pool.cpus_per_worker or (0.001 if compute.provider == "local" else 1.0)
+        cpus = pool.cpus_per_worker or (1.0 if compute.provider.is_remote else 0.001)
         resources: dict[str, float] = {"CPU": cpus}
         if pool.gpus_per_worker:
             resources["GPU"] = pool.gpus_per_worker
@@ -41,9 +42,11 @@ class Demand:
         return Demand(resources, pool.labels, pool.placement)
 
     def __str__(self) -> str:
-        asked = [f"{amount:g} {name}" for name, amount in self.resources.items() if amount]
-        asked += [f"label {name}={value}" for name, value in self.labels.items()]
-        return ", ".join(asked) + (f", placed '{self.placement}'" if self.placement.endswith(("node", "each")) else "")
+        demands = [f"{amount:g} {name}" for name, amount in self.resources.items() if amount]
+        demands += [f"label {name}={value}" for name, value in self.labels.items()]
+        return ", ".join(demands) + (
+            f", placed '{self.placement}'" if self.placement.endswith(("node", "each")) else ""
+        )
 
     def fits(self, nodes: Sequence[Mapping[str, Any]], free: Callable[[Mapping[str, Any]], Mapping[str, float]]) -> int:
         """How many workers find room on the nodes, of whose resources ``free`` tells what may be taken."""
@@ -52,8 +55,10 @@ class Demand:
             if any(node.get("Labels", {}).get(name) != value for name, value in self.labels.items()):
                 continue
             has = free(node)
-            asked = {name: amount for name, amount in self.resources.items() if amount}
-            counts.append(min((int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()), default=64))
+            amounts = {name: amount for name, amount in self.resources.items() if amount}
+            counts.append(
+                min((int(has.get(name, 0.0) / amount + 1e-9) for name, amount in amounts.items()), default=64)
+            )
         if self.placement == "one_node":
             return max(counts, default=0)
         return sum(min(count, 1) for count in counts) if self.placement == "node_each" else sum(counts)
@@ -64,18 +69,18 @@ def nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def described_nodes() -> str:
+def describe_nodes() -> str:
     """What the nodes of the cluster have, in words."""
-    told = []
+    descriptions = []
     for node in nodes():
         has = node["Resources"]
         memory = f", {has.get('memory', 0) / 2**30:.1f} GiB of memory"
         labels = {name: value for name, value in node.get("Labels", {}).items() if not name.startswith("ray.io/")}
         shown = f", labels {labels}" if labels else ""
-        told.append(
+        descriptions.append(
             f"{node['NodeManagerAddress']}: {has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU{memory}{shown}"
         )
-    return "; ".join(told) or "no nodes"
+    return "; ".join(descriptions) or "no nodes"
 
 
 def staying() -> list[dict[str, Any]]:
@@ -98,6 +103,18 @@ def leaving() -> set[str]:
 def capacity(demand: Demand) -> int:
     """For how many there would be room if nothing else ran."""
     return demand.fits(staying(), lambda node: node["Resources"])
+
+
+def check_topology(compute: Compute) -> None:
+    """:class:`ComputeError` if a pool finds no room on the cluster even when nothing else runs, with what is there."""
+    for name, pool in compute.pools.items():
+        demand = Demand.of(compute, pool)
+        places = capacity(demand)
+        if places < pool.least:
+            raise ComputeError(
+                f"compute.pools.{name} needs {pool.least} workers with {demand} each, and the cluster has room for "
+                f"{places}. It has {describe_nodes()}. Lower workers or what each asks for, or add nodes."
+            )
 
 
 def place(demand: Demand, workers: int, seconds: float, give_up: Callable[[], bool]) -> PlacementGroup | None:

@@ -19,7 +19,7 @@ from postlude.cluster.group import WorkerGroup
 from postlude.cluster.observer import Observer
 from postlude.cluster.placement import Demand
 from postlude.cluster.watch import Watch
-from postlude.cluster.worker import Look, Setting
+from postlude.cluster.worker import Look, WorkerSetup
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Supervision
 from postlude.telemetry.progress import waiting
@@ -45,7 +45,7 @@ class Job:
     least: int
     """Workers that are enough."""
     most: int
-    setting: Setting
+    setup: WorkerSetup
     limits: Supervision
     interface: str | None = None
     """The network interface by which ranks reach each other; by default the one with the node's address."""
@@ -99,10 +99,10 @@ class Supervisor:
         while True:
             began = time.monotonic()
             try:
-                with self._formed() as group:
+                with self._form() as group:
                     if group is None:
                         return None
-                    results = self._watched(group)
+                    results = self._watch(group)
                     if results is not None:
                         return results
             except Failure as failure:
@@ -110,18 +110,18 @@ class Supervisor:
 
     # --- one group ------------------------------------------------------------------------------------------
 
-    def _formed(self) -> Any:
+    def _form(self) -> Any:
         """A group of as many workers as find room, at least as many as are enough."""
         job = self._job
         with waiting(f"room for {_count(job)} of {job.name}"):
-            size, held = self._place()
-        if held is None:
+            size, room = self._place()
+        if room is None:
             return _Nothing()
         if self._told_to_yield and size <= self._size_before:
             self._grow_at = time.monotonic() + CONTENT_SECONDS
         self._told_to_stop = self._told_to_yield = self._told_to_leave = False
         self._size_before = size
-        group = WorkerGroup(job.name, job.demand, held, size, job.setting, job.interface)
+        group = WorkerGroup(job.name, job.demand, room, size, job.setup, job.interface)
         self._tell("group_formed", workers=size, hosts=sorted({address.host for address in group.addresses}))
         return group
 
@@ -131,18 +131,18 @@ class Supervisor:
             # First as many as there would be room for: what the group before has held is given back only by and by.
             for free in (placement.capacity(job.demand), placement.room(job.demand)):
                 size = max(job.least, min(job.most, free))
-                held = placement.place(job.demand, size, PLACE_SECONDS, self._stop.is_set)
-                if held is not None:
-                    return size, held
+                room = placement.place(job.demand, size, PLACE_SECONDS, self._stop.is_set)
+                if room is not None:
+                    return size, room
             if time.monotonic() > deadline:
                 raise ComputeError(
                     f"There is no room for {_count(job)} of {job.name}: each needs {job.demand}, and there is room for "
-                    f"{placement.room(job.demand)} now, on {placement.described_nodes()}. Free or add nodes "
+                    f"{placement.room(job.demand)} now, on {placement.describe_nodes()}. Free or add nodes "
                     "and run again; what was committed is kept."
                 )
         return 0, None
 
-    def _watched(self, group: WorkerGroup) -> list[Any] | None:
+    def _watch(self, group: WorkerGroup) -> list[Any] | None:
         """What the ranks return; None if they left so that the group can grow. :class:`Failure`."""
         watch = Watch(group, self._job.limits, self._show, self._observer)
         try:
@@ -191,8 +191,8 @@ class Supervisor:
         budget = failure.policy.budget
         self._spent[budget] += 1
         allowed = getattr(self._job.limits, budget)
-        told = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}
-        self._tell("worker_failure", reason=failure.reason, trace=failure.trace or None, **told)
+        where = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}
+        self._tell("worker_failure", reason=failure.reason, trace=failure.trace or None, **where)
         if self._stop.is_set() and failure.kind is not Kind.PREEMPTION:
             return  # the next group is not formed
         if self._spent[budget] > allowed:

@@ -23,33 +23,31 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SETTINGS_FRAME = 4
 
 
-def variables(transport: Transport) -> dict[str, str]:
+def ray_variables(transport: Transport) -> dict[str, str]:
     """What Ray reads from its environment. ComputeError for a file that is not there.
 
     Everything is said explicitly: Ray would otherwise look for a token in the home directory, or not.
     """
-    told = {}
-    tls = _certificates(transport)
-    if tls is not None:
-        told = {
-            "RAY_USE_TLS": "1",
-            "RAY_TLS_SERVER_CERT": tls.certificate,
-            "RAY_TLS_SERVER_KEY": tls.key,
-            "RAY_TLS_CA_CERT": tls.authority,
-        }
-        for what, path in (("certificate", tls.certificate), ("key", tls.key), ("authority", tls.authority)):
-            if not os.path.isfile(path):
-                raise ComputeError(f"compute.transport.tls.{what}: there is no file '{path}'.")
     token = _token(transport)
-    return (
-        {**told, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {**told, "RAY_AUTH_MODE": "disabled"}
-    )
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+    tls = _certificates(transport)
+    if tls is None:
+        return variables
+    for what, path in (("certificate", tls.certificate), ("key", tls.key), ("authority", tls.authority)):
+        if not os.path.isfile(path):
+            raise ComputeError(f"compute.transport.tls.{what}: there is no file '{path}'.")
+    return variables | {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": tls.certificate,
+        "RAY_TLS_SERVER_KEY": tls.key,
+        "RAY_TLS_CA_CERT": tls.authority,
+    }
 
 
 def check_transport(compute: Compute) -> None:
     """:class:`ComputeError` if the manifest requires encryption and something would cross the network without it."""
     transport = compute.transport
-    if not transport.require_encryption or compute.provider == "local":
+    if not transport.require_encryption or not compute.provider.is_remote:
         return
     if _certificates(transport) is None and not transport.network_is_encrypted:
         raise ComputeError(
@@ -63,7 +61,7 @@ def check_collectives(compute: Compute, pools: Iterable[str]) -> None:
     """:class:`ComputeError` if the manifest requires encryption and the workers of one of the pools, which work on one
     model together, would cross the network without it."""
     transport = compute.transport
-    if not transport.require_encryption or compute.provider == "local" or transport.network_is_encrypted:
+    if not transport.require_encryption or not compute.provider.is_remote or transport.network_is_encrypted:
         return
     for name in dict.fromkeys(pools):
         pool = compute.pools.get(name, Pool())
@@ -164,11 +162,11 @@ def _certificates(transport: Transport) -> Certificates | None:
         return transport.tls
     if os.environ.get("RAY_USE_TLS", "0") != "1":
         return None
-    told = {name: os.environ.get(f"RAY_TLS_{name}", "") for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")}
-    missing = [f"RAY_TLS_{name}" for name, path in told.items() if not path]
+    paths = {name: os.environ.get(f"RAY_TLS_{name}", "") for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")}
+    missing = [f"RAY_TLS_{name}" for name, path in paths.items() if not path]
     if missing:
         raise ComputeError(f"RAY_USE_TLS is 1, and {', '.join(missing)} not set.")
-    return Certificates(certificate=told["SERVER_CERT"], key=told["SERVER_KEY"], authority=told["CA_CERT"])
+    return Certificates(certificate=paths["SERVER_CERT"], key=paths["SERVER_KEY"], authority=paths["CA_CERT"])
 
 
 def _token(transport: Transport, environment: Mapping[str, str] = os.environ) -> str | None:

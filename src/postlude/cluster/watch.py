@@ -81,9 +81,9 @@ class Watch:
     def _ask(self) -> None:
         """Look at every rank that is due, if the last look at it has come back."""
         now = time.monotonic()
-        asked = set(self._looks.values())
+        looked_at = set(self._looks.values())
         for rank, worker in enumerate(self._group.workers):
-            if rank not in asked and rank not in self._outcomes and now >= self._due[rank]:
+            if rank not in looked_at and rank not in self._outcomes and now >= self._due[rank]:
                 self._looks[worker.look.remote()] = rank
                 self._asked[rank] = now
 

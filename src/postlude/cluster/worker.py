@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 
 from postlude.cluster.failure import Outcome, outcome_of
@@ -34,7 +35,7 @@ from postlude.training.interruption import Interruption
 
 
 @dataclass(frozen=True)
-class Setting:
+class WorkerSetup:
     """What a worker needs to know of the place that it was started from."""
 
     name: str
@@ -50,9 +51,9 @@ class Setting:
     """To be imported before the work begins: what is heavy is over when the ranks begin together."""
 
     @staticmethod
-    def here(name: str, threads: int, environment: Mapping[str, str], modules: Sequence[str] = ()) -> Setting:
+    def here(name: str, threads: int, environment: Mapping[str, str], modules: Sequence[str] = ()) -> WorkerSetup:
         """As in this process."""
-        return Setting(name, os.getcwd(), list(sys.path), threads, dict(environment), modules)
+        return WorkerSetup(name, os.getcwd(), list(sys.path), threads, dict(environment), modules)
 
     def enter(self) -> None:
         """Make it that of this process."""
@@ -87,17 +88,16 @@ class Look:
 
 
 class Worker:
-    """One rank. ``take_place`` comes first, then ``work`` or ``build`` and ``call``."""
+    """One rank. ``take_place`` comes first, then ``work``."""
 
-    def __init__(self, rank: int, setting: Setting) -> None:
+    def __init__(self, rank: int, setup: WorkerSetup) -> None:
         die_with_parent()
-        self._rank, self._name = rank, setting.name
-        setting.enter()
-        self._threads, self._modules = setting.threads, setting.modules
+        self._rank, self._name = rank, setup.name
+        setup.enter()
+        self._threads, self._modules = setup.threads, setup.modules
         self._stop, self._relay = Interruption(), Relay()
         self._noticed = False
         self._lease = Lease()
-        self._built: Any = None
         _on_terminate(self._notice)
 
     def __repr__(self) -> str:  # what Ray puts before a line that the process prints
@@ -108,14 +108,13 @@ class Worker:
     def take_place(self, world: int, place_on_node: int, meeting: str, interface: str | None) -> None:
         """Learn the other ranks: how many, this one's number on its node, and where they meet (host:port)."""
         host, port = meeting.rsplit(":", 1)
-        told = {
-            "RANK": self._rank,
-            "WORLD_SIZE": world,
-            "LOCAL_RANK": place_on_node,
-            "MASTER_ADDR": host,
-            "MASTER_PORT": port,
-        }
-        os.environ.update({name: str(value) for name, value in told.items()})
+        os.environ.update(
+            RANK=str(self._rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(place_on_node),
+            MASTER_ADDR=host,
+            MASTER_PORT=port,
+        )
         interface = interface or _interface_of(ray.util.get_node_ip_address())
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -129,27 +128,12 @@ class Worker:
 
     def work(self, function: str, task: Any, lease_seconds: float) -> Outcome:
         """Call ``function`` ("module:name") with the task, the request to stop and a display, to its end."""
-        with self._lease.held(lease_seconds):
-            return self._outcome(lambda: loaded(function)(task, self._stop, self._relay))
-
-    def build(self, what: str, *arguments: Any) -> Outcome:
-        """Make the object whose methods :meth:`call` calls: ``what`` ("module:name") with the arguments."""
-
-        def make() -> None:
-            self._built = loaded(what)(*arguments)
-
-        return self._outcome(make)
-
-    def call(self, method: str, *arguments: Any) -> Outcome:
-        """Call a method of the object that was built."""
-        return self._outcome(lambda: getattr(self._built, method)(*arguments))
-
-    def _outcome(self, what: Callable[[], Any]) -> Outcome:
         host = socket.gethostname()
-        try:
-            return Outcome(self._rank, what(), host=host)
-        except BaseException as error:
-            return outcome_of(self._rank, host, error)
+        with self._lease.held(lease_seconds):
+            try:
+                return Outcome(self._rank, load_function(function)(task, self._stop, self._relay), host=host)
+            except BaseException as error:
+                return outcome_of(self._rank, host, error)
 
     # --- while it works, from another thread ----------------------------------------------------------------
 
@@ -211,8 +195,8 @@ class Lease:
                 os._exit(1)
 
 
-def loaded(place: str) -> Any:
-    """What stands at "module:name"."""
+def load_function(place: str) -> Any:
+    """The function that stands at "module:name"."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -240,14 +224,5 @@ def _on_terminate(notice: Callable[[], None]) -> None:
 
 def _interface_of(address: str) -> str | None:
     """The network interface that has an IP address, by which collectives reach the others."""
-    import fcntl
-    import struct
-
-    get_address = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                found = fcntl.ioctl(asked.fileno(), get_address, struct.pack("256s", name[:15].encode()))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if any(each.address == address for each in known)), None)

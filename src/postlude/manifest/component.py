@@ -38,6 +38,7 @@ KINDS = (
     "rewards",
     "environments",
     "engines",
+    "providers",
 )
 
 
@@ -236,8 +237,9 @@ class Named:
 
     Accepts the bare name, or a mapping with the key ``name`` and the component's own keys. ``key`` is the key
     that tells the name where it is not ``name``; ``infer`` finds the name in a mapping without that key
-    (``{path: ...}`` means the source ``path``); ``default`` is the name where nothing says one. What the
-    component's own schema refuses is reported at its place.
+    (``{path: ...}`` means the source ``path``); ``default`` is the name where nothing says one; ``bare`` writes a
+    component that has no keys of its own as its name alone. What the component's own schema refuses is reported at its
+    place.
     """
 
     def __init__(
@@ -246,8 +248,9 @@ class Named:
         key: str = "name",
         infer: Callable[[Mapping[str, Any]], str | None] | None = None,
         default: str | None = None,
+        bare: bool = False,
     ) -> None:
-        self.kind, self.key, self.infer, self.default = kind, key, infer, default
+        self.kind, self.key, self.infer, self.default, self.bare = kind, key, infer, default, bare
 
     def name_in(self, keys: Mapping[str, Any]) -> str | None:
         """The component's name as a mapping tells it, if it does."""
@@ -307,5 +310,7 @@ class Named:
         own = keys if self.key in component.model_fields else {k: v for k, v in keys.items() if k != self.key}
         return component.model_validate(own)
 
-    def _serialize(self, value: Component) -> dict[str, Any]:
+    def _serialize(self, value: Component) -> str | dict[str, Any]:
+        if self.bare and not type(value).model_fields:
+            return value.component_name
         return {self.key: value.component_name, **value.model_dump(mode="json", by_alias=True)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config
+from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.types import Name, Positive
 
 
@@ -101,14 +102,26 @@ class Transport(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, given: Any) -> Any:
-        return {"require_encryption": True} if given == "require-encryption" else given
+    def _short_form(cls, value: Any) -> Any:
+        return {"require_encryption": True} if value == "require-encryption" else value
+
+
+class ProviderConfig(Component):
+    """What the manifest knows of a provider of machines. What one does is said by
+    :class:`postlude.cluster.providers.base.Provider`."""
+
+    is_remote: ClassVar[bool] = True
+    """Whether workers may be on other machines than this one."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """The keys of ``compute`` that it has no use for, each with what is said to who gives it."""
 
 
 class Compute(Config):
     """Where the processes run."""
 
-    provider: Literal["local", "ray"] = "local"
+    provider: Annotated[
+        ProviderConfig, Named("providers", default="local", bare=True), Field(validate_default=True)
+    ] = "local"  # type: ignore[assignment]
     """Where the machines come from: ``local`` is this one, ``ray`` a cluster that is there."""
     address: str | None = None
     """Of the cluster with ``provider: ray``, host:port of its head; by default what RAY_ADDRESS says."""
@@ -125,10 +138,9 @@ class Compute(Config):
 
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
-        if self.address is not None and self.provider != "ray":
-            raise ValueError("'address' belongs to 'provider: ray'")
-        if self.code and self.provider == "local":
-            raise ValueError("'code' is for nodes that have another disk; 'provider: local' reads what is here")
+        for key, why in self.provider.unused.items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(why)
         return self
 
 

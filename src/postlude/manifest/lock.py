@@ -84,10 +84,10 @@ def lock_text(
     resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
 ) -> str:
     """:func:`lock` as the text of the file."""
-    return written(lock(resolved, threads, fingerprints))
+    return dump_lock(lock(resolved, threads, fingerprints))
 
 
-def written(locked: Lock) -> str:
+def dump_lock(locked: Lock) -> str:
     """A lock as YAML, which :func:`read_lock` reads."""
     document = {
         "hash": locked.hash,
@@ -126,41 +126,24 @@ def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
         raise ManifestError(f"{name} is not a lock that this version of postlude wrote: {error!r}.") from error
 
 
-def differences(locked: Lock, resolved: Resolved, stage: str, free: Collection[str]) -> list[str]:
-    """What has changed of all that bears on a stage's result, one line for each key: ``seed: 1 -> 2``.
-
-    ``free`` are keys of the stage that do not bear on it.
-    """
-    then = locked.stages[stage]
-    placement = resolved.manifest.stages[stage].pool_keys
-    before = _bearing(locked.manifest, stage, then.data, then.pools, (*placement, *free))
-    return changed_keys(before, bearing(resolved, stage, free))
-
-
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What two accounts of :func:`bearing` do not share, one line for each key: ``seed: 1 -> 2``."""
     return [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        f"{key}: {_show(before, key)} -> {_show(after, key)}"
         for key in dict.fromkeys([*before, *after])
         if key not in before or key not in after or before[key] != after[key]
     ]
 
 
-def bearing(resolved: Resolved, stage: str, free: Collection[str] | None = None) -> dict[str, Any]:
+def bearing(resolved: Resolved, stage: str) -> dict[str, Any]:
     """What the manifest says that bears on a stage's result, by dotted key: its :func:`basis` without the keys that
-    are free, by default those of its recipe."""
+    its recipe calls free."""
     config = resolved.manifest.stages[stage]
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
-    free = (*config.pool_keys, *(config.free if free is None else free), *_unset_later(config))
-    return _bearing(resolved.tree, stage, data, config.all_pools, free)
-
-
-def _bearing(
-    tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Collection[str], free: Collection[str]
-) -> dict[str, Any]:
-    flat = _flat(basis(tree, stage, data, pools))
-    return {key: value for key, value in flat.items() if not _is_free(key, stage, free)}
+    free = (*config.pool_keys, *config.free, *_unset_later(config))
+    leaves = _flat(basis(resolved.tree, stage, data, config.all_pools))
+    return {key: value for key, value in leaves.items() if not _is_free(key, stage, free)}
 
 
 def _unset_later(config: BaseModel, path: str = "") -> Iterator[str]:
@@ -198,14 +181,14 @@ def manifest_hash(tree: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of everything that computes, and the git commit where this package is a checkout."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     commit = _git_commit(Path(__file__).parent)
-    return {**found, "postlude_commit": commit} if commit else found
+    return {**installed, "postlude_commit": commit} if commit else installed
 
 
 def _git_commit(folder: Path) -> str | None:
@@ -251,7 +234,7 @@ def hash_of(document: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _shown(flat: Mapping[str, Any], key: str) -> str:
+def _show(flat: Mapping[str, Any], key: str) -> str:
     if key not in flat:
         return "(not set)"
     text = json.dumps(flat[key], ensure_ascii=False)

@@ -347,7 +347,7 @@ class Manifest(Config):
     """Modules to import: they register components of the user's own."""
     data: dict[Name, DatasetConfig] = {}
     """The data sets by name."""
-    compute: Compute = Compute()
+    compute: Compute = Field(default_factory=Compute)
     """Where the processes run."""
     sinks: list[Annotated[Component, Named("sinks")]] = []
     """Where metrics and events go besides the run directory."""

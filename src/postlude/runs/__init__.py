@@ -3,13 +3,14 @@
 from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
 from postlude.runs.identity import Identity
-from postlude.runs.lineage import Ancestor, artifact_digest, provenance, walk
+from postlude.runs.lineage import LINEAGE, Ancestor, artifact_digest, provenance, walk
 from postlude.runs.revisions import revision_of, revisions, set_aside
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
-from postlude.runs.takeover import finished_elsewhere, run_of, take_over
+from postlude.runs.takeover import find_finished_elsewhere, take_over
 
 __all__ = [
+    "LINEAGE",
     "Ancestor",
     "Checkpoint",
     "ExamplesWriter",
@@ -21,14 +22,13 @@ __all__ = [
     "artifact_digest",
     "artifact_of",
     "find",
-    "finished_elsewhere",
+    "find_finished_elsewhere",
     "list_runs",
     "open_run",
     "provenance",
     "read_examples",
     "revision_of",
     "revisions",
-    "run_of",
     "set_aside",
     "take_over",
     "walk",

@@ -37,11 +37,11 @@ def find(place: str) -> Stage:
         run = open_run(place)
     stages = run.stages()
     if name is not None:
-        found = next((stage for stage in stages if stage.name == name), None)
-        if found is None:
+        match = next((stage for stage in stages if stage.name == name), None)
+        if match is None:
             hint = _nearest(name, [stage.name for stage in stages], "stage")
             raise UserError(f"The run '{run.uri}' has no stage '{name}' that has begun.{hint}")
-        return found
+        return match
     if not stages:
         raise UserError(f"No stage of the run '{run.uri}' has begun.")
     return ([stage for stage in stages if stage.status().state == "done"] or stages)[-1]

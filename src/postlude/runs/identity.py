@@ -40,7 +40,8 @@ class Identity:
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal. A file counts with its name and content, not with the folder that it lies in."""
         files = {
-            what: [[storage.name(uri), content] for uri, content in found.items()] for what, found in self.files.items()
+            what: [[storage.name(uri), content] for uri, content in contents.items()]
+            for what, contents in self.files.items()
         }
         return hash_of(
             {"config": dict(self.config), "inputs": dict(self.inputs), "files": files, "code": dict(self.code)}
@@ -67,7 +68,7 @@ class Identity:
         ]  # what it did not need before is told by the key that names it
 
     def _changed_files(self, now: Identity) -> list[str]:
-        said = []
+        causes = []
         for what in dict.fromkeys([*self.files, *now.files]):
             before, after = self.files.get(what), now.files.get(what)
             if before is None or after is None or before == after:
@@ -76,9 +77,9 @@ class Identity:
             come = [storage.name(uri) for uri in after if uri not in before]
             gone = [storage.name(uri) for uri in before if uri not in after]
             parts = [("other content in", there), ("new", come), ("gone", gone)]
-            told = "; ".join(f"{how} {_first_few(names)}" for how, names in parts if names)
-            said.append(f"the files of {what} changed: {told or 'another order'}")
-        return said
+            changes = "; ".join(f"{how} {_first_few(names)}" for how, names in parts if names)
+            causes.append(f"the files of {what} changed: {changes or 'another order'}")
+        return causes
 
     def _changed_code(self, now: Identity) -> list[str]:
         return [
@@ -95,9 +96,9 @@ class Identity:
     def read(uri: str) -> Identity | None:
         """What a file says; None if there is none. CorruptError if it is not what was written."""
         try:
-            said = exact_json.load(storage.read_text(uri))
-            fingerprint = said.pop("fingerprint")
-            identity = Identity(**said)
+            document = exact_json.load(storage.read_text(uri))
+            fingerprint = document.pop("fingerprint")
+            identity = Identity(**document)
         except storage.NotFound:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,14 +13,14 @@ from postlude.runs.revisions import revisions
 from postlude.runs.run import Run
 from postlude.storage import exact_json
 
-FILE = "lineage.json"
+LINEAGE = "lineage.json"
 
 
 def artifact_digest(artifact: str) -> str:
     """SHA-256 of what an artifact is, hexadecimal: the digests of its files but that of its lineage, which names the
     run. Read from the marker, the files themselves unread. NotFound if it was never committed."""
     files = storage.read_marker(artifact).files
-    return hash_of({path: digest.sha256 for path, digest in files.items() if path != FILE})
+    return hash_of({path: digest.sha256 for path, digest in files.items() if path != LINEAGE})
 
 
 def provenance(run: Run, name: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def provenance(run: Run, name: str) -> dict[str, Any]:
         "fingerprint": stage.result_fingerprint(),
         "revision": identity.revision,
         "parents": parents,
-        "files": {what: dict(found) for what, found in identity.files.items()},
+        "files": {what: dict(contents) for what, contents in identity.files.items()},
     }
 
 
@@ -59,12 +59,6 @@ class Ancestor:
     """The files of base models and data that it was made of, by what they are and by URI, with their content."""
     parents: tuple[Ancestor, ...] = ()
 
-    def roots(self) -> Iterator[tuple[str, str, str]]:
-        """The base models and data that all of it comes from: what they are, URI, content."""
-        yield from ((what, uri, content) for what, found in self.files.items() for uri, content in found.items())
-        for parent in self.parents:
-            yield from parent.roots()
-
     def to_json(self) -> dict[str, Any]:
         return {
             "stage": self.stage,
@@ -73,7 +67,7 @@ class Ancestor:
             "revision": self.revision,
             "artifact_sha256": self.artifact_sha256,
             "place": self.place,
-            "files": {what: dict(found) for what, found in self.files.items()},
+            "files": {what: dict(contents) for what, contents in self.files.items()},
             "parents": [parent.to_json() for parent in self.parents],
         }
 
@@ -90,17 +84,17 @@ def walk(run: Run, name: str) -> Ancestor | None:
     return _ancestor(run, {"stage": name, "artifact_sha256": digest}, artifact)
 
 
-def _ancestor(run: Run, said: Mapping[str, Any], place: str | None) -> Ancestor:
+def _ancestor(run: Run, record: Mapping[str, Any], place: str | None) -> Ancestor:
     try:
-        own = exact_json.load(storage.read_text(storage.join(place, FILE))) if place else {}
+        own = exact_json.load(storage.read_text(storage.join(place, LINEAGE))) if place else {}
     except storage.NotFound:
         own = {}
     return Ancestor(
-        stage=own.get("stage", said["stage"]),
+        stage=own.get("stage", record["stage"]),
         run=own.get("run", run.name),
-        fingerprint=own.get("fingerprint", said.get("fingerprint")),
-        revision=own.get("revision", said.get("revision", 1)),
-        artifact_sha256=said["artifact_sha256"],
+        fingerprint=own.get("fingerprint", record.get("fingerprint")),
+        revision=own.get("revision", record.get("revision", 1)),
+        artifact_sha256=record["artifact_sha256"],
         place=place,
         files=own.get("files", {}),
         parents=tuple(_ancestor(run, parent, _place_of(run, parent)) for parent in own.get("parents", ())),

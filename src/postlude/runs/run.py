@@ -36,6 +36,11 @@ class Run:
         """Replace the manifest lock, atomically. Only the holder of the run may."""
         storage.write_text(self.manifest_lock, text)
 
+    @property
+    def output(self) -> str:
+        """The URI of what a detached run on this machine prints."""
+        return storage.join(self.uri, "output.log")
+
     # --- one process at a time ------------------------------------------------------------------------------
 
     def hold(self) -> storage.Lock:

@@ -64,31 +64,36 @@ class Stage:
         self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
         """Requests for changes to the running stage, and the steps from which they hold."""
 
+    @property
+    def run_name(self) -> str:
+        """The name of the run that it stands in."""
+        return storage.name(storage.parent(storage.parent(self.uri)))
+
     # --- state ----------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """The stage's state, with what was written beside it."""
         try:
-            said = exact_json.load(storage.read_text(self._state))
+            state_file = exact_json.load(storage.read_text(self._state))
         except storage.NotFound:
             return Status()
-        state = said["state"]
+        state = state_file["state"]
         if state == "running" and not self._is_held():
             state = "interrupted"
-        return Status(state, said["begun_at"], said["changed_at"], said["details"])
+        return Status(state, state_file["begun_at"], state_file["changed_at"], state_file["details"])
 
     def enter(self, state: State, **details: Any) -> None:
         """Note that the stage is in this state from now on. ``details`` replace those of the state before."""
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        said = {
+        state_file = {
             "state": state,
             "begun_at": self.status().begun_at or now,
             "changed_at": now,
             "details": details,
         }
-        storage.write_text(self._state, exact_json.dump(said, indent=2) + "\n")
+        storage.write_text(self._state, exact_json.dump(state_file, indent=2) + "\n")
 
     @property
     def _state(self) -> str:
@@ -143,8 +148,8 @@ class Stage:
     def applied_amendments(self) -> list[list[Any]]:
         """The changes made to the running stage, each with the step from which it holds."""
         entries = self.amendments.read()
-        asked = {entry["id"]: entry["assignment"] for entry in entries if "assignment" in entry}
-        return [[entry["from_step"], asked[entry["applied"]]] for entry in entries if "applied" in entry]
+        assignments = {entry["id"]: entry["assignment"] for entry in entries if "assignment" in entry}
+        return [[entry["from_step"], assignments[entry["applied"]]] for entry in entries if "applied" in entry]
 
     def result_fingerprint(self) -> str | None:
         """What the result of the stage follows from; None if that is not known."""
@@ -198,12 +203,12 @@ class Stage:
         return storage.join(self.uri, "checkpoints")
 
     def _all_checkpoints(self) -> list[Checkpoint]:
-        found = [
+        checkpoints = [
             Checkpoint(int(match[1]), storage.join(self._checkpoints, match[0]))
             for match in map(_STEP.fullmatch, storage.list_directory(self._checkpoints))
             if match
         ]
-        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
     def cut_back(self, step: int) -> None:
         """Remove what was written after ``step`` steps, so that a resume from there writes every step once."""

@@ -5,7 +5,7 @@ Local files are linked, remote ones copied. The lineage in the artifact stays th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from postlude import storage
@@ -16,32 +16,20 @@ from postlude.runs.run import Run
 from postlude.runs.stage import Stage
 
 
-def finished_elsewhere(run: Run) -> Mapping[str, Stage]:
+def find_finished_elsewhere(run: Run) -> Mapping[str, Stage]:
     """The finished stages of the other runs in the same folder, by the fingerprint of their results.
 
     A stage that was taken over itself is passed by for the one that made it, if that is still there.
     """
-    found: dict[str, Stage] = {}
-    for stage, identity in _finished(run):
-        result = identity.result_fingerprint(stage.applied_amendments())
-        if result not in found or identity.taken_over_from is None:
-            found[result] = stage
-    return found
-
-
-def _finished(run: Run) -> Iterator[tuple[Stage, Identity]]:
-    for other in list_runs(storage.parent(run.uri)):
-        if other.name == run.name:
-            continue
-        for stage in other.stages():
-            identity = stage.identity() if stage.is_done() else None
-            if identity is not None:
-                yield stage, identity
-
-
-def run_of(stage: Stage) -> str:
-    """The name of the run that a stage stands in."""
-    return storage.name(storage.parent(storage.parent(stage.uri)))
+    finished: dict[str, Stage] = {}
+    others = [other for other in list_runs(storage.parent(run.uri)) if other.name != run.name]
+    for stage in (stage for other in others for stage in other.stages() if stage.is_done()):
+        identity = stage.identity()
+        if identity is not None:
+            result = identity.result_fingerprint(stage.applied_amendments())
+            if result not in finished or identity.taken_over_from is None:
+                finished[result] = stage
+    return finished
 
 
 def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
@@ -57,7 +45,7 @@ def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
         bring = storage.copy_file if below.endswith((".jsonl", ".json")) else storage.link_file  # journals are added to
         bring(storage.join(source.uri, below), storage.join(stage.uri, below))
     made_by = source.identity()
-    origin = (made_by.taken_over_from if made_by else None) or run_of(source)
+    origin = (made_by.taken_over_from if made_by else None) or source.run_name
     replace(identity, taken_over_from=origin).write(stage.identity_uri)
     details = source.status().details
     stage.enter("done", **{**details, "revision": identity.revision, "taken_over_from": origin})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +14,7 @@ from postlude.model import memory, sharded, tensor_parallel, vocabulary
 from postlude.model.memory import MIB, MemoryPlan
 from postlude.objectives.logits import Limits
 from postlude.stages.training_models import TrainingModels
+from postlude.telemetry import hardware
 from postlude.training.precision import Precision
 
 if TYPE_CHECKING:
@@ -98,7 +97,4 @@ def _limit(models: TrainingModels) -> int | None:
 
 def _base_bytes(models: TrainingModels) -> int:
     """What a process takes that has imported everything, as this one has; beside a GPU it is another memory."""
-    if _pool(models).gpus_per_worker:
-        return 0
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0 if _pool(models).gpus_per_worker else hardware.resident_bytes()

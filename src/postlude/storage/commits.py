@@ -68,9 +68,6 @@ class HashedFile(io.BufferedIOBase):
     def tell(self) -> int:
         return self._size
 
-    def writable(self) -> bool:
-        return True
-
     def fileno(self) -> int:
         return self._file.fileno()
 

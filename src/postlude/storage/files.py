@@ -102,8 +102,8 @@ def write_text(uri: str, text: str) -> None:
 def write_bytes(uri: str, content: bytes) -> None:
     """Replace the content of a file, atomically."""
     if is_local(uri):
-        with writing(uri), _finished(uri, content) as finished:
-            os.replace(finished, local_path(uri))
+        with writing(uri), _durable_file(uri, content) as unnamed:
+            os.replace(unnamed, local_path(uri))
     else:
         filesystem, path = _remote(uri)
         with writing(uri):
@@ -115,8 +115,8 @@ def create(uri: str, content: bytes) -> bool:
     with writing(uri):
         try:
             if is_local(uri):
-                with _finished(uri, content) as finished:
-                    os.link(finished, local_path(uri))
+                with _durable_file(uri, content) as unnamed:
+                    os.link(unnamed, local_path(uri))
             else:
                 filesystem, path = _remote(uri)
                 filesystem.pipe_file(path, content, mode="create")
@@ -215,16 +215,16 @@ def expand(pattern: str) -> list[str]:
         return sorted(glob.glob(local_path(pattern), recursive=True))
     filesystem, path = _remote(pattern)
     with reading(pattern):
-        found = filesystem.glob(path)
+        matches = filesystem.glob(path)
     protocol = pattern.partition("://")[0]
-    return sorted(entry if "://" in entry else f"{protocol}://{entry.lstrip('/')}" for entry in found)
+    return sorted(entry if "://" in entry else f"{protocol}://{entry.lstrip('/')}" for entry in matches)
 
 
 # --- local ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _finished(uri: str, content: bytes) -> Iterator[str]:
+def _durable_file(uri: str, content: bytes) -> Iterator[str]:
     """The path of a durable file with this content, beside the place where it is going to be put in the block."""
     folder, base = os.path.split(os.path.abspath(local_path(uri)))
     path = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{UNFINISHED}")

@@ -28,7 +28,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
         commits.begin(work)
         try:
             yield work
-            commits.commit(work, {below: _settled(work, below) for below in files_below(work)}, extra)
+            commits.commit(work, {below: _settle(work, below) for below in files_below(work)}, extra)
             with writing(uri):
                 files.remove(retired)
                 if os.path.exists(path):
@@ -42,7 +42,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
         with TemporaryDirectory(prefix="postlude-") as work:
             yield work
             commits.begin(uri)
-            commits.commit(uri, {below: _uploaded(work, uri, below) for below in files_below(work)}, extra)
+            commits.commit(uri, {below: _upload(work, uri, below) for below in files_below(work)}, extra)
 
 
 def fetch(uri: str, into: str) -> str:
@@ -117,7 +117,7 @@ def files_below(folder: str) -> list[str]:
     )
 
 
-def _settled(folder: str, below: str) -> commits.Digest:
+def _settle(folder: str, below: str) -> commits.Digest:
     """Make a file that was written by somebody else durable, and digest it."""
     path = os.path.join(folder, below)
     with writing(path), open(path, "rb") as file:
@@ -125,7 +125,7 @@ def _settled(folder: str, below: str) -> commits.Digest:
     return commits.Digest(files.size_bytes(path), commits.sha256_of(path))
 
 
-def _uploaded(folder: str, uri: str, below: str) -> commits.Digest:
+def _upload(folder: str, uri: str, below: str) -> commits.Digest:
     with commits.open_hashed(files.join(uri, below)) as target:
         _copy(os.path.join(folder, below), target)
     return target.digest

@@ -76,7 +76,7 @@ class Journal:
             yield line, entry
 
 
-def _numbered(place: str, content: bytes) -> Iterator[tuple[str, int, bytes]]:
+def _number_lines(place: str, content: bytes) -> Iterator[tuple[str, int, bytes]]:
     """Place, line number and text of every line that ended."""
     *whole, _torn = content.split(b"\n")
     for number, line in enumerate(whole, start=1):
@@ -90,7 +90,7 @@ class _LocalLines:
         self.uri, self.path = uri, files.local_path(uri)
 
     def append(self, line: bytes, sync: bool) -> None:
-        with writing(self.uri), self._opened() as descriptor:
+        with writing(self.uri), self._lock_file() as descriptor:
             os.ftruncate(descriptor, _end_of_last_line(descriptor))
             written = 0
             while written < len(line):
@@ -99,7 +99,7 @@ class _LocalLines:
                 os.fsync(descriptor)
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _lock_file(self) -> Iterator[int]:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         try:
             descriptor = os.open(self.path, flags, 0o666)
@@ -114,7 +114,7 @@ class _LocalLines:
 
     def flush(self) -> None:
         if os.path.exists(self.path):
-            with writing(self.uri), self._opened() as descriptor:
+            with writing(self.uri), self._lock_file() as descriptor:
                 os.fsync(descriptor)
 
     def size_bytes(self) -> int:
@@ -128,7 +128,7 @@ class _LocalLines:
             content = files.read_bytes(self.uri)
         except NotFound:
             return
-        yield from _numbered(self.uri, content)
+        yield from _number_lines(self.uri, content)
 
     def replace(self, lines: list[bytes]) -> None:
         content = b"".join(lines)
@@ -189,7 +189,7 @@ class _RemoteLines:
         self.flush()
         for number in self._numbers():
             segment = self._segment(number)
-            yield from _numbered(segment, files.read_bytes(segment))
+            yield from _number_lines(segment, files.read_bytes(segment))
 
     def replace(self, lines: list[bytes]) -> None:
         """Take away segments from the last one on, then shorten the one at the border: always a prefix."""

@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from postlude.storage import exact_json, files
 from postlude.storage.errors import LockedError, NotFound, writing
 
@@ -109,7 +111,7 @@ class _KernelLock(Lock):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _taken(self.descriptor):
+            if not _try_flock(self.descriptor):
                 raise _refusal(uri, what, _kernel_holder(uri))
             with writing(uri):
                 content = exact_json.dump(asdict(Holder.this_process())).encode()
@@ -126,7 +128,7 @@ class _KernelLock(Lock):
             os.close(self.descriptor)
 
 
-def _taken(descriptor: int) -> bool:
+def _try_flock(descriptor: int) -> bool:
     for _ in range(_ATTEMPTS):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,12 +243,4 @@ def _lease_holder(uri: str) -> Holder | None:
 
 
 def _is_alive(pid: int, token: str) -> bool:
-    if pid == os.getpid():
-        return token in _own_tokens
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return token in _own_tokens if pid == os.getpid() else psutil.pid_exists(pid)

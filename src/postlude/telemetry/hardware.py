@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
 from functools import cache
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -15,25 +16,34 @@ if TYPE_CHECKING:
 # --- memory ---------------------------------------------------------------------------------------------------
 
 
+def machine_bytes() -> int:
+    """The memory of this machine."""
+    return psutil.virtual_memory().total
+
+
 def resident_bytes() -> int:
-    """How much memory of the machine this process holds at this moment; the peak where that cannot be read."""
-    return _process_status("VmRSS") or _peak_of_process()
+    """How much memory of the machine this process holds at this moment."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_resident_bytes() -> int:
     """The most that :func:`resident_bytes` has been since :func:`reset_peak`, or since the start of the process."""
-    return _process_status("VmHWM") or _peak_of_process()
+    try:
+        with open("/proc/self/status") as file:  # psutil does not tell it
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (FileNotFoundError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_bytes() -> int:
     """The most memory that was in use since :func:`reset_peak`: a GPU's where this process uses one, else resident."""
-    cuda = _cuda_in_use()
+    cuda = cuda_in_use()
     return cuda.max_memory_allocated() if cuda else peak_resident_bytes()
 
 
 def reset_peak() -> bool:
     """Begin to look for the peak anew. False where the system does not allow it for resident memory."""
-    cuda = _cuda_in_use()
+    cuda = cuda_in_use()
     if cuda:
         cuda.reset_peak_memory_stats()
     try:
@@ -44,25 +54,7 @@ def reset_peak() -> bool:
     return True
 
 
-def _process_status(name: str) -> int | None:
-    """A size from Linux's table of this process, in bytes; None on other systems."""
-    try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                if key == name:
-                    return int(value.split()[0]) * 1024
-    except FileNotFoundError:
-        pass
-    return None
-
-
-def _peak_of_process() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _cuda_in_use():
+def cuda_in_use():
     """torch.cuda if this process has begun to use it; asking must not begin it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -73,13 +65,22 @@ def _cuda_in_use():
 
 def cores() -> int:
     """How many cores this process may use, by its affinity and its control group's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    process = psutil.Process()
+    # macOS has no affinity.
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
             quota, period = file.read().split()
     except (FileNotFoundError, PermissionError):
         return allowed
     return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
+
+
+def gpus() -> int:
+    """How many GPUs this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def device_name(device: torch.device | str) -> str:
@@ -113,7 +114,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, threads: int) -> 
 
     device = torch.device(device)
     if device.type != "cuda":
-        return _measured_flops(dtype, threads)
+        return _measure_flops(dtype, threads)
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return datasheet_flops(
         device_name(device), "tf32" if dtype == torch.float32 and tf32 else str(dtype).split(".")[-1]
@@ -121,7 +122,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, threads: int) -> 
 
 
 @cache
-def _measured_flops(dtype: torch.dtype, threads: int) -> float:
+def _measure_flops(dtype: torch.dtype, threads: int) -> float:
     import torch
 
     before = torch.get_num_threads()

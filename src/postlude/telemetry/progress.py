@@ -80,7 +80,7 @@ class StageProgress:
         if self._live:
             self._live.stop()
         if self._line and self._line is not self._printed:
-            say(self._told())
+            say(self._describe())
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Show a line of metrics: ``step``, ``loss``, ``tokens_per_second``, and ``progress``, the share done."""
@@ -89,7 +89,7 @@ class StageProgress:
         self._marks.append((now, line.get("progress", 0.0)))
         if self._live is None and now - self._printed_at >= PLAIN_SECONDS:
             self._printed_at, self._printed = now, line
-            say(self._told())
+            say(self._describe())
 
     def preparing(self, what: str, share: float) -> None:
         """Show how much is done, 0 to 1, of something that comes before the first step."""
@@ -112,29 +112,29 @@ class StageProgress:
         (begin, done_then), (now, done) = self._marks[0], self._marks[-1]
         return (1.0 - done) * (now - begin) / (done - done_then) if done > done_then else None
 
-    def _told(self) -> str:
+    def _describe(self) -> str:
         line, left = self._line, self.seconds_left()
-        said = [f"{self._stage}: step {line['step']}"]
+        parts = [f"{self._stage}: step {line['step']}"]
         if "progress" in line:
-            said.append(f"{line['progress']:.0%}")
+            parts.append(f"{line['progress']:.0%}")
         if line.get("loss") is not None:
-            said.append(f"loss {line['loss']:.4f}")
+            parts.append(f"loss {line['loss']:.4f}")
         if line.get("tokens_per_second") is not None:
-            said.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
         if left is not None and line["progress"] < 1:
-            said.append(f"{duration(left)} left")
+            parts.append(f"{duration(left)} left")
         elif line.get("progress") == 1:
-            said.append(duration(time.monotonic() - self._begin))
-        return ", ".join(said)
+            parts.append(duration(time.monotonic() - self._begin))
+        return ", ".join(parts)
 
     def _rendered(self) -> Table | Text:
         if not self._line and self._prepared is None:
             return Text(f"{self._stage}: starting, {duration(time.monotonic() - self._begin)}")
-        told, share = self._prepared or ("", 0.0)
+        text, share = self._prepared or ("", 0.0)
         if self._line:
-            told, share = self._told(), self._line.get("progress", 0.0)
+            text, share = self._describe(), self._line.get("progress", 0.0)
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=20), told)
+        grid.add_row(ProgressBar(total=1.0, completed=share, width=20), text)
         return grid
 
 

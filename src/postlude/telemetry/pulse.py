@@ -44,5 +44,5 @@ def stack() -> str:
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     order = sorted(frames, key=lambda thread: (thread != _thread, names.get(thread, "")))
-    told = [f"Thread {names.get(one, one)}:\n{''.join(traceback.format_stack(frames[one]))}" for one in order]
-    return "\n".join(told).rstrip()
+    stacks = {thread: "".join(traceback.format_stack(frames[thread])) for thread in order}
+    return "\n".join(f"Thread {names.get(thread, thread)}:\n{text}" for thread, text in stacks.items()).rstrip()

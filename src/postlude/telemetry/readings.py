@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -66,12 +65,11 @@ def read() -> Reading:
     """This process now."""
     with _lock:
         lines, link = list(_lines), dict(_link)
-    torch = sys.modules.get("torch")
-    uses_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    cuda = hardware.cuda_in_use()
     return Reading(
         step=int(lines[-1].get("step", 0)) if lines else 0,
         resident_bytes=hardware.resident_bytes(),
-        device_bytes=torch.cuda.memory_allocated() if torch is not None and uses_gpu else None,
+        device_bytes=cuda.memory_allocated() if cuda else None,
         seconds={key: _mean(lines, key) for key in _KEPT if any(key in line for line in lines)},
         link=link,
     )
@@ -108,16 +106,16 @@ class Alarms:
 
     def __init__(self) -> None:
         self._past: dict[int, deque[Reading]] = {}
-        self._told: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, int]] = set()
 
     def look(self, readings: Mapping[int, Reading]) -> list[Finding]:
         """What is new in a reading of every rank."""
-        found = [*_spikes(readings, self._past), *_stragglers(readings, self._past)]
+        findings = [*_spikes(readings, self._past), *_stragglers(readings, self._past)]
         for rank, reading in readings.items():
             self._past.setdefault(rank, deque(maxlen=GROWTH_READINGS)).append(reading)
-        found += _growths(self._past)
-        new = [one for one in found if (one.what, one.rank) not in self._told]
-        self._told |= {(one.what, one.rank) for one in new}
+        findings += _growths(self._past)
+        new = [finding for finding in findings if (finding.what, finding.rank) not in self._reported]
+        self._reported |= {(finding.what, finding.rank) for finding in new}
         return new
 
 
@@ -126,7 +124,7 @@ def _spikes(now: Mapping[int, Reading], past: Mapping[int, Sequence[Reading]]) -
     for rank, reading in now.items():
         before = past.get(rank, ())
         if len(before) >= _USUAL:
-            usual = median(one.resident_bytes for one in before)
+            usual = median(earlier.resident_bytes for earlier in before)
             if reading.resident_bytes > max(SPIKE * usual, usual + SPIKE_BYTES):
                 above[rank] = reading.resident_bytes, usual
     if len(above) == len(now) > 1:  # what all do is no fault of one
@@ -143,21 +141,21 @@ def _own_seconds(reading: Reading) -> float:
 
 
 def _stragglers(now: Mapping[int, Reading], past: Mapping[int, Sequence[Reading]]) -> list[Finding]:
-    found = []
+    findings = []
     for rank in now:
         rounds = [now, *({other: past[other][-n] for other in now} for n in range(1, _USUAL) if _has(past, now, n))]
         if len(now) < 2 or len(rounds) < _USUAL:
             continue
         if all(_is_slow(each, rank) for each in rounds):
             others = median(_own_seconds(now[other]) for other in now if other != rank)
-            found.append(
+            findings.append(
                 Finding(
                     "straggler",
                     rank,
                     f"{_own_seconds(now[rank]):.2f} s a step in forward and data, where the others take {others:.2f}",
                 )
             )
-    return found
+    return findings
 
 
 def _has(past: Mapping[int, Sequence[Reading]], now: Mapping[int, Reading], number: int) -> bool:
@@ -165,17 +163,17 @@ def _has(past: Mapping[int, Sequence[Reading]], now: Mapping[int, Reading], numb
 
 
 def _is_slow(readings: Mapping[int, Reading], rank: int) -> bool:
-    others = median(_own_seconds(one) for other, one in readings.items() if other != rank)
+    others = median(_own_seconds(reading) for other, reading in readings.items() if other != rank)
     own, step = _own_seconds(readings[rank]), readings[rank].seconds.get("seconds", 0.0)
     return step > 0 and own > SLOW * others and own - others > SLOW_SHARE * step
 
 
 def _growths(past: Mapping[int, Sequence[Reading]]) -> list[Finding]:
-    found = []
+    findings = []
     for rank, readings in past.items():
-        sizes = [one.resident_bytes for one in readings]
+        sizes = [reading.resident_bytes for reading in readings]
         grows = len(sizes) == GROWTH_READINGS and all(a < b for a, b in pairwise(sizes))
         if grows and sizes[-1] > max(GROWTH * sizes[0], sizes[0] + GROWTH_BYTES):
-            told = f"from {sizes[0] / MIB:,.0f} to {sizes[-1] / MIB:,.0f} MiB, growing with each reading"
-            found.append(Finding("growth of host memory", rank, told))
-    return found
+            reason = f"from {sizes[0] / MIB:,.0f} to {sizes[-1] / MIB:,.0f} MiB, growing with each reading"
+            findings.append(Finding("growth of host memory", rank, reason))
+    return findings

@@ -44,9 +44,9 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
     rewards: dict[str, tuple[float, float]] = {}
     for event in happened:
         if isinstance(event, events.Evaluation) and event.stage == name:
-            found, value = (rewards, event.metrics.get("reward")) if event.loss is None else (held_out, event.loss)
+            curves, value = (rewards, event.metrics.get("reward")) if event.loss is None else (held_out, event.loss)
             if value is not None:
-                found[event.name] = (found.get(event.name, (value,))[0], value)
+                curves[event.name] = (curves.get(event.name, (value,))[0], value)
     return StageSummary(
         stage=name,
         state=stage.status().state,

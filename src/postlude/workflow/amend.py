@@ -29,6 +29,6 @@ def amend(place: str, stage_name: str, assignment: str) -> str:
     for entry in entries:
         config = apply_amendment(config, entry["assignment"])
     change = check_amendment(config, assignment)
-    asked = {"id": len(entries), "assignment": assignment, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    stage.amendments.append(asked, sync=True)
+    request = {"id": len(entries), "assignment": assignment, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    stage.amendments.append(request, sync=True)
     return f"{stage_name}: {change.key} {change.before} -> {change.value}, from the next step on"

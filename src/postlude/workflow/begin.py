@@ -7,13 +7,14 @@ to the same end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.graph import needs
 from postlude.manifest.load import Resolved
-from postlude.runs import Identity, Run, run_of, set_aside, take_over
+from postlude.runs import Identity, Run, set_aside, take_over
 from postlude.telemetry import events
 from postlude.telemetry.progress import say
 from postlude.workflow.fingerprint import Identifier
@@ -24,14 +25,14 @@ class DamagedInput(UserError):
     """An artifact that a stage needs is not what was committed."""
 
 
-def verify_inputs(run: Run, decision: Decision) -> None:
+def verify_inputs(run: Run, stage: str, needed: Iterable[str]) -> None:
     """Read every file of the artifacts that a stage needs. :class:`DamagedInput` if one is not what was written."""
-    for need in decision.needs:
+    for need in needed:
         try:
             storage.verify(run.stage(need).artifact)
         except (storage.CorruptError, storage.NotFound) as error:
             raise DamagedInput(
-                f"The stage '{decision.stage}' needs what the stage '{need}' made, but that is not what was committed. "
+                f"The stage '{stage}' needs what the stage '{need}' made, but that is not what was committed. "
                 f"{error} Put the file back as it was, or make it anew with --from {need}."
             ) from error
 
@@ -56,7 +57,7 @@ def make_room(run: Run, decision: Decision) -> None:
         events.record(run.events, event)
 
 
-def taken_over(run: Run, decision: Decision, identity: Identity) -> bool:
+def try_take_over(run: Run, decision: Decision, identity: Identity) -> bool:
     """Bring what another run made into the stage. False, and told, if that is damaged or is gone: then it must run."""
     source = decision.source
     if source is None or identity.fingerprint != decision.identity.fingerprint:
@@ -64,9 +65,9 @@ def taken_over(run: Run, decision: Decision, identity: Identity) -> bool:
     try:
         take_over(run.stage(decision.stage), source, identity)
     except (storage.CorruptError, storage.NotFound) as error:
-        say(f"{decision.stage}: not taken over from {run_of(source)}: {error}")
+        say(f"{decision.stage}: not taken over from {source.run_name}: {error}")
         return False
-    event = events.make("stage_taken_over", decision.stage, run=run_of(source), revision=identity.revision)
+    event = events.make("stage_taken_over", decision.stage, run=source.run_name, revision=identity.revision)
     events.record(run.events, event)
     return True
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from postlude.cluster.providers.base import provider_of
 from postlude.cluster.transport import check_collectives, check_transport
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Pool
@@ -11,13 +10,9 @@ from postlude.manifest.graph import ancestors, descendants
 from postlude.manifest.parallel import check_workers
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest, StageConfig
+from postlude.telemetry.hardware import cores
 
 DEFAULT_POOL = "train"
-
-
-def cores() -> int:
-    """The processor cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def pools_of(stage: StageConfig) -> tuple[str, ...]:
@@ -67,12 +62,12 @@ def threads_of(manifest: Manifest, name: str, inline: bool = False) -> int:
     """CPU threads of each worker of a stage: what the stage says, or what its pool reserves; on this machine its share
     of the cores."""
     stage = manifest.stages[name]
-    asked = getattr(stage, "threads", None) or pool_of(manifest, stage).cpus_per_worker
-    if asked:
-        return asked
+    threads = getattr(stage, "threads", None) or pool_of(manifest, stage).cpus_per_worker
+    if threads:
+        return threads
     if inline:
         return cores()
-    if manifest.compute.provider != "local":
+    if manifest.compute.provider.is_remote:
         return 1
     return max(1, cores() // (ranks_of(manifest, stage) + ranks_beside(manifest, name)))
 
@@ -97,22 +92,7 @@ def check_compute(manifest: Manifest) -> None:
                 check_workers(parallel, pool_of(manifest, stage).workers)
             except ManifestError as error:
                 raise ComputeError(f"stages.{name}: {error}") from error
-    if compute.provider != "local" or not compute.pools:
-        return
-    for what, found, per_worker in (
-        ("GPUs", _devices, lambda pool: pool.gpus_per_worker),
-        ("cores", cores, lambda pool: pool.cpus_per_worker or 0),
-        ("bytes of memory", _memory_bytes, lambda pool: pool.memory_per_worker or 0),
-    ):
-        wanted = sum(pool.least * per_worker(pool) for pool in compute.pools.values())
-        if wanted and wanted > (there := found()):
-            pools = ", ".join(f"{name}: {pool.least} of {per_worker(pool)}" for name, pool in compute.pools.items())
-            raise ComputeError(
-                f"compute.pools asks for {wanted:,} {what} ({pools}), but this machine has {there:,}. "
-                "Lower workers or what each asks for, or name a cluster with 'provider: ray'."
-            )
-    if any(pool.labels for pool in compute.pools.values()):
-        raise ComputeError("compute.pools asks for nodes with labels, and 'provider: local' has none.")
+    provider_of(compute).check_pools(compute)
 
 
 def _check_engines_elsewhere(manifest: Manifest, stage: str) -> None:
@@ -128,13 +108,3 @@ def _check_engines_elsewhere(manifest: Manifest, stage: str) -> None:
             "clear text. Give its engines a pool with rollout.pool, which Ray's TLS protects, or say "
             "network_is_encrypted: true if what lies below encrypts."
         )
-
-
-def _devices() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 
-def drawn(graph: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+def draw(graph: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """Each stage with its line of the drawing, in the order of the lines.
 
     A stage hangs on the last of the stages that it needs; the others are named behind it: ``└─ rlhf (+ judge)``.

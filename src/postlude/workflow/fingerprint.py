@@ -28,12 +28,10 @@ from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
-from postlude.runs import Identity, Run, artifact_of
+from postlude.runs import LINEAGE, Identity, Run, artifact_of
 
 WHOLE_BYTES = 2**30
 """Up to this size the content of a local file is read."""
-
-LINEAGE = "lineage.json"
 
 
 @dataclass

@@ -68,7 +68,7 @@ def flow(manifest_path: str, overrides: Sequence[str], file: str = "flow.py") ->
     if class_name[0].isdigit():
         class_name = f"Run{class_name}"
     writer = _Writer(_step_names(graph))
-    writer.follow("start", "pass", "end", _taken_apart(graph))
+    writer.follow("start", "pass", "end", take_apart(graph))
     header = _HEADER.format(
         name=manifest.name,
         file=storage.name(file),
@@ -81,23 +81,23 @@ def flow(manifest_path: str, overrides: Sequence[str], file: str = "flow.py") ->
 
 
 @dataclass(frozen=True)
-class _Branches:
+class Branches:
     """Chains that do not need each other."""
 
-    chains: list[list[str | _Branches]]
+    chains: list[list[str | Branches]]
 
 
-def _taken_apart(graph: Mapping[str, Sequence[str]]) -> list[str | _Branches]:
+def take_apart(graph: Mapping[str, Sequence[str]]) -> list[str | Branches]:
     """The graph as a chain of stages and of branches that are chains themselves."""
     if not graph:
         return []
     parts = _parts(graph)
     if len(parts) > 1:
-        return [_Branches([_taken_apart(part) for part in parts])]
+        return [Branches([take_apart(part) for part in parts])]
     first = [name for name, needed in graph.items() if not any(need in graph for need in needed)]
     rest = {name: needed for name, needed in graph.items() if name not in first}
-    head: list[str | _Branches] = [first[0]] if len(first) == 1 else [_Branches([[name] for name in first])]
-    return head + _taken_apart(rest)
+    head: list[str | Branches] = [first[0]] if len(first) == 1 else [Branches([[name] for name in first])]
+    return head + take_apart(rest)
 
 
 def _parts(graph: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[str]]]:
@@ -118,13 +118,13 @@ def _parts(graph: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[str]]]
 
 def _step_names(names: Iterable[str]) -> dict[str, str]:
     """A name of Python for the step of each stage."""
-    found: dict[str, str] = {}
+    steps: dict[str, str] = {}
     for name in names:
         step = "stage_" + re.sub(r"\W", "_", name)
-        while step in found.values():
+        while step in steps.values():
             step += "_"
-        found[name] = step
-    return found
+        steps[name] = step
+    return steps
 
 
 @dataclass
@@ -135,7 +135,7 @@ class _Writer:
     steps: list[str] = field(default_factory=list)
     _joins: int = 0
 
-    def follow(self, step: str, work: str, end: str, chain: Sequence[str | _Branches], inputs: str = "") -> None:
+    def follow(self, step: str, work: str, end: str, chain: Sequence[str | Branches], inputs: str = "") -> None:
         """Write a step, then the chain that follows it, which leads to the step ``end``."""
         if not chain:
             self._write(step, work, f"self.{end}", inputs)

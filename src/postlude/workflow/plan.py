@@ -8,23 +8,24 @@ of its own, unless one of its inputs is a new revision: then there is nothing le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
-from postlude.runs import Identity, Run, Stage, finished_elsewhere, revision_of, run_of
+from postlude.runs import Identity, Run, Stage, find_finished_elsewhere, revision_of
 from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier
 from postlude.workflow.selection import Selection
 
-Action = Literal["keep", "resume", "run", "run again", "take over"]
+Action = Literal["keep", "resume", "run", "run again", "take over", "refuse"]
+"""``refuse`` is of a stage that has begun and cannot go on as the manifest has it."""
 
 
 @dataclass(frozen=True)
-class Found:
+class Standing:
     """What stands in a stage."""
 
     identity: Identity | None = None
@@ -38,14 +39,14 @@ class Found:
     amendments: Sequence[Sequence[Any]] = ()
 
     @staticmethod
-    def at(run: Run, name: str) -> Found:
+    def at(run: Run, name: str) -> Standing:
         """What stands in a stage of a run."""
         stage = run.stage(name)
         number = revision_of(run, name)
         if not stage.has_begun():
-            return Found(revision=number)
+            return Standing(revision=number)
         newest = next((checkpoint.step for checkpoint in stage.checkpoints()), 0)
-        return Found(stage.identity(), True, stage.is_done(), newest, number, stage.applied_amendments())
+        return Standing(stage.identity(), True, stage.is_done(), newest, number, stage.applied_amendments())
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,17 @@ class Decision:
     replaces: bool = False
     """Whether what stands is moved to the revisions first."""
 
-    @property
-    def told(self) -> str:
+    def describe(self) -> str:
         """The decision in words."""
         match self.action:
+            case "refuse":
+                return "be refused"
             case "resume":
                 return f"resume from step {self.step}"
             case "run again":
                 return f"run again as revision {self.identity.revision}"
             case "take over" if self.source is not None:
-                return f"take over from {run_of(self.source)}"
+                return f"take over from {self.source.run_name}"
         return self.action
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Decision:
             "revision": self.identity.revision,
             "step": self.step,
             "reasons": list(self.reasons),
-            "from_run": run_of(self.source) if self.source else None,
+            "from_run": self.source.run_name if self.source else None,
             "needs": list(self.needs),
             "pool": self.pools[0],
             "fingerprint": self.identity.fingerprint,
@@ -115,15 +117,15 @@ class Plan:
         from rich.table import Table
         from rich.text import Text
 
-        from postlude.workflow.drawing import drawn
+        from postlude.workflow.drawing import draw
 
         table = Table(title=f"{self.run.name}: what will run", title_justify="left")
         for column in ("stage", "what", "why"):
             table.add_column(column)
-        for name, branch in drawn({decision.stage: decision.needs for decision in self.decisions}):
+        for name, branch in draw({decision.stage: decision.needs for decision in self.decisions}):
             decision = self[name]
             style = "dim" if decision.action == "keep" else None
-            table.add_row(Text(branch), decision.told, Text("\n".join(decision.reasons)), style=style)
+            table.add_row(Text(branch), decision.describe(), Text("\n".join(decision.reasons)), style=style)
         return table
 
 
@@ -145,24 +147,24 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
 
     def find_elsewhere(fingerprint: str) -> Stage | None:
         if not elsewhere:
-            elsewhere.append(finished_elsewhere(run))
+            elsewhere.append(find_finished_elsewhere(run))
         return elsewhere[0].get(fingerprint)
 
     decisions = decide(
         {name: needs(resolved.manifest, name) for name in order(resolved.manifest) if name in needed},
         Identifier(resolved, run),
-        {name: Found.at(run, name) for name in needed},
+        {name: Standing.at(run, name) for name in needed},
         find_elsewhere,
         forced,
     )
-    missing = [one for one in decisions if one.stage not in chosen and one.action != "keep"]
+    missing = [decision for decision in decisions if decision.stage not in chosen and decision.action != "keep"]
     if missing:
         raise ManifestError(
             f"--from {selection.begin}: what it needs is not finished as the manifest has it now: "
-            + "; ".join(f"'{one.stage}' would {one.told}" for one in missing)
+            + "; ".join(f"'{decision.stage}' would {decision.describe()}" for decision in missing)
             + f". Run it first with --until {missing[-1].stage}, or begin with --from {missing[0].stage}."
         )
-    refused = [reason for one in decisions if isinstance(one, _Refusal) for reason in one.reasons]
+    refused = [reason for decision in decisions if decision.action == "refuse" for reason in decision.reasons]
     if refused:
         raise Refused(
             f"The run '{run.uri}' has begun with another manifest, and a stage that has begun does not change:\n  "
@@ -171,19 +173,17 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
             "change while a stage runs with `postlude amend`."
         )
     pools = {name: pools_of(resolved.manifest.stages[name]) for name in needed}
-    return Plan(run, [replace(one, pools=pools[one.stage]) for one in decisions if one.stage in chosen])
-
-
-class _Refusal(Decision):
-    """A stage that cannot go on as the manifest has it."""
+    return Plan(
+        run, [replace(decision, pools=pools[decision.stage]) for decision in decisions if decision.stage in chosen]
+    )
 
 
 def decide(
     graph: Mapping[str, Sequence[str]],
     identify: Callable[[str, Mapping[str, str], Mapping[str, int]], Identity],
-    found: Mapping[str, Found],
+    standing: Mapping[str, Standing],
     elsewhere: Callable[[str], Stage | None] = lambda fingerprint: None,
-    forced: set[str] = frozenset(),  # type: ignore[assignment]
+    forced: Collection[str] = (),
 ) -> list[Decision]:
     """The decision for each stage of a graph (the stages that each needs, in order), given what stands."""
     decisions: list[Decision] = []
@@ -191,9 +191,9 @@ def decide(
     revisions: dict[str, int] = {}
     for name, needed in graph.items():
         wanted = identify(name, {need: results[need] for need in needed}, {need: revisions[need] for need in needed})
-        decision = _decide(name, needed, wanted, found[name], elsewhere, name in forced)
-        goes_on = decision.action in ("keep", "resume")
-        results[name] = decision.identity.result_fingerprint(found[name].amendments if goes_on else ())
+        decision = _decide(name, needed, wanted, standing[name], elsewhere, name in forced)
+        goes_on = decision.action in ("keep", "resume", "refuse")
+        results[name] = decision.identity.result_fingerprint(standing[name].amendments if goes_on else ())
         revisions[name] = decision.identity.revision
         decisions.append(decision)
     return decisions
@@ -203,30 +203,30 @@ def _decide(
     name: str,
     needed: Sequence[str],
     wanted: Identity,
-    found: Found,
+    standing: Standing,
     elsewhere: Callable[[str], Stage | None],
     is_forced: bool,
 ) -> Decision:
     reasons, inputs = [], []
-    if found.begun and found.identity is None:
+    if standing.begun and standing.identity is None:
         reasons = ["what it was begun with is not known"]
-    elif found.begun and found.identity is not None:
-        inputs = found.identity.changed_inputs(wanted)
-        reasons = found.identity.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
-    if found.begun and not reasons and not is_forced:
-        action: Action = "keep" if found.done else "resume"
-        return Decision(name, action, wanted.as_revision(found.revision), needed, step=found.step)
-    if found.begun and not found.done and not inputs and not is_forced:
-        return _Refusal(name, "resume", wanted.as_revision(found.revision), needed, reasons=reasons)
-    identity = wanted.as_revision(found.revision + found.begun)
+    elif standing.begun and standing.identity is not None:
+        inputs = standing.identity.changed_inputs(wanted)
+        reasons = standing.identity.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
+    if standing.begun and not reasons and not is_forced:
+        action: Action = "keep" if standing.done else "resume"
+        return Decision(name, action, wanted.as_revision(standing.revision), needed, step=standing.step)
+    if standing.begun and not standing.done and not inputs and not is_forced:
+        return Decision(name, "refuse", wanted.as_revision(standing.revision), needed, reasons=reasons)
+    identity = wanted.as_revision(standing.revision + standing.begun)
     source = None if is_forced else elsewhere(wanted.fingerprint)
     if source is not None:
         why = [*reasons, f"finished there with the same fingerprint {wanted.fingerprint[:12]}"]
-        return Decision(name, "take over", identity, needed, reasons=why, source=source, replaces=found.begun)
-    if not found.begun and found.revision == 1:
+        return Decision(name, "take over", identity, needed, reasons=why, source=source, replaces=standing.begun)
+    if not standing.begun and standing.revision == 1:
         return Decision(name, "run", identity, needed, reasons=["it has not run yet"])
-    if not found.begun:
+    if not standing.begun:
         reasons = ["the revision before it was moved aside"]
     elif is_forced:
         reasons = [*reasons, "asked for with --from"]
-    return Decision(name, "run again", identity, needed, reasons=reasons, replaces=found.begun)
+    return Decision(name, "run again", identity, needed, reasons=reasons, replaces=standing.begun)

@@ -13,7 +13,7 @@ from postlude.runs import Run
 from postlude.stages.parts import Mode, StageTask
 from postlude.stages.stage import open_stage
 from postlude.training.workers import Workers
-from postlude.workflow.run import stages_in_order
+from postlude.workflow.selection import stages_in_order
 
 
 def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1) -> Preview:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,11 @@ from postlude.training.interruption import Interruption
 from postlude.workflow.begin import verify_inputs
 from postlude.workflow.compute import check_compute, threads_of
 from postlude.workflow.plan import Decision, Plan, make_plan
-from postlude.workflow.selection import Selection, stages_in_order
+from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
 
 if TYPE_CHECKING:
-    from postlude.cluster.provider import Cluster
-
-__all__ = ["INTERRUPTED", "dry_run", "run", "stages_in_order"]
+    from postlude.cluster.providers.base import Cluster
 
 INTERRUPTED = 130
 
@@ -54,8 +52,9 @@ def run(
     with hold(run, wait_seconds):
         plan = make_plan(resolved, run, Selection(stage, begin, until))
         console().print(plan.render(), width=None if console().is_terminal else 120)
+        made_anew = {decision.stage for decision in plan.work}
         for decision in plan.work:
-            verify_inputs(run, _only_kept(decision, plan))
+            verify_inputs(run, decision.stage, [need for need in decision.needs if need not in made_anew])
         needs_workers = bool(plan.work) and not inline
         with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
             write_lock(run, resolved, plan)
@@ -108,11 +107,11 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -
 @contextmanager
 def workers_for(manifest: Manifest) -> Iterator[Cluster]:
     """The cluster that the manifest names, found to have the nodes and the network for its pools, or ComputeError."""
-    from postlude.cluster.provider import open_cluster
+    from postlude.cluster.providers.base import open_cluster
 
     with open_cluster(manifest.compute) as cluster:
         from postlude.cluster.bandwidth import check_bandwidth  # loads Ray, which reads its environment then
-        from postlude.cluster.topology import check_topology
+        from postlude.cluster.placement import check_topology
 
         check_topology(manifest.compute)
         check_bandwidth(manifest.compute)
@@ -168,11 +167,3 @@ def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
     fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
     run.write_manifest_lock(lock_text(resolved, threads, fingerprints))
-
-
-def _only_kept(decision: Decision, plan: Plan) -> Decision:
-    """The decision as if it needed only what is there already."""
-    at_work: Collection[str] = {other.stage for other in plan.work}
-    return Decision(
-        decision.stage, decision.action, decision.identity, [need for need in decision.needs if need not in at_work]
-    )

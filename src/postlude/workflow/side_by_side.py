@@ -17,12 +17,12 @@ from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import begin, identity_now, make_room, taken_over, verify_inputs
+from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs
 from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
 if TYPE_CHECKING:
-    from postlude.cluster.provider import Cluster
+    from postlude.cluster.providers.base import Cluster
     from postlude.cluster.supervisor import Supervisor
 
 FUNCTION = "postlude.stages.run:run_stage"
@@ -61,7 +61,7 @@ class StagesAtWork:
         """Run one stage to its end in this process."""
         from postlude.stages.run import run_stage_here
 
-        verify_inputs(self.run, decision)
+        verify_inputs(self.run, decision.stage, decision.needs)
         if self._needs_no_work(decision):
             return
         try:
@@ -74,7 +74,7 @@ class StagesAtWork:
     def start(self, decision: Decision, alone: bool) -> None:
         """Start a stage on a group of workers; only one that is ``alone`` draws a live line."""
         try:
-            verify_inputs(self.run, decision)
+            verify_inputs(self.run, decision.stage, decision.needs)
             if self._needs_no_work(decision):
                 return
         except UserError as error:
@@ -93,13 +93,13 @@ class StagesAtWork:
     def wait(self) -> None:
         """Wait until a stage at work has ended, or a moment; of those that have ended, note how."""
         if self.stop.requested:
-            for one in self._at_work.values():
-                one.supervisor.stop()
-        wait([one.result for one in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
-        for name in [name for name, one in self._at_work.items() if one.result.done()]:
-            one, decision = self._at_work.pop(name), self.decisions.pop(name)
-            error = one.result.exception()
-            results = None if error is not None else one.result.result()
+            for at_work in self._at_work.values():
+                at_work.supervisor.stop()
+        wait([at_work.result for at_work in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
+        for name in [name for name, at_work in self._at_work.items() if at_work.result.done()]:
+            at_work, decision = self._at_work.pop(name), self.decisions.pop(name)
+            error = at_work.result.exception()
+            results = None if error is not None else at_work.result.result()
             if error is not None:
                 self._end(decision, error=error)
             else:
@@ -110,18 +110,18 @@ class StagesAtWork:
 
     def close(self) -> None:
         """Kill whatever is still at work."""
-        for one in self._at_work.values():
-            one.supervisor.abandon()
+        for at_work in self._at_work.values():
+            at_work.supervisor.abandon()
         self._threads.shutdown()
 
     def _needs_no_work(self, decision: Decision) -> bool:
         """Prepare the stage; whether it is done with that, because another run made it."""
         make_room(self.run, decision)
         identity = identity_now(self.resolved, self.run, decision)
-        if taken_over(self.run, decision, identity):
+        if try_take_over(self.run, decision, identity):
             return True
         begin(self.run, decision, identity)
-        self.run.stage(decision.stage).enter("running", process=os.getpid(), **_said(self.run, decision))
+        self.run.stage(decision.stage).enter("running", process=os.getpid(), **_identity_details(self.run, decision))
         return False
 
     def _task(self, decision: Decision, inline: bool = False) -> StageTask:
@@ -148,22 +148,22 @@ class StagesAtWork:
         """The hosts of a stage's engines, where these have a pool of their own."""
         from postlude.cluster.engines import engine_hosts
         from postlude.cluster.placement import Demand
-        from postlude.cluster.worker import Setting
+        from postlude.cluster.worker import WorkerSetup
 
         manifest, name = self.resolved.manifest, decision.stage
         pool, compute = engines_of(manifest, manifest.stages[name]), manifest.compute
         if pool is None:
             return nullcontext()
         threads = pool.cpus_per_worker or threads_of(manifest, name)
-        setting = Setting.here(name, threads, compute.environment)
+        setup = WorkerSetup.here(name, threads, compute.environment)
         seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
-        return engine_hosts(self._job_name(decision), demand, pool.most, setting, seconds, give_up)
+        return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
     def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
         from postlude.cluster.observer import Observer
         from postlude.cluster.placement import Demand
         from postlude.cluster.supervisor import Job, Supervisor
-        from postlude.cluster.worker import Setting
+        from postlude.cluster.worker import WorkerSetup
 
         assert self.cluster is not None
         manifest, name = self.resolved.manifest, decision.stage
@@ -176,7 +176,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setting=Setting.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
+            setup=WorkerSetup.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )
@@ -193,21 +193,21 @@ class StagesAtWork:
         """Note how a stage ended: with a summary, with an error, or, with neither, asked to stop before it began.
 
         What a debugger or a second interrupt raised goes on from here."""
-        stage, said = self.run.stage(decision.stage), _said(self.run, decision)
+        stage, details = self.run.stage(decision.stage), _identity_details(self.run, decision)
         if isinstance(error, Exception):
-            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            stage.enter("failed", error=told.splitlines()[0], **said)
-            events.record(self.run.events, events.make("failure", decision.stage, error=told))
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            stage.enter("failed", error=reason.splitlines()[0], **details)
+            events.record(self.run.events, events.make("failure", decision.stage, error=reason))
             self.failure = self.failure or error
         elif error is not None or summary is None or summary.interrupted:
-            stage.enter("interrupted", **said)
+            stage.enter("interrupted", **details)
             self.interrupted = self.interrupted or decision.stage
             if error is not None:
                 raise error
         else:
-            stage.enter("done", steps=summary.steps, **said)
+            stage.enter("done", steps=summary.steps, **details)
 
 
-def _said(run: Run, decision: Decision) -> dict[str, Any]:
+def _identity_details(run: Run, decision: Decision) -> dict[str, Any]:
     identity = run.stage(decision.stage).identity()
     return {"fingerprint": identity.fingerprint, "revision": identity.revision} if identity else {}

@@ -14,7 +14,7 @@ from postlude.manifest.lock import read_lock
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
 from postlude.telemetry import events
 from postlude.telemetry.summary import StageSummary, summarize
-from postlude.workflow.drawing import drawn
+from postlude.workflow.drawing import draw
 
 ALARMS_SHOWN = 5
 
@@ -85,7 +85,7 @@ class RunStatus:
         for column in ("stage", "state", "step", "loss", "last checkpoint", "revision", "taken over from"):
             table.add_column(column, justify="right" if column in ("step", "loss", "revision") else "left")
         by_name = {stage.summary.stage: stage for stage in self.stages}
-        for name, branch in drawn({name: stage.needs for name, stage in by_name.items()}):
+        for name, branch in draw({name: stage.needs for name, stage in by_name.items()}):
             stage, summary = by_name[name], by_name[name].summary
             table.add_row(
                 Text(branch),
@@ -99,7 +99,7 @@ class RunStatus:
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
-        notes += [f"{alarm.time} {alarm.kind}: {_told(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
+        notes += [f"{alarm.time} {alarm.kind}: {_describe(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
         return Group(table, *map(Text, notes))
 
 
@@ -181,6 +181,6 @@ def _worker(reading: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _told(event: events.Event) -> str:
-    said = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
-    return ", ".join(f"{key} {value}" for key, value in said.items())
+def _describe(event: events.Event) -> str:
+    fields = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
+    return ", ".join(f"{key} {value}" for key, value in fields.items())

@@ -21,9 +21,11 @@ from postlude.manifest.load import Resolved, load
 from postlude.stages.parts import Mode, StageTask
 from postlude.stages.report import StageReport
 from postlude.stages.stage import open_stage
+from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
-from postlude.workflow.compute import check_compute, cores, ranks_of, threads_of
-from postlude.workflow.run import stages_in_order, workers_for
+from postlude.workflow.compute import check_compute, ranks_of, threads_of
+from postlude.workflow.run import workers_for
+from postlude.workflow.selection import stages_in_order
 
 
 @dataclass

@@ -50,8 +50,8 @@ class _OpenTensorBoard(OpenSink):
 
     def event(self, event: Event) -> None:
         step = getattr(event, "step", None) or 0
-        told = event.model_dump(exclude_none=True, exclude={"time", "kind", "stage"})
-        text = ", ".join(f"{key}: {value}" for key, value in told.items())
+        fields = event.model_dump(exclude_none=True, exclude={"time", "kind", "stage"})
+        text = ", ".join(f"{key}: {value}" for key, value in fields.items())
         self._writing_from(step).add_text(event.kind, text or event.kind, step)
 
     def close(self) -> None:

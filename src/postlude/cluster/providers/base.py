@@ -1,0 +1,107 @@
+"""What the rest of the project asks of a provider of nodes, and the cluster that it is given by one.
+
+A provider is one class in one file, registered under the kind ``providers``; nothing outside that file knows its name.
+Whatever the nodes are, Ray runs on them: once :meth:`Provider.open` has joined it, placement, supervision and recovery
+are the same everywhere. These files import without Ray and torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from postlude.cluster.transport import check_transport
+from postlude.errors import ComputeError
+from postlude.manifest.compute import Compute, ProviderConfig
+from postlude.runs import Run
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes on which workers can be started."""
+
+    interface: str | None = None
+    """The network interface by which ranks meet, where it is the same on every node."""
+
+
+class Provider(ProviderConfig):
+    """Where nodes come from. Its fields are keys of ``compute.provider``."""
+
+    interface: ClassVar[str | None] = None
+    """The network interface by which ranks meet, where it is the same on every node."""
+    defaults: ClassVar[Mapping[str, str]] = {}
+    """Variables that Ray and what it starts read, where the user has not set them."""
+
+    def variables(self, compute: Compute) -> Mapping[str, str]:
+        """Variables that Ray reads when it is loaded, whatever the user has set. ComputeError for what cannot be so."""
+        return {}
+
+    def open(self, compute: Compute) -> AbstractContextManager[None]:
+        """Have this process be part of Ray on the nodes, with ``ray.init``, for as long as the context lasts.
+
+        :class:`ComputeError` if they are not there or do not let this process in.
+        """
+        raise NotImplementedError
+
+    def check_pools(self, compute: Compute) -> None:
+        """:class:`ComputeError` if it is known before the nodes are asked that they cannot hold the pools."""
+
+    def submit(self, run: Run, command: Sequence[str]) -> str:
+        """Start ``python`` with these arguments, where it outlives this process; what reaches it, in words.
+
+        :class:`ComputeError` if that cannot be.
+        """
+        raise ComputeError(
+            f"The provider '{self.component_name}' takes no command that outlives the terminal. Run without --detach."
+        )
+
+
+def provider_of(compute: Compute) -> Provider:
+    """The provider that the manifest names."""
+    if not isinstance(compute.provider, Provider):
+        raise ComputeError(
+            f"compute.provider: '{compute.provider.component_name}' is not derived from {Provider.__module__}.Provider."
+        )
+    return compute.provider
+
+
+@contextmanager
+def open_cluster(compute: Compute) -> Iterator[Cluster]:
+    """The cluster that the manifest names, for as long as the context lasts.
+
+    :class:`ComputeError` if it is not there, does not let this process in, or is not encrypted where it has to be.
+    Where this process has opened one already, that one is used and stays open.
+    """
+    check_transport(compute)
+    provider = provider_of(compute)
+    # What Ray's own code reads when it is loaded has to be there before.
+    with _environment(provider.defaults), _environment(provider.variables(compute), over=True):
+        import ray
+
+        if ray.is_initialized():
+            yield Cluster(provider.interface)
+            return
+        with provider.open(compute):
+            try:
+                yield Cluster(provider.interface)
+            finally:
+                ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str], over: bool = False) -> Iterator[None]:
+    """Variables for the processes that Ray starts, where the user has not set them; ``over`` what the user has set."""
+    added = {name: value for name, value in variables.items() if over or name not in os.environ}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,161 @@
+"""The provider ``local``: this machine, with Ray inside this process. Its servers die with it, however it dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+
+from postlude import storage
+from postlude.cluster.providers.base import Provider
+from postlude.errors import ComputeError
+from postlude.manifest.compute import Compute
+from postlude.runs import Run
+from postlude.telemetry import hardware
+from postlude.telemetry.progress import waiting
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of shared memory for what ranks and controller hand each other on this machine."""
+START_SECONDS = 30.0
+"""How long a detached run may take to take the run up."""
+
+_FOLDER = "postlude-ray-"
+"""Begin of the names of the folders for Ray's sockets and logs."""
+_LONGEST_PLACE = 32
+"""Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
+_POLL_SECONDS = 0.2
+
+
+class Local(Provider):
+    """This machine: Ray is started inside the command, and ends with it."""
+
+    is_remote = False
+    unused = {
+        "address": "'address' belongs to 'provider: ray'",
+        "code": "'code' is for nodes that have another disk; 'provider: local' reads what is here",
+    }
+    interface = "lo"
+    defaults = {
+        # Ranks work in a thread that is not the first of its process. glibc gives such threads heaps of 64 MiB, where
+        # large tensors are mapped, cleared and unmapped again and again: a fifth of a step. Read when a process begins.
+        "MALLOC_ARENA_MAX": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        # Nodes and workers are found dead within seconds, not minutes; one that a busy machine holds up is not dead.
+        "RAY_health_check_initial_delay_ms": "2000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "10000",
+        "RAY_health_check_failure_threshold": "3",
+        # Workers are no less than what else runs here, and none is started before it is asked for.
+        "RAY_worker_niceness": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_num_workers_soft_limit": "0",
+        # Nobody reads these statistics, and every core that they wake on is one that computes.
+        "RAY_task_events_report_interval_ms": "0",
+        "RAY_event_stats": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_enable_timeline": "0",
+        # The controller sets CUDA_VISIBLE_DEVICES by what the manifest says, also where that is nothing.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+    def variables(self, compute: Compute) -> Mapping[str, str]:
+        return {"RAY_USE_TLS": "0", **_own_token()}
+
+    @contextmanager
+    def open(self, compute: Compute) -> Iterator[None]:
+        import ray
+
+        above = tempfile.gettempdir()
+        above = above if len(above) <= _LONGEST_PLACE else "/tmp"
+        _sweep(above)
+        folder = tempfile.mkdtemp(prefix=_FOLDER, dir=above)
+        with open(os.path.join(folder, "held"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            workers = sum(pool.most * (pool.cpus_per_worker or 0) for pool in compute.pools.values())
+            try:
+                with waiting("Ray to start"):
+                    ray.init(
+                        address="local",
+                        num_cpus=max(workers, hardware.cores()),
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=folder,
+                        configure_logging=False,
+                    )
+                yield
+            finally:
+                ray.shutdown()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def check_pools(self, compute: Compute) -> None:
+        for what, count, per_worker in (
+            ("GPUs", hardware.gpus, lambda pool: pool.gpus_per_worker),
+            ("cores", hardware.cores, lambda pool: pool.cpus_per_worker or 0),
+            ("bytes of memory", hardware.machine_bytes, lambda pool: pool.memory_per_worker or 0),
+        ):
+            wanted = sum(pool.least * per_worker(pool) for pool in compute.pools.values())
+            if wanted and wanted > (there := count()):
+                pools = ", ".join(f"{name}: {pool.least} of {per_worker(pool)}" for name, pool in compute.pools.items())
+                raise ComputeError(
+                    f"compute.pools asks for {wanted:,} {what} ({pools}), but this machine has {there:,}. "
+                    "Lower workers or what each asks for, or name a cluster with 'provider: ray'."
+                )
+        if any(pool.labels for pool in compute.pools.values()):
+            raise ComputeError("compute.pools asks for nodes with labels, and 'provider: local' has none.")
+
+    def submit(self, run: Run, command: Sequence[str]) -> str:
+        """Start the command in a session of its own, whose output goes to the run directory, and wait until it has the
+        run."""
+        if not storage.is_local(run.uri):
+            raise ComputeError(
+                "A detached run on this machine keeps its output in the run directory, which must be local."
+            )
+        os.makedirs(storage.local_path(run.uri), exist_ok=True)
+        with open(storage.local_path(run.output), "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        with waiting(f"process {process.pid} to take the run up"):
+            while run.holder() is None and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+        if process.poll():
+            raise ComputeError(
+                f"The process ended at once with {process.returncode}. `postlude logs {run.uri}` has its words."
+            )
+        return f"process {process.pid}"
+
+
+@cache
+def _own_token() -> dict[str, str]:
+    """A token that only what this process starts knows: others of this machine cannot call on its Ray.
+
+    Ray reads it once, when it is loaded: it is the same for all that this process starts, and a program that has loaded
+    Ray before goes without.
+    """
+    if "ray" in sys.modules:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _sweep(above: str) -> None:
+    """Remove the folders of processes that were killed."""
+    for name in os.listdir(above):
+        if not name.startswith(_FOLDER):
+            continue
+        with suppress(OSError), open(os.path.join(above, name, "held")) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(os.path.join(above, name), ignore_errors=True)
