@@ -38,6 +38,12 @@ def conversation(messages: Any, tools: Any = None, roles: Roles = "strict") -> C
     return Conversation(read, tool_descriptions(tools))
 
 
+def untrained_until(whole: Conversation, start: int) -> Conversation:
+    """The conversation, with the messages before ``start`` not trained."""
+    prompt = [{**message, "weight": 0.0} for message in whole.messages[:start]]
+    return Conversation([*prompt, *whole.messages[start:]], whole.tools)
+
+
 def check_roles(messages: Sequence[Mapping[str, Any]]) -> None:
     """:class:`BadRecord` if a role is unknown or out of order.
 

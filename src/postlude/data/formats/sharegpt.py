@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,23 @@ class ShareGPT(Format):
         for number, turn in enumerate(turns, 1):
             self._add(messages, turn, f"turn {number}")
         return [conversation(messages, record.get(self.tools_field), self.roles)]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if self.reply_field is not None and len(conversation.messages) < 2:
+            return None
+        names = {"user": "human", "assistant": "gpt", "tool": "observation"}
+        turns: list[dict[str, Any]] = []
+        for message in conversation.messages:
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            if message["content"] or not calls:
+                role = names.get(message["role"], message["role"])
+                turns.append({self.role_field: role, self.content_field: message["content"]})
+            if calls:
+                content = json.dumps(calls[0] if len(calls) == 1 else calls)
+                turns.append({self.role_field: "function_call", self.content_field: content})
+        reply = {} if self.reply_field is None else {self.reply_field: turns.pop()}
+        tools = {self.tools_field: json.dumps(conversation.tools)} if conversation.tools else {}
+        return {self.field: turns, **reply, **tools}
 
     def _add(self, messages: list[dict[str, Any]], turn: Any, what: str) -> None:
         if not isinstance(turn, Mapping):
