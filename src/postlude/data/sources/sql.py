@@ -14,7 +14,7 @@ from postlude import storage
 from postlude.data.records import digest
 from postlude.data.sources.cache import cached
 from postlude.data.sources.files import file_fingerprint, local_copy, matching
-from postlude.data.sources.query import Table
+from postlude.data.sources.query_table import Table
 from postlude.data.sources.tables import ArrowRows, write_arrow
 from postlude.errors import DataError
 
