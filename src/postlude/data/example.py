@@ -1,4 +1,4 @@
-"""What a format makes of a record: the few shapes that every kind of text data comes down to."""
+"""What a format makes of a record: the few kinds of examples that all text data come down to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: the shape that every source takes, files made of groups made of rows.
+"""Records: the form that every source takes, files made of groups made of rows.
 
 - A group is what is read and shuffled at a time. A source in which single rows are cheap is one group of all its
   rows; one that is read as a stream has many, and nothing holds more than one of them in memory.

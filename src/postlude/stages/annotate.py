@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from postlude import __version__, storage
-from postlude.data.annotations import Parts, StoredStreams, Values, document_key, with_values
+from postlude.data.annotations import AnnotationFiles, StoredStreams, Values, document_key, with_values
 from postlude.data.batch import collate
 from postlude.data.document import Block, Document, Unit
-from postlude.data.encoded import EncodedDataset
+from postlude.data.encoded_dataset import EncodedDataset
 from postlude.data.packing import best_fit
 from postlude.data.records import digest, record_json
 from postlude.manifest.problem import ManifestError
@@ -138,7 +138,7 @@ class _Pass:
             for start in range(0, rows, ROWS)
         ]
         folder = storage.join(assembly.stage.annotations, f"{name}-{self._fingerprint()}")
-        self.parts = Parts(folder, annotation.annotator.streams)
+        self.parts = AnnotationFiles(folder, annotation.annotator.streams)
 
     def run(self, recorder: Recorder, stop: Callable[[], bool]) -> bool:
         """Compute the parts that are missing, on every rank. False if asked to stop before the end."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from postlude.data.example import Answer, BadRecord, Conversation, Text
 from postlude.data.formats.columns import kind_of
-from postlude.data.formats.conversation import Roles, conversation, untrained_until
+from postlude.data.formats.conversation import Roles, conversation, untrain_before
 
 OTHER_ANSWERS = ("I would rather not say.", "It depends.")
 """Answers in example records that are worse than the one in the conversation."""
@@ -55,7 +55,7 @@ def answer_after(whole: Conversation, prompt: int, what: str) -> Conversation:
         raise BadRecord(f"{what} has no turn of the assistant to prefer or to avoid")
     if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
         raise BadRecord(f"{what} is empty: the assistant says nothing")
-    return untrained_until(whole, prompt)
+    return untrain_before(whole, prompt)
 
 
 def ends_with_answer(conversation: Conversation) -> bool:

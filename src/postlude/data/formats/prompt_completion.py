@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
 from postlude.data.formats.columns import column, kind_of, text_column
-from postlude.data.formats.conversation import Roles, conversation, untrained_until
+from postlude.data.formats.conversation import Roles, conversation, untrain_before
 
 
 class PromptCompletion(Format):
@@ -36,7 +36,7 @@ class PromptCompletion(Format):
         if not completion:
             raise BadRecord(f"its '{self.completion}' has no message")
         whole = conversation([*prompt, *completion], record.get(self.tools_field), self.roles)
-        return [untrained_until(whole, len(prompt))]
+        return [untrain_before(whole, len(prompt))]
 
     def example_record(self, conversation: Conversation) -> Record | None:
         if len(conversation.messages) < 2:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record
-from postlude.data.formats.columns import column, kind_of, list_column, parsed_json
+from postlude.data.formats.columns import column, kind_of, list_column, parse_json
 from postlude.data.formats.conversation import Roles, conversation
 
 _ROLES = {
@@ -84,7 +84,7 @@ class ShareGPT(Format):
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         if name == "function_call":
-            calls = parsed_json(content, what)
+            calls = parse_json(content, what)
             calls = calls if isinstance(calls, list | tuple) else [calls]
             if messages and messages[-1]["role"] == "assistant":
                 # The assistant's words and the call that follows them are one message everywhere else.

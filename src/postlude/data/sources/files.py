@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from postlude import storage
 from postlude.data.records import GroupAccess, RandomAccess, Records, digest
-from postlude.data.sources.cache import cached
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.compression import SUFFIXES, is_compressed, open_plain
 from postlude.data.sources.indexed import Indexed
 from postlude.data.sources.sequential import Sequential
@@ -55,7 +55,7 @@ def find_files(path: str) -> list[str]:
         if not uris:
             raise DataError(f"The folder '{path}' holds no data file: none ends in {_endings()}.")
         return uris
-    uris = matching(path)
+    uris = match_files(path)
     unknown = next((uri for uri in uris if not _kind_of(uri)), None)
     if unknown is not None:
         raise DataError(
@@ -65,7 +65,7 @@ def find_files(path: str) -> list[str]:
     return uris
 
 
-def matching(path: str) -> list[str]:
+def match_files(path: str) -> list[str]:
     """The files that a name or a pattern means, of whatever kind, sorted. DataError if there is none."""
     uris = [uri for uri in storage.expand(path) if not storage.is_directory(uri)]
     if uris:
@@ -104,7 +104,7 @@ def local_copy(uri: str, fingerprint: str, cache: str) -> str:
             while chunk := source.read(2**20):
                 target.write(chunk)
 
-    return cached(cache, f"copy-{digest(uri, fingerprint)}", copy)
+    return make_once(cache, f"copy-{digest(uri, fingerprint)}", copy)
 
 
 def _kind_of(uri: str) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 from postlude import storage
 from postlude.data.example import Record
 from postlude.data.records import LastRead, Records, Unreadable, digest, groups_of
-from postlude.data.sources.cache import cached
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.text import Layout
 
 
@@ -27,7 +27,7 @@ class Indexed(Records):
     ) -> None:
         self._uri, self._layout, self._name, self._group_rows = uri, layout, name, group_rows
         index = f"index-{digest(uri, fingerprint, type(layout).__name__)}"
-        self._index = cached(cache, index, self._write_index)
+        self._index = make_once(cache, index, self._write_index)
         self._spans = _mapped(self._index)
         rows = len(self._spans)
         super().__init__([rows] if group_rows is None else groups_of(rows, group_rows), fingerprint)

@@ -10,7 +10,7 @@ import numpy as np
 
 from postlude.data.example import Record
 from postlude.data.records import LastRead, Records, Unreadable, digest, groups_of
-from postlude.data.sources.cache import cached
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.compression import open_plain
 from postlude.data.sources.text import Layout, Piece
 
@@ -26,7 +26,7 @@ class Sequential(Records):
     def __init__(self, uri: str, layout: Layout, cache: str, group_rows: int, fingerprint: str) -> None:
         self._uri, self._layout, self._group_rows = uri, layout, group_rows
         count = f"count-{digest(uri, fingerprint, type(layout).__name__)}.npy"
-        rows = int(np.load(cached(cache, count, self._write_count)))
+        rows = int(np.load(make_once(cache, count, self._write_count)))
         super().__init__(groups_of(rows, group_rows), fingerprint)
         self._open: tuple[IO[bytes], Iterator[Piece], int] | None = None
         """The open file, the pieces that come next in it, and the group that begins with them."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from postlude import storage
 from postlude.data.example import Record
 from postlude.data.records import LastRead, Records, Unreadable, digest
-from postlude.data.sources.cache import cached
+from postlude.data.sources.cache import make_once
 from postlude.errors import DataError
 
 BATCH_ROWS = 1024
@@ -85,7 +85,7 @@ def parquet_rows(uri: str, fingerprint: str, cache: str) -> ArrowRows:
         with parquet_file(uri) as file:
             write_arrow(path, file.schema_arrow, file.iter_batches(BATCH_ROWS))
 
-    return ArrowRows(cached(cache, f"rows-{digest(uri, fingerprint)}.arrow", convert), uri, fingerprint)
+    return ArrowRows(make_once(cache, f"rows-{digest(uri, fingerprint)}.arrow", convert), uri, fingerprint)
 
 
 def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
