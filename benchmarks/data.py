@@ -31,7 +31,7 @@ def ours(path: str, tokenizer) -> float:
     from postlude.data.dataset import Dataset
     from postlude.data.document import Unit
     from postlude.data.encode import Encoder
-    from postlude.data.encoded import EncodedDataset
+    from postlude.data.encoded_dataset import EncodedDataset
     from postlude.data.formats.messages import Messages
     from postlude.data.loader import Loader
     from postlude.data.sources.path import Path as PathSource

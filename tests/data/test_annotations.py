@@ -7,7 +7,7 @@ import pytest
 
 from postlude import storage
 from postlude.data import annotations
-from postlude.data.annotations import Parts, StoredStreams, document_key
+from postlude.data.annotations import AnnotationFiles, StoredStreams, document_key
 from postlude.data.document import REFERENCE_LOGP, WEIGHT, Document, Unit, define_stream
 from postlude.errors import DataError
 
@@ -26,7 +26,7 @@ def values(document: Document) -> dict[str, np.ndarray]:
 
 
 def stored(folder, parts: list[list[Document]]) -> StoredStreams:
-    files = Parts(str(folder), STREAMS)
+    files = AnnotationFiles(str(folder), STREAMS)
     for number, documents in enumerate(parts):
         files.write(number, documents, [values(one) for one in documents])
     files.commit({number: files.digest(number) for number in files.done()})
@@ -39,7 +39,7 @@ def test_values_stand_at_trained_tokens_and_the_fill_elsewhere(tmp_path):
     found = stored(tmp_path / "parts", [documents[:4], [], documents[4:]])
     assert len(found) == 9
     for one in documents:
-        streams = found.annotated(one).streams
+        streams = found.annotate(one).streams
         assert streams[STREAMS[0]].tolist() == [0, -one.tokens[1], -one.tokens[2], 0, -one.tokens[4]]
         assert streams[STREAMS[1]][[0, 3]].tolist() == [[-7, -7], [-7, -7]]
         assert streams[STREAMS[1]][4].tolist() == [one.tokens[4], one.tokens[4] + 1]
@@ -57,14 +57,14 @@ def test_a_block_keeps_its_units(tmp_path):
 def test_a_document_without_trained_tokens_has_nothing_stored(tmp_path):
     found = stored(tmp_path / "parts", [[document(1)]])
     silent = document(5, (0, 0, 0, 0, 0))
-    assert found.annotated(silent) is silent
+    assert found.annotate(silent) is silent
 
 
 @pytest.mark.parametrize("other", [document(2), document(1, (0, 1, 0, 1, 1))], ids=["tokens", "mask"])
 def test_another_document_is_not_given_what_was_said_of_this_one(tmp_path, other):
     found = stored(tmp_path / "parts", [[document(1)]])
     with pytest.raises(DataError, match=f"{other.example_id}' is not as it was when the reference was run"):
-        found.annotated(other)
+        found.annotate(other)
 
 
 def test_documents_with_one_hash_are_told_apart(tmp_path, monkeypatch):
@@ -72,23 +72,23 @@ def test_documents_with_one_hash_are_told_apart(tmp_path, monkeypatch):
     documents = [document(number) for number in range(6)]
     found = stored(tmp_path / "parts", [documents[:3], documents[3:]])
     for one in documents:
-        assert found.annotated(one).streams[STREAMS[0]][1] == -one.tokens[1]
+        assert found.annotate(one).streams[STREAMS[0]][1] == -one.tokens[1]
     with pytest.raises(DataError):
-        found.annotated(document(7))
+        found.annotate(document(7))
 
 
 def test_of_a_document_stored_twice_the_first_counts(tmp_path):
-    files = Parts(str(tmp_path / "parts"), STREAMS)
+    files = AnnotationFiles(str(tmp_path / "parts"), STREAMS)
     one = document(3)
     for number in (1, 0):
         files.write(number, [one], [{name: value + number for name, value in values(one).items()}])
     found = StoredStreams(str(tmp_path / "parts"), STREAMS, "reference")
-    assert found.annotated(one).streams[STREAMS[0]][1] == -one.tokens[1]
+    assert found.annotate(one).streams[STREAMS[0]][1] == -one.tokens[1]
 
 
 def test_more_parts_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "_OPEN_PARTS", 2)
+    monkeypatch.setattr(annotations, "_OPEN_FILES", 2)
     documents = [document(number) for number in range(12)]
     found = stored(tmp_path / "parts", [[one] for one in documents])
     for one in [*documents, *documents]:
-        assert found.annotated(one).streams[STREAMS[1]][1, 1] == one.tokens[1] + 1
+        assert found.annotate(one).streams[STREAMS[1]][1, 1] == one.tokens[1] + 1

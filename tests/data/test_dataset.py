@@ -356,4 +356,4 @@ def test_a_compressed_stream_is_read_once_through_by_the_filters(
     dataset = Dataset("rows", config, str(tmp_path / "cache"))
     assert texts(dataset) == [row["text"] for row in ROWS]
     assert not dataset.seekable
-    assert len(rewinds) == 3  # when it is opened, and once for each time through
+    assert len(rewinds) == 2  # once for each time through

@@ -100,12 +100,12 @@ def test_quality_drops(text: str, expected: str) -> None:
 def test_quality_keeps_real_text_and_other_scripts(shared_data: Path) -> None:
     import json
 
-    from postlude.data.synthetic import synthetic
+    from postlude.data.synthetic import synthetic_records
 
     for line in (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()[:300]:
         record = json.loads(line)
         assert verdict(Quality(), record["question"] + "\n" + record["answer"]) is None
-    cases = [case for case in synthetic(Messages(), 90) if case.good]
+    cases = [case for case in synthetic_records(Messages(), 90) if case.good]
     texts = {case.what: case.record["messages"][0]["content"] for case in cases}
     for what in ("Arabic, right to left", "Devanagari with vowel signs", "Han without spaces", "Thai"):
         assert verdict(Quality(), texts[what]) is None, what

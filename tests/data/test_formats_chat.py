@@ -18,7 +18,6 @@ from postlude.data.formats.messages import Messages
 from postlude.data.formats.prompt_completion import PromptCompletion
 from postlude.data.formats.sharegpt import ShareGPT
 from postlude.data.formats.tree import Tree
-from postlude.data.formats.write import write
 from postlude.data.sources.path import Path as PathSource
 from postlude.data.sources.query import Query
 
@@ -409,7 +408,7 @@ def test_what_is_written_is_read_again(pairs: list[tuple[str, str]], system: boo
     for format in formats:
         if isinstance(format, Tree) and system:
             continue  # a tree begins with what somebody asks
-        record = write(format, messages, tools)
+        record = format.example_record(Conversation(messages, tools))
         example: Any = one(format, record)
         if isinstance(example, Text):
             assert [text for text, _ in example.pieces] == [message["content"] for message in messages]

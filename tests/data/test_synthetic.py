@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from postlude.data.example import BadRecord, Example, Format, Record
-from postlude.data.formats.write import write
-from postlude.data.synthetic import synthetic, try_synthetic
+from postlude.data.example import BadRecord, Conversation, Example, Format, Record
+from postlude.data.synthetic import synthetic_records, try_synthetic
 from postlude.manifest.component import lookup, names
 from postlude.manifest.problem import ManifestError
 
@@ -35,7 +34,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def test_a_format_takes_the_good_and_refuses_the_bad(name: str, keys: dict[str, Any]) -> None:
     format = lookup("formats", name).model_validate(keys)
     assert isinstance(format, Format)
-    cases = synthetic(format, 100, seed=3)
+    cases = synthetic_records(format, 100, seed=3)
     assert len(cases) == 100
     for case in cases:
         if case.good:
@@ -49,7 +48,7 @@ def test_a_format_takes_the_good_and_refuses_the_bad(name: str, keys: dict[str, 
 
 
 def test_what_the_chat_formats_are_given() -> None:
-    cases = {case.what: case for case in synthetic(lookup("formats", "messages")(), 60)}  # type: ignore[arg-type]
+    cases = {case.what: case for case in synthetic_records(lookup("formats", "messages")(), 60)}  # type: ignore[arg-type]
     text = json.dumps([case.record for case in cases.values()], ensure_ascii=False)
     for expected in ("<|im_end|>", "{% generation %}", "👩‍👩‍👧‍👦", "फ़्रांस", "\\u0000", '"tool_calls"', '"arguments"'):
         assert expected in text
@@ -61,7 +60,10 @@ def test_what_the_chat_formats_are_given() -> None:
         "arguments that are not JSON",
     ):
         assert not cases[what].good
-    loose = {case.what: case for case in synthetic(lookup("formats", "messages").model_validate({"roles": "any"}), 60)}  # type: ignore[arg-type]
+    loose = {
+        case.what: case
+        for case in synthetic_records(lookup("formats", "messages").model_validate({"roles": "any"}), 60)
+    }  # type: ignore[arg-type]
     assert loose["two users in a row"].good
     assert not loose["arguments that are not JSON"].good
 
@@ -99,10 +101,10 @@ def test_what_becomes_of_them_is_told_by_kind() -> None:
 
 def test_they_are_a_function_of_format_number_and_seed() -> None:
     format: Any = lookup("formats", "messages")()
-    assert synthetic(format, 70, 1) == synthetic(format, 70, 1)
-    assert synthetic(format, 70, 1)[:30] == synthetic(format, 30, 1)
-    assert synthetic(format, 70, 1) != synthetic(format, 70, 2)
-    assert synthetic(format, 0) == []
+    assert synthetic_records(format, 70, 1) == synthetic_records(format, 70, 1)
+    assert synthetic_records(format, 70, 1)[:30] == synthetic_records(format, 30, 1)
+    assert synthetic_records(format, 70, 1) != synthetic_records(format, 70, 2)
+    assert synthetic_records(format, 0) == []
 
 
 def test_a_format_of_another_package() -> None:
@@ -112,17 +114,16 @@ def test_a_format_of_another_package() -> None:
                 raise BadRecord("no lines")
             return []
 
-    with pytest.raises(ManifestError, match="cannot be made"):
-        synthetic(Lines(), 3)
+    with pytest.raises(ManifestError, match="cannot be made: it does not say what one looks like"):
+        synthetic_records(Lines(), 3)
 
-    @write.register(Lines)
-    def _(format: Lines, messages: Any, tools: Any) -> Record | None:
-        return {"lines": [message["content"] for message in messages]}
+    class WrittenLines(Lines):
+        def example_record(self, conversation: Conversation) -> Record | None:
+            return {"lines": [message["content"] for message in conversation.messages]}
 
-    cases = synthetic(Lines(), 60)
-    for case in cases:
+    for case in synthetic_records(WrittenLines(), 60):
         if case.good:
-            Lines().parse(case.record)
+            WrittenLines().parse(case.record)
         else:
             with pytest.raises(BadRecord):
-                Lines().parse(case.record)
+                WrittenLines().parse(case.record)

@@ -1,4 +1,4 @@
-"""Streams that a frozen model computed beforehand: written in parts, looked up by document.
+"""Streams that a frozen model computed beforehand: written in files of their own, looked up by document.
 
 Notable:
 
@@ -33,7 +33,7 @@ Values = Mapping[str, np.ndarray]
 """The values of one document by stream, [trained, *width] each."""
 
 KEY_BYTES = 16
-_OPEN_PARTS = 64
+_OPEN_FILES = 64
 """So many parts are kept open: as many as a step reads from in turn, and fewer than a process may open."""
 
 _PART = re.compile(r"part-(\d+)\.arrow")
@@ -60,7 +60,7 @@ def with_values(document: Document, values: Values) -> Document:
     return replace(document, streams={**document.streams, **added})
 
 
-class Parts:
+class AnnotationFiles:
     """The files of one pass, in a folder that is committed last. ``streams`` names what is stored."""
 
     def __init__(self, uri: str, streams: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class Parts:
 
     def write(self, number: int, documents: Sequence[Document], values: Sequence[Values]) -> None:
         """Write a part, atomically."""
-        storage.write_bytes(self._part(number), self._encoded(documents, values))
+        storage.write_bytes(self._part(number), self._to_bytes(documents, values))
 
     def digest(self, number: int) -> storage.Digest:
         """What a part that stands is, read again."""
@@ -86,7 +86,7 @@ class Parts:
     def _part(self, number: int) -> str:
         return storage.join(self.uri, f"part-{number:08d}.arrow")
 
-    def _encoded(self, documents: Sequence[Document], values: Sequence[Values]) -> bytes:
+    def _to_bytes(self, documents: Sequence[Document], values: Sequence[Values]) -> bytes:
         import pyarrow as pa
 
         columns = {
@@ -96,7 +96,7 @@ class Parts:
         lengths = [document.trained_tokens for document in documents]
         for name in self.streams:
             kind = stream(name)
-            flat = [np.ascontiguousarray(one[name], kind.dtype).reshape(-1) for one in values]
+            flat = [np.ascontiguousarray(own[name], kind.dtype).reshape(-1) for own in values]
             numbers = pa.array(np.concatenate([np.empty(0, kind.dtype), *flat]))
             offsets = np.cumsum([0, *lengths], dtype=np.int64) * int(np.prod(kind.width, dtype=np.int64))
             columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets), numbers)
@@ -113,15 +113,15 @@ class StoredStreams:
     def __init__(self, folder: str, streams: Sequence[str], of: str) -> None:
         self.streams, self._of = tuple(streams), of
         self._folder = folder
-        self._opened = lru_cache(_OPEN_PARTS)(self._open)
+        self._batch = lru_cache(_OPEN_FILES)(self._open)
         hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for number in _numbers(folder):
             keys = _keys(self._open(number))
             hashes.append(keys[:, 0].copy())
             places.append(np.arange(len(keys), dtype=np.uint64) | np.uint64(number << 32))
-        found, place = np.concatenate(hashes), np.concatenate(places)
-        order = np.argsort(found, kind="stable")  # of documents stored twice the first counts, on every rank
-        self._hashes, self._places = found[order], place[order]
+        hash_of_row, place_of_row = np.concatenate(hashes), np.concatenate(places)
+        order = np.argsort(hash_of_row, kind="stable")  # of documents stored twice the first counts, on every rank
+        self._hashes, self._places = hash_of_row[order], place_of_row[order]
 
     def __len__(self) -> int:
         """How many documents are stored."""
@@ -129,9 +129,9 @@ class StoredStreams:
 
     def complete(self, block: Block) -> Block:
         """The block with the streams of each document. DataError if one is not stored."""
-        return tuple(Unit(tuple(self.annotated(document) for document in unit.documents)) for unit in block)
+        return tuple(Unit(tuple(self.annotate(document) for document in unit.documents)) for unit in block)
 
-    def annotated(self, document: Document) -> Document:
+    def annotate(self, document: Document) -> Document:
         """The document with its streams; one without trained tokens stays as it is. DataError if it is not stored."""
         if not document.trained.any():
             return document
@@ -140,7 +140,7 @@ class StoredStreams:
         place = int(np.searchsorted(self._hashes, wanted))
         while place < len(self._hashes) and self._hashes[place] == wanted:
             part, row = divmod(int(self._places[place]), 1 << 32)
-            batch = self._opened(part)
+            batch = self._batch(part)
             if _keys(batch)[row].tobytes() == key:
                 return with_values(document, {name: _values(batch, name, row) for name in self.streams})
             place += 1

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from postlude.data.document import WEIGHT, Block, Document, stream
+from postlude.data.document import WEIGHT, Block, stream
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,11 @@ def collate(blocks: Sequence[Block], streams: Iterable[str] = (), pad_to: int | 
         unit=_of_documents([i for i, unit in enumerate(units) for _ in unit.documents], padding),
         place=_of_documents([i for unit in units for i in range(len(unit.documents))], padding),
         block=_of_documents([i for i, block in enumerate(blocks) for unit in block for _ in unit.documents], padding),
-        group=_of_documents([_attribute(d, "group") for d in documents], padding),
-        trajectory=_of_documents([_attribute(d, "trajectory") for d in documents], padding),
+        group=_of_documents([document.group for document in documents], padding),
+        trajectory=_of_documents([document.trajectory for document in documents], padding),
         example_ids=tuple(document.example_id for document in documents),
         sources=tuple(document.source for document in documents),
     )
-
-
-def _attribute(document: Document, name: str) -> int:
-    return int(getattr(document, name))
 
 
 def _concatenate(parts: list[np.ndarray], padding: int) -> np.ndarray:

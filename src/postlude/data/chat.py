@@ -74,7 +74,7 @@ class ChatRenderer:
         self._today = today
         self._with_tools: _Compiled | None = None
         if template is not None:
-            self._plain = _given(template)
+            self._plain = _read_template(template)
             return
         own: str | dict[str, str] | None = tokenizer.chat_template
         named = {"default": own} if isinstance(own, str) else own or {}
@@ -105,15 +105,16 @@ class ChatRenderer:
     def render(self, chat: Chat, generation_prompt: bool = False) -> str:
         """The text of a conversation. DataError, naming the template, if the template raises."""
         template = self._template(chat)
-        with template.telling_errors():
+        with template.translate_errors():
             return template.compiled.render(self._variables(chat, generation_prompt))
 
     def render_marked(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where the template's own marks stand in it. DataError as :meth:`render`."""
         template = self._template(chat)
+        environment: Any = template.compiled.environment
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
-        with template.telling_errors(), _TRACKING, template.tracker(blocks, marks):
+        with template.translate_errors(), _TRACKING, environment.activate_tracker(blocks, marks):
             for block in template.compiled.generate(self._variables(chat, False)):
                 blocks.append(block)
         return "".join(blocks), marks
@@ -152,21 +153,16 @@ class _Compiled:
 
     @cached_property
     def has_marks(self) -> bool:
-        return any(kind == "name" and text == "generation" for kind, text in self._block_words())
-
-    def _block_words(self) -> Iterator[tuple[str, str]]:
-        """The first word of each block of the template."""
+        """Whether the first word of some block of the template is ``generation``."""
         begins = False
         for _, kind, text in self.compiled.environment.lex(self.text):
-            if begins and kind != "whitespace":
-                yield kind, text
+            if begins and (kind, text) == ("name", "generation"):
+                return True
             begins = kind == "block_begin" or (begins and kind == "whitespace")
-
-    def tracker(self, blocks: list[str], marks: list[tuple[int, int]]):
-        return self.compiled.environment.activate_tracker(blocks, marks)  # type: ignore[attr-defined]
+        return False
 
     @contextmanager
-    def telling_errors(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         from jinja2 import TemplateError
 
         try:
@@ -181,7 +177,7 @@ class _Compiled:
             ) from error
 
 
-def _given(template: str) -> _Compiled:
+def _read_template(template: str) -> _Compiled:
     if not template.endswith(TEMPLATE_SUFFIX):
         return _Compiled(template, "the chat template given in the manifest")
     if not storage.exists(template):

@@ -17,7 +17,7 @@ import json
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.filters.filter import Filter, content_of
 from postlude.data.filters.sieve import Sieve
 from postlude.data.records import Unreadable, digest, record_json
-from postlude.data.sources.cache import cached
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.source import Source
 from postlude.errors import DataError
 from postlude.manifest.component import Component, lookup, names
@@ -52,7 +52,7 @@ class NothingLeft(DataError):
 
 
 @dataclass
-class Dropped:
+class LeftOut:
     """Records that were left out for one reason."""
 
     count: int = 0
@@ -81,7 +81,7 @@ class Dataset:
             self._records.fingerprint, config.model_dump_json(by_alias=True), str(sample), name
         )
         """Changes when the data or the configuration do."""
-        self.dropped: dict[str, Dropped] = {}
+        self.dropped: dict[str, LeftOut] = {}
         """What was left out so far, by reason: what the filters dropped, and bad records met."""
         self._known_bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
@@ -140,10 +140,10 @@ class Dataset:
     def _set_aside(self, group: int, row: int, record: Record | Unreadable, error: BadRecord) -> None:
         """Count a bad record, or stop."""
         if self._on_bad_record == "stop":
-            has_key = isinstance(record, Mapping) and record.get(self._key or "") is not None
-            key = f", {self._key} {record[self._key]!r}" if has_key else ""  # type: ignore[index]
+            key = None if self._key is None or isinstance(record, Unreadable) else record.get(self._key)
+            called = "" if key is None else f", {self._key} {key!r}"
             raise DataError(
-                f"A record of the data set '{self.name}' cannot be used ({self._records.where(group, row)}{key}): "
+                f"A record of the data set '{self.name}' cannot be used ({self._records.where(group, row)}{called}): "
                 f"{error}. Mend it, or set 'on_bad_record: skip' to leave such records out and count them."
             ) from error
         with self._lock:
@@ -152,10 +152,10 @@ class Dataset:
                 self._drop(BAD_RECORD, lambda: (self._records.where(group, row), str(error)))
 
     def _drop(self, reason: str, example: Callable[[], tuple[str, str]]) -> None:
-        dropped = self.dropped.setdefault(reason, Dropped())
-        dropped.count += 1
-        if len(dropped.examples) < _SHOWN:
-            dropped.examples.append(example())
+        left_out = self.dropped.setdefault(reason, LeftOut())
+        left_out.count += 1
+        if len(left_out.examples) < _SHOWN:
+            left_out.examples.append(example())
 
     def _shown(self, group: int, row: int, record: Record) -> tuple[str, str]:
         try:
@@ -168,8 +168,8 @@ class Dataset:
     # --- filters --------------------------------------------------------------------------------------------
 
     def _filter(self, config: DatasetConfig, cache: str, sample: str) -> None:
-        filters = [_resolved(one) for one in config.filters]
-        components = [self._format, *(one for one in filters if isinstance(one, Filter))]
+        filters = [_resolve(entry) for entry in config.filters]
+        components = [self._format, *(entry for entry in filters if isinstance(entry, Filter))]
         keys = config.model_dump_json(by_alias=True, exclude={"source", "template", "train_on", "truncate"})
         judged = self.name, self._records.fingerprint, keys, sample
         what = digest(*judged, version("postlude"), *map(_code_of, components))
@@ -178,17 +178,17 @@ class Dataset:
             kept = self._pass(filters)
             with open(path, "wb") as file:
                 ends = np.cumsum([len(rows) for rows in kept])
-                dropped = json.dumps({reason: asdict(one) for reason, one in self.dropped.items()})
+                dropped = json.dumps({reason: asdict(left_out) for reason, left_out in self.dropped.items()})
                 np.savez(file, rows=np.concatenate(kept), ends=ends, dropped=np.array(dropped))
 
-        found = np.load(cached(cache, f"kept-{what}.npz", run))
-        self._kept = list(np.split(found["rows"], found["ends"][:-1]))
+        stored = np.load(make_once(cache, f"kept-{what}.npz", run))
+        self._kept = list(np.split(stored["rows"], stored["ends"][:-1]))
         self.dropped = {
-            reason: Dropped(one["count"], [tuple(example) for example in one["examples"]])
-            for reason, one in json.loads(str(found["dropped"])).items()
+            reason: LeftOut(left_out["count"], [tuple(example) for example in left_out["examples"]])
+            for reason, left_out in json.loads(str(stored["dropped"])).items()
         }
         if not any(map(len, self._kept)):
-            counts = ", ".join(f"{one.count} by '{reason}'" for reason, one in self.dropped.items())
+            counts = ", ".join(f"{left_out.count} by '{reason}'" for reason, left_out in self.dropped.items())
             raise NothingLeft(
                 f"The filters of the data set '{self.name}' leave no record: dropped {counts}. Loosen them, or check "
                 "that they mean these data."
@@ -249,14 +249,14 @@ def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> lis
     return _chosen([len(rows) for rows in chosen], sample, None)
 
 
-def _resolved(one: str | Component) -> str | Filter:
+def _resolve(entry: str | Component) -> str | Filter:
     """A filter as it is meant: a bare name of a registered one is that filter, any other text a predicate."""
-    if isinstance(one, str) and one in names("filters"):
+    if isinstance(entry, str) and entry in names("filters"):
         try:
-            return cast(Filter, lookup("filters", one).model_validate({}))
+            return cast(Filter, lookup("filters", entry).model_validate({}))
         except ValidationError as error:
-            raise ManifestError(f"The filter '{one}' needs keys of its own: {error.errors()[0]['msg']}.") from error
-    return one if isinstance(one, str) else cast(Filter, one)
+            raise ManifestError(f"The filter '{entry}' needs keys of its own: {error.errors()[0]['msg']}.") from error
+    return entry if isinstance(entry, str) else cast(Filter, entry)
 
 
 def _code_of(component: Component) -> str:

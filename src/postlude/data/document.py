@@ -1,4 +1,4 @@
-"""Documents with per-token streams: the one shape that every kind of training data takes.
+"""Documents with per-token streams: the one form that all training data take.
 
 A stream's value at position t belongs to token t, the one that the model predicts from position t - 1. The
 first token of a document is predicted from nothing, so its weight is always zero.
@@ -21,7 +21,7 @@ class Stream:
     fill: float = 0.0
     """The value at padding and in documents that do not carry the stream."""
     width: tuple[int, ...] = ()
-    """The shape of one token's value: () for a scalar, (k,) for a vector."""
+    """Dimensions of one token's value: () for a scalar, (k,) for a vector."""
 
 
 _streams: dict[str, Stream] = {}

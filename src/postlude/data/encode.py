@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -110,13 +110,13 @@ class Encoder:
     @cached_property
     def stop_ids(self) -> list[int]:
         """Where generation stops: the end-of-sequence token, and the one with which the template ends a turn."""
-        found = [] if self._tokenizer.eos_token_id is None else [int(self._tokenizer.eos_token_id)]
+        stops = [] if self._tokenizer.eos_token_id is None else [int(self._tokenizer.eos_token_id)]
         if self._probe is not None:
             row = self._probe[1]
             special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
             ends = [i for i in row.tokens[row.weights > 0].tolist() if i in special]
-            found += [i for i in ends[-1:] if i not in found]
-        return found
+            stops += [i for i in ends[-1:] if i not in stops]
+        return stops
 
     @cached_property
     def remarks(self) -> list[str]:
@@ -135,7 +135,7 @@ class Encoder:
             masked = Masker(self._renderer, StopTokens(self._tokenizer), "assistant").mask(_PROBE)
         except (DataError, ManifestError):
             return None
-        rows = [_row(encoding, masked.spans) for _, encoding in self._tokenised({0: masked}, add_special_tokens=False)]
+        rows = [_row(encoding, masked.spans) for _, encoding in self._tokenize({0: masked}, add_special_tokens=False)]
         return (masked, rows[0]) if rows else None
 
     def encode(self, examples: Sequence[tuple[str, Example]], source: str) -> list[Encoded]:
@@ -148,13 +148,13 @@ class Encoder:
         encoded = []
         for (example_id, example), answers in zip(examples, several, strict=True):
             own = list(islice(rows, len(answers)))
-            errors = [row for row in own if isinstance(row, Exception)]
-            if errors:
-                encoded.append(Encoded(error=errors[0]))
+            usable = [row for row in own if row is None or isinstance(row, _Row)]
+            if len(usable) < len(own):
+                encoded.append(Encoded(error=next(row for row in own if isinstance(row, DataError | BadRecord))))
             elif isinstance(example, Ranked | Judged):
-                encoded.append(self._together(own, scores_of(example), example_id, source))  # type: ignore[arg-type]
+                encoded.append(self._together(usable, scores_of(example), example_id, source))
             else:
-                encoded.append(self._documents(own[0], example_id, source))  # type: ignore[arg-type]
+                encoded.append(self._documents(usable[0], example_id, source))
         return encoded
 
     def _rows(self, examples: Sequence[Answer | Tokens]) -> list[_Row | DataError | BadRecord | None]:
@@ -168,18 +168,18 @@ class Encoder:
                 if isinstance(example, Conversation):
                     chats[i] = self._masker.mask(example)
                 elif isinstance(example, Text):
-                    texts[i] = _joined(example)
+                    texts[i] = _join(example)
                 else:
-                    rows[i] = self._checked(example)
+                    rows[i] = self._check_tokens(example)
             except (DataError, BadRecord) as error:
                 errors[i] = error
-        for i, encoding in self._tokenised(chats, add_special_tokens=False):
+        for i, encoding in self._tokenize(chats, add_special_tokens=False):
             rows[i] = _row(encoding, chats[i].spans)
-        for i, encoding in self._tokenised(texts, add_special_tokens=True):
-            rows[i] = self._ended(_row(encoding, texts[i].spans), examples[i])
+        for i, encoding in self._tokenize(texts, add_special_tokens=True):
+            rows[i] = self._end_text(_row(encoding, texts[i].spans), cast(Text, examples[i]))
         return [errors.get(i, rows.get(i)) for i in range(len(examples))]
 
-    def _tokenised(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
+    def _tokenize(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
         """The texts in which something is trained, tokenised all at once."""
         trained = {i: masked.text for i, masked in texts.items() if masked.spans}
         backend = self._tokenizer.backend_tokenizer
@@ -196,7 +196,7 @@ class Encoder:
         is_added = self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
         return is_added[::-1].index(0)
 
-    def _ended(self, row: _Row, example: Any) -> _Row:
+    def _end_text(self, row: _Row, example: Text) -> _Row:
         """The row of a text: what the tokenizer puts before it stays, and it ends as the example says."""
         length = len(row.tokens) - self._added_after_text
         tokens, weights = row.tokens[:length], row.weights[:length]
@@ -211,7 +211,7 @@ class Encoder:
             tokens, weights = np.append(tokens, end), np.append(weights, np.float32(last))
         return _Row(tokens, weights)
 
-    def _checked(self, example: Tokens) -> _Row:
+    def _check_tokens(self, example: Tokens) -> _Row:
         tokens = np.asarray(example.ids)
         if not len(tokens) or tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise BadRecord("its token ids are not a list of whole numbers with at least one in it")
@@ -246,23 +246,20 @@ class Encoder:
         documents: list[Document] = []
         cut = 0
         for row, score in zip(rows, scores, strict=True):
-            one = self._documents(row, example_id, source, limit)
-            if one.dropped is not None:
-                return one
-            for document in one.documents:
+            answer = self._documents(row, example_id, source, limit)
+            if answer.dropped is not None:
+                return answer
+            for document in answer.documents:
                 streams = {**document.streams, SCORE.name: np.full(len(document), score, np.float32)}
                 documents.append(replace(document, streams=streams))
-            cut += one.truncated
+            cut += answer.truncated
         return Encoded(tuple(documents), truncated=cut)
 
 
-def _joined(text: Text) -> Masked:
-    spans = []
-    position = 0
-    for piece, weight in text.pieces:
-        spans.append((position, position + len(piece), weight))
-        position += len(piece)
-    return Masked("".join(piece for piece, _ in text.pieces), [span for span in spans if span[2]])
+def _join(text: Text) -> Masked:
+    ends = list(accumulate(len(piece) for piece, _ in text.pieces))
+    spans = [(end - len(piece), end, weight) for end, (piece, weight) in zip(ends, text.pieces, strict=True) if weight]
+    return Masked("".join(piece for piece, _ in text.pieces), spans)
 
 
 def _row(encoding: Encoding, spans: Sequence[WeightedSpan]) -> _Row:

@@ -1,4 +1,4 @@
-"""What a format makes of a record: the few shapes that every kind of text data comes down to."""
+"""What a format makes of a record: the few kinds of examples that all text data come down to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, ClassVar
 
 from postlude.manifest.component import Component
+from postlude.manifest.problem import ManifestError
 
 Record = Mapping[str, Any]
 """One row of a source, as Python objects."""
@@ -92,6 +93,17 @@ class Format(Component):
     def parse(self, record: Record) -> list[Example]:
         """The examples in a record: mostly one, several for a tree. :class:`BadRecord` if it is not of the format."""
         raise NotImplementedError
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        """A record that says what the conversation says, its main column first; None if the format cannot say it.
+
+        Synthetic records are made of these. A format that other kinds of examples come from says the nearest. A
+        question and its answer every format can say.
+        """
+        raise ManifestError(
+            f"Records of the format '{self.component_name}' cannot be made: it does not say what one looks like (its "
+            "method 'example_record'). Check the format on real records instead."
+        )
 
 
 def texts_of(example: Example) -> Iterator[str]:

@@ -4,7 +4,7 @@ Notable:
 
 - A template's own ``{% generation %}`` marks win for the assistant. Without them, and for other roles, the turns are
   proven (:mod:`postlude.data.turns`).
-- Conversations of one shape (the same roles in the same order, nothing but texts) are proven once, with placeholders
+- Conversations of one skeleton (the same roles in the same order, nothing but texts) are proven once, with placeholders
   for texts. A conversation whose rendering is, to the letter, that one with its own texts filled in has its spans at
   the same places. Every other one is proven by itself, so the fast way never decides what the slow one would not.
 - Nothing is remembered that could make one conversation's spans depend on another's.
@@ -34,8 +34,8 @@ TrainOn = TurnsTrained | TrainOnSpans
 WeightedSpan = tuple[int, int, float]
 """From one character to before another, and how much it counts."""
 
-_MOST_SHAPES = 1024
-"""So many shapes are kept at a time."""
+_MOST_SKELETONS = 1024
+"""So many skeletons are kept at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Masker:
             self._train_on, self._expression = train_on.turns, re.compile(train_on.spans, re.DOTALL)
         else:
             self._train_on = train_on
-        self._shapes: dict[Any, _Shape | None] = {}
+        self._skeletons: dict[Any, _Skeleton | None] = {}
 
     def mask(self, conversation: Conversation) -> Masked:
         """The text of a conversation and its trained stretches; none where no turn is to be trained.
@@ -65,9 +65,7 @@ class Masker:
         DataError if the template raises, MaskError if a stretch cannot be proven, BadRecord for an impossible weight.
         """
         masked = self._mask_turns(conversation)
-        if self._expression is None:
-            return masked
-        return Masked(masked.text, list(_found(self._expression, masked)))
+        return masked if self._expression is None else Masked(masked.text, list(_matches(self._expression, masked)))
 
     def _mask_turns(self, conversation: Conversation) -> Masked:
         weights = [_weight(message, number) for number, message in enumerate(conversation.messages, 1)]
@@ -144,29 +142,29 @@ class Masker:
     # --- proven turns ---------------------------------------------------------------------------------------
 
     def _turn_spans(self, chat: Chat, indices: list[int]) -> tuple[str, dict[int, list[Span]]]:
-        """The rendered text and the spans of some turns, through their shape if possible."""
-        shape = self._shape(chat, indices)
-        if shape is not None:
+        """The rendered text and the spans of some turns, through their skeleton if possible."""
+        skeleton = self._skeleton(chat, indices)
+        if skeleton is not None:
             text = self._renderer.render(chat)
-            spans = shape.spans_in(text, chat)
+            spans = skeleton.spans_in(text, chat)
             if spans is not None:
                 return text, spans
         turns = Turns(self._renderer, self._stop_tokens, chat)
         return turns.text, turns.spans(indices)
 
-    def _shape(self, chat: Chat, indices: list[int]) -> _Shape | None:
+    def _skeleton(self, chat: Chat, indices: list[int]) -> _Skeleton | None:
         placeholders = _with_placeholders(chat)
         if placeholders is None:
             return None
         key = (tuple((message.get("role"), *message) for message in placeholders.messages), tuple(indices))
-        if key not in self._shapes:
-            if len(self._shapes) >= _MOST_SHAPES:
-                self._shapes.clear()
-            self._shapes[key] = _Shape.of(self._renderer, self._stop_tokens, placeholders, indices)
-        return self._shapes[key]
+        if key not in self._skeletons:
+            if len(self._skeletons) >= _MOST_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = _Skeleton.of(self._renderer, self._stop_tokens, placeholders, indices)
+        return self._skeletons[key]
 
 
-class _Shape:
+class _Skeleton:
     """The rendering of a conversation with placeholders for its texts, cut up at them."""
 
     def __init__(self, text: str, holes: list[tuple[Part, Place]], spans: dict[int, list[Span]]) -> None:
@@ -180,8 +178,8 @@ class _Shape:
         }
 
     @classmethod
-    def of(cls, renderer: ChatRenderer, stop_tokens: StopTokens, chat: Chat, indices: list[int]) -> _Shape | None:
-        """The shape of a conversation of placeholders; None if it cannot be proven."""
+    def of(cls, renderer: ChatRenderer, stop_tokens: StopTokens, chat: Chat, indices: list[int]) -> _Skeleton | None:
+        """The skeleton of a conversation of placeholders; None if it cannot be proven."""
         try:
             turns = Turns(renderer, stop_tokens, chat)
             spans = turns.spans(indices)
@@ -189,13 +187,13 @@ class _Shape:
             return None
         parts = [part for i in range(len(chat.messages)) for part in spoken_parts(chat, i)]
         places = locate(renderer.render, chat, turns.text, parts)
-        found = [(part, place) for part, place in places.items() if isinstance(place, Place)]
-        if len(found) < sum(place is not None for place in places.values()):
+        holes = [(part, place) for part, place in places.items() if isinstance(place, Place)]
+        if len(holes) < sum(place is not None for place in places.values()):
             return None
-        return cls(turns.text, sorted(found, key=lambda hole: hole[1].start), spans)
+        return cls(turns.text, sorted(holes, key=lambda hole: hole[1].start), spans)
 
     def spans_in(self, text: str, chat: Chat) -> dict[int, list[Span]] | None:
-        """The spans in ``text`` if it is this shape filled with the texts of ``chat``; None if it is not."""
+        """The spans in ``text`` if it is this skeleton filled with the texts of ``chat``; None if it is not."""
         fillings = [chat.messages[hole.message][str(hole.path[0])] for hole in self._holes]
         pieces = [piece for pair in zip(self._literals, [*fillings, ""], strict=True) for piece in pair]
         if "".join(pieces) != text:
@@ -207,7 +205,7 @@ class _Shape:
         }
 
 
-def _found(expression: re.Pattern[str], masked: Masked) -> Iterator[WeightedSpan]:
+def _matches(expression: re.Pattern[str], masked: Masked) -> Iterator[WeightedSpan]:
     """What an expression matches within each span, or its groups do."""
     for start, end, weight in masked.spans:
         for match in expression.finditer(masked.text[start:end]):

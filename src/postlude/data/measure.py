@@ -31,15 +31,17 @@ def measure(
 ) -> Statistics:
     """Read each source in the order of its first epoch, and pack an epoch.
 
-    ``rows`` says how many rows a source has where what is given here is a sample of them. What the sources have
+    ``rows`` says how many rows a source has where what is first_reader here is a sample of them. What the sources have
     counted before is counted with it. DataError where there is nothing to train on.
     """
-    given = WindowReader(sources, weights, seed=seed, block=block, window=window)
-    in_all = {**given.rows, **(rows or {})}
-    sampled = in_all != given.rows
-    known = {name: _Measured(source, _lengths(given, name), in_all[name]) for name, source in sources.items()}
+    first_reader = WindowReader(sources, weights, seed=seed, block=block, window=window)
+    in_all = {**first_reader.rows, **(rows or {})}
+    sampled = in_all != first_reader.rows
+    known = {
+        name: _KnownLengths(source, _lengths(first_reader, name), in_all[name]) for name, source in sources.items()
+    }
     if not any(source.statistics.units for source in sources.values()):
-        raise given.nothing_to_train_on()
+        raise first_reader.nothing_to_train_on()
     reader = WindowReader(known, weights, seed=seed, block=block, window=window)
     tokens = blocks = draws = 0
     for packed in reader.windows(reader.start, 1):
@@ -67,14 +69,14 @@ def measure(
 def _lengths(reader: WindowReader, name: str) -> list[tuple[int, ...]]:
     """The lengths of the units of each row, in the order of the rows."""
     rows = reader.rows[name]
-    found: list[tuple[int, int, tuple[int, ...]]] = []
+    in_order: list[tuple[int, int, tuple[int, ...]]] = []
     seen: dict[tuple[int, ...], tuple[int, ...]] = {}
     for start in range(0, rows, _CHUNK):
         for group, positions, units in reader.read(name, start, min(_CHUNK, rows - start)):
             for position, several in zip(positions, units, strict=True):
                 lengths = tuple(len(unit) for unit in several)
-                found.append((group, position, seen.setdefault(lengths, lengths)))
-    return [lengths for _, _, lengths in sorted(found)]
+                in_order.append((group, position, seen.setdefault(lengths, lengths)))
+    return [lengths for _, _, lengths in sorted(in_order)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _Length(Unit):
         return self.tokens
 
 
-class _Measured:
+class _KnownLengths:
     """A source of so many rows that gives back the lengths measured in another, over and over where that has fewer."""
 
     groups: Sequence[int]

@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -81,7 +82,8 @@ class Preview:
 
     def to_html(self, title: str) -> str:
         """One page that needs nothing else; pointing at a token shows its id."""
-        parts = [_PAGE_HEAD.replace("TITLE", html.escape(title))]
+        head = Path(__file__).with_name("preview.html").read_text("utf-8")
+        parts = [head.replace("TITLE", html.escape(title))]
         for number, block in enumerate(self.blocks, 1):
             parts.append(f"<section><h2>{html.escape(block.summary(number))}</h2>")
             for document in block.documents:
@@ -152,34 +154,3 @@ def _token_html(token: PreviewToken) -> str:
     kind = "t" if token.trained else "u"
     part = "" if token.text else " part"
     return f'<span class="{kind}{part}" title="{token.id}">{html.escape(_visible(token.text))}</span>'
-
-
-_PAGE_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
-<style>
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1d2430; --quiet: #77808d; --line: #dfe3e8;
-  --trained: #d3f2dd; --trained-ink: #0c5a2b; --edge: #0c5a2b33; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e4e8ee; --quiet: #8b95a3;
-  --line: #2c323c; --trained: #123d24; --trained-ink: #9ff0bd; --edge: #9ff0bd40; } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-h2 { font-size: 1rem; margin: 2.2rem 0 .8rem; }
-.legend { color: var(--quiet); margin: 0; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 .8rem;
-  overflow: hidden; }
-header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: .5rem .9rem; border-bottom: 1px solid var(--line);
-  font-size: .82rem; color: var(--quiet); }
-header b { color: var(--ink); overflow-wrap: anywhere; }
-article p { margin: 0; padding: .8rem .9rem; font: 13px/1.75 ui-monospace, Menlo, Consolas, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
-.u { color: var(--quiet); }
-.t { color: var(--trained-ink); background: var(--trained); box-shadow: inset 1px 0 var(--edge); }
-.part::before { content: "\\00b7"; opacity: .6; }
-span[title]:hover { outline: 1px solid currentColor; }
-</style></head>
-<body><main><h1>TITLE</h1>
-<p class="legend"><span class="t">trained</span> and <span class="u">not trained</span> tokens, as packed;
-each card is one document, which attends to itself alone.</p>
-"""

@@ -133,16 +133,16 @@ def _stretches(text: str) -> list[tuple[int, int]]:
         leads.append(len(text) - len(text.lstrip(stripped)))
         trails.append(len(text.rstrip(stripped)))
     thinking = list(_THINKING_ENDS.finditer(text))
-    said = text[thinking[-1].end() :].lstrip() if thinking else ""
+    spoken = text[thinking[-1].end() :].lstrip() if thinking else ""
     for stripped in ("\n", None):
-        if thinking and not said:  # nothing but thinking, so that is what is looked for
+        if thinking and not spoken:  # nothing but thinking, so that is what is looked for
             end = thinking[-1].start()
             begun = list(_THINKING_BEGINS.finditer(text, 0, end))
             leads.append(len(text) - len(text[begun[-1].end() :].lstrip(stripped)) if begun else leads[-1])
             trails.append(len(text[:end].rstrip(stripped)))
         else:
             first = text[thinking[0].end() :].lstrip() if thinking else ""
-            leads.append(len(text) - len((first if stripped else said) or text.lstrip()))
+            leads.append(len(text) - len((first if stripped else spoken) or text.lstrip()))
             trails.append(len(text.rstrip()))
     return [(lead, trail if trail >= lead else len(text)) for lead in leads for trail in trails]
 
@@ -165,7 +165,7 @@ class Marked:
         chat = self._chat
         for part, lead, trail in marks:
             before, after = sentinels[part]
-            chat = _replaced(chat, part, part.text[:lead] + before + part.text[lead:trail] + after + part.text[trail:])
+            chat = _replace(chat, part, part.text[:lead] + before + part.text[lead:trail] + after + part.text[trail:])
         try:
             rendered = self._render(chat)
         except DataError:
@@ -178,11 +178,11 @@ class Marked:
         for plain, sentinel in zip(pieces[::2], pieces[1::2], strict=False):
             position += len(plain)
             positions.setdefault(sentinel, []).append(position)
-        found = {}
+        findings = {}
         for part, lead, trail in marks:
             before, after = sentinels[part]
-            found[part] = _finding(positions.get(before, []), positions.get(after, []), lead, trail)
-        return found
+            findings[part] = _finding(positions.get(before, []), positions.get(after, []), lead, trail)
+        return findings
 
 
 def _finding(starts: list[int], ends: list[int], lead: int, trail: int) -> Finding:
@@ -194,7 +194,7 @@ def _finding(starts: list[int], ends: list[int], lead: int, trail: int) -> Findi
     return Unproven(f"the template renders it {times} times" if times > 1 else "the template renders a part of it")
 
 
-def _replaced(chat: Chat, part: Part, text: str) -> Chat:
+def _replace(chat: Chat, part: Part, text: str) -> Chat:
     """The chat with another text in the place of a part."""
     message = chat.messages[part.message]
     # Thinking stands in a message under several names, of which a template reads one.
@@ -209,8 +209,8 @@ def _with(value: Any, path: Path, text: str) -> Any:
     """A copy of ``value`` that has ``text`` at ``path``."""
     if not path:
         return text
-    copy = dict(value) if isinstance(value, Mapping) else list(value)
-    copy[path[0]] = _with(value[path[0]], path[1:], text)  # type: ignore[index]
+    copy: Any = dict(value) if isinstance(value, Mapping) else list(value)
+    copy[path[0]] = _with(value[path[0]], path[1:], text)
     return copy
 
 
@@ -228,7 +228,5 @@ def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _unused(used: set[str]) -> Iterator[str]:
-    for first, last in _PRIVATE:
-        for code in range(first, last + 1):
-            if chr(code) not in used:
-                yield chr(code)
+    private = (chr(code) for first, last in _PRIVATE for code in range(first, last + 1))
+    return (character for character in private if character not in used)

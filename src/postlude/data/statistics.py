@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -103,18 +103,11 @@ class SourceStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
+        tokens = ("tokens", "trained_tokens", "trained_share", "truncated", "truncated_share", "tokens_cut")
         return {
-            "records": self.records,
-            "read": self.read,
-            "units": self.units,
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "trained_share": self.trained_share,
-            "truncated": self.truncated,
-            "truncated_share": self.truncated_share,
-            "tokens_cut": self.tokens_cut,
-            "filtered": _dropped_json(self.filtered),
-            "dropped": _dropped_json(self.dropped),
+            **{name: getattr(self, name) for name in ("records", "read", "units", *tokens)},
+            "filtered": {reason: asdict(dropped) for reason, dropped in self.filtered.items()},
+            "dropped": {reason: asdict(dropped) for reason, dropped in self.dropped.items()},
             "lengths": {
                 "mean": self.mean_tokens,
                 **{f"p{percent}": self.percentile(percent) for percent in (5, 50, 90, 99)},
@@ -144,19 +137,13 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON."""
+        per_epoch = ("records_per_epoch", "tokens_per_epoch", "blocks_per_epoch")
         return {
             "sources": {
                 name: {**source.to_json(), "passes_per_epoch": self.repeats[name]}
                 for name, source in self.sources.items()
             },
-            "packing": {
-                "block": self.block,
-                "fill": self.fill,
-                "records_per_epoch": self.records_per_epoch,
-                "tokens_per_epoch": self.tokens_per_epoch,
-                "blocks_per_epoch": self.blocks_per_epoch,
-                "sampled": self.sampled,
-            },
+            "packing": {name: getattr(self, name) for name in ("block", "fill", *per_epoch, "sampled")},
         }
 
     def tables(self) -> list[Table]:
@@ -209,10 +196,6 @@ class Statistics:
             f"{self.fill:.2%}",
         )
         return table
-
-
-def _dropped_json(reasons: Mapping[str, Dropped]) -> dict[str, Any]:
-    return {reason: {"count": dropped.count, "examples": dropped.examples} for reason, dropped in reasons.items()}
 
 
 def _bars(counts: Sequence[int]) -> str:

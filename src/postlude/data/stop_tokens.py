@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 class StopTokens:
-    """Tells where in a text a special token stands: what ends a turn is mostly one."""
+    """Tells where in a text a special token stands: what ends a turn is mostly any_token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special.update(tokenizer.all_special_tokens)
         known = sorted(filter(None, special), key=len, reverse=True)
-        one = "|".join(map(re.escape, known)) if known else "(?!)"
-        self._next = re.compile(rf"\s*(?:{one})")
+        any_token = "|".join(map(re.escape, known)) if known else "(?!)"
+        self._next = re.compile(rf"\s*(?:{any_token})")
         self._longest = max(map(len, known), default=0)
-        self._before = re.compile(rf"(?:{one})$")
+        self._before = re.compile(rf"(?:{any_token})$")
         self._end_of_sequence = tokenizer.eos_token
 
     def end_after(self, text: str, position: int) -> int | None:
         """Where the special token ends that comes next in ``text``; None if something else comes."""
-        found = self._next.match(text, position)
-        return found and found.end()
+        match = self._next.match(text, position)
+        return match and match.end()
 
     def stand_before(self, text: str, position: int) -> bool:
         """Whether a special token ends at ``position``."""

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from postlude.data.example import BadRecord, Example, Format, Record
-from postlude.data.formats.write import write
+from postlude.data.example import BadRecord, Conversation, Example, Format, Record
 
 if TYPE_CHECKING:
     from postlude.data.encode import Encoded
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class SyntheticRecord:
     """A record, and what should become of it."""
 
     record: Record
@@ -30,19 +29,19 @@ class Synthetic:
     """What is odd about it."""
 
 
-def synthetic(format: Format, n: int, seed: int = 0) -> list[Synthetic]:
-    """``n`` records in the shape of the format, good ones and bad ones.
+def synthetic_records(format: Format, n: int, seed: int = 0) -> list[SyntheticRecord]:
+    """``n`` records of the format, good ones and bad ones.
 
-    ManifestError if the format is another package's and that does not say how its records are written.
+    ManifestError if the format is another package's and does not say what a record looks like.
     """
     chance = random.Random(f"synthetic records {seed}")
-    made: list[Synthetic] = []
-    while len(made) < n:
-        cases = [found for make in _CASES if (found := _shaped(format, make(chance))) is not None]
-        cases += _misshapen(format, chance)
-        chance.shuffle(cases)
-        made += cases
-    return made[:n]
+    records: list[SyntheticRecord] = []
+    while len(records) < n:
+        cycle = [record for case in _cases(chance) if (record := _record_of(format, case)) is not None]
+        cycle += _misshapen(format, chance)
+        chance.shuffle(cycle)
+        records += cycle
+    return records[:n]
 
 
 @dataclass(frozen=True)
@@ -70,32 +69,29 @@ def try_synthetic(
 
     What the encoder drops for a stated reason counts as read; what it cannot render or tokenise does not.
     """
-    found: Counter[tuple[str, bool, str, bool]] = Counter()
-    for case in synthetic(format, n, seed):
-        is_read, outcome = _outcome(case, format, encode)
-        found[case.what, case.good, outcome, is_read] += 1
+    counts = Counter((case.what, case.good, *_try(case, format, encode)) for case in synthetic_records(format, n, seed))
     verdicts = [
         Verdict(what, "read" if good else "refused", outcome, count, is_read == good)
-        for (what, good, outcome, is_read), count in found.items()
+        for (what, good, is_read, outcome), count in counts.items()
     ]
     return sorted(verdicts, key=lambda verdict: (verdict.as_expected, verdict.expected != "refused", verdict.what))
 
 
-def _outcome(case: Synthetic, format: Format, encode: Callable[..., Sequence[Encoded]]) -> tuple[bool, str]:
+def _try(case: SyntheticRecord, format: Format, encode: Callable[..., Sequence[Encoded]]) -> tuple[bool, str]:
     """Whether the record came through, and what came out."""
     try:
         examples = format.parse(case.record)
     except BadRecord as error:
         return False, f"refused: {error}"
     encoded = encode([(f"synthetic:{number}", example) for number, example in enumerate(examples)], "synthetic")
-    for one in encoded:
-        if one.error is not None:
-            return False, f"cannot be encoded: {one.error}"
-    dropped = next((one.dropped for one in encoded if one.dropped is not None), None)
+    for example in encoded:
+        if example.error is not None:
+            return False, f"cannot be encoded: {example.error}"
+    dropped = next((example.dropped for example in encoded if example.dropped is not None), None)
     return True, "trained on" if dropped is None else f"dropped: {dropped}"
 
 
-# --- in the shape of a format -------------------------------------------------------------------------------
+# --- as records of a format ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,30 +103,28 @@ class _Case:
     """Roles that only ``roles: any`` takes, or a message that is broken in itself."""
 
 
-def _shaped(format: Format, case: _Case) -> Synthetic | None:
+def _record_of(format: Format, case: _Case) -> SyntheticRecord | None:
     """The case as a record; None where the format cannot say it, or where what is wrong with it would be lost."""
-    if case.fault == "message" and not hasattr(format, "roles"):
+    roles = getattr(format, "roles", None)
+    if case.fault != "none" and roles is None:
         return None
-    if case.fault == "roles" and not (hasattr(format, "roles") or format.component_name == "tree"):
-        return None
-    record = write(format, case.messages, case.tools)
+    record = format.example_record(Conversation(case.messages, case.tools))
     if record is None:
         return None
-    good = case.fault == "none" or (case.fault == "roles" and getattr(format, "roles", "strict") == "any")
-    return Synthetic(record, good, case.what)
+    return SyntheticRecord(record, case.fault == "none" or (case.fault == "roles" and roles == "any"), case.what)
 
 
-def _misshapen(format: Format, chance: random.Random) -> list[Synthetic]:
+def _misshapen(format: Format, chance: random.Random) -> list[SyntheticRecord]:
     """Records whose main column is not what it should be."""
-    record = write(format, _talk(chance, 1), None)
+    record = format.example_record(Conversation(_talk(chance, 1)))
     assert record is not None, "every format can say a question and its answer"
     main = next(iter(record))
     rest = {name: value for name, value in record.items() if name != main}
     return [
-        Synthetic({}, False, "no column"),
-        Synthetic(rest, False, f"no column '{main}'"),
-        Synthetic({**rest, main: None}, False, f"'{main}' is null"),
-        Synthetic({**rest, main: 17}, False, f"'{main}' is a number"),
+        SyntheticRecord({}, False, "no column"),
+        SyntheticRecord(rest, False, f"no column '{main}'"),
+        SyntheticRecord({**rest, main: None}, False, f"'{main}' is null"),
+        SyntheticRecord({**rest, main: 17}, False, f"'{main}' is a number"),
     ]
 
 
@@ -169,15 +163,6 @@ def _talk(chance: random.Random, pairs: int) -> list[dict[str, Any]]:
     return [_turn(role, chance.choice(_PLAIN)) for _ in range(pairs) for role in ("user", "assistant")]
 
 
-def _script(what: str, text: str) -> Callable[[random.Random], _Case]:
-    return lambda chance: _Case(what, [_turn("user", text), _turn("assistant", f"{text} {chance.choice(_PLAIN)}")])
-
-
-def _very_long(chance: random.Random) -> _Case:
-    sentences = [f"{chance.choice(_PLAIN)} {chance.random()}" for _ in range(1000)]
-    return _Case("a very long turn", [_turn("user", "Go on."), _turn("assistant", " ".join(sentences))])
-
-
 # --- tools --------------------------------------------------------------------------------------------------
 
 _WEATHER = {
@@ -194,68 +179,56 @@ _WEATHER = {
 }
 
 
-def _call(**arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+def _calling(content: str, *arguments: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": "get_weather", "arguments": each}} for each in arguments]
+    return _turn("assistant", content, tool_calls=calls)
 
 
-def _nested_call(chance: random.Random) -> _Case:
-    call = _call(place={"city": 'Saint-Étienne "du Bois"', "at": [45.4, -4.4e-3, None]}, days=[], exact=True)
-    calling = _turn("assistant", "", tool_calls=[call])
-    result = _turn("tool", '{"celsius": 21.5, "sky": "☀️"}')
-    messages = [_turn("user", "Weather?"), calling, result, _turn("assistant", "Sunny."), *_talk(chance, 1)]
-    return _Case("a tool call with nested arguments", messages, [_WEATHER])
-
-
-def _parallel_calls(chance: random.Random) -> _Case:
-    calling = _turn("assistant", "Let me see.", tool_calls=[_call(place={"city": city}) for city in ("Oslo", "Rome")])
-    results = [_turn("tool", "3"), _turn("tool", "19")]
-    messages = [_turn("user", "Oslo or Rome?"), calling, *results, _turn("assistant", "Rome is warmer.")]
-    return _Case("two tool calls at once", messages, [_WEATHER])
-
-
-def _last_call(chance: random.Random) -> _Case:
-    calling = _turn("assistant", "", tool_calls=[_call(place={})])
-    return _Case("a tool call at the end", [_turn("user", "Weather?"), calling], [_WEATHER])
-
-
-def _broken_arguments(chance: random.Random) -> _Case:
-    call = {"type": "function", "function": {"name": "get_weather", "arguments": '{"place": '}}
-    messages = [_turn("user", "Weather?"), _turn("assistant", "", tool_calls=[call])]
-    return _Case("arguments that are not JSON", messages, [_WEATHER], "message")
+def _tool_cases(chance: random.Random) -> Iterator[_Case]:
+    question = _turn("user", "Weather?")
+    nested = {"city": 'Saint-Étienne "du Bois"', "at": [45.4, -4.4e-3, None]}
+    result, answer = _turn("tool", '{"celsius": 21.5, "sky": "☀️"}'), _turn("assistant", "Sunny.")
+    turns = [question, _calling("", {"place": nested, "days": [], "exact": True}), result, answer]
+    yield _Case("a tool call with nested arguments", [*turns, *_talk(chance, 1)], [_WEATHER])
+    calling = _calling("Let me see.", {"place": {"city": "Oslo"}}, {"place": {"city": "Rome"}})
+    results, answer = [_turn("tool", "3"), _turn("tool", "19")], _turn("assistant", "Rome is warmer.")
+    yield _Case("two tool calls at once", [_turn("user", "Oslo or Rome?"), calling, *results, answer], [_WEATHER])
+    yield _Case("a tool call at the end", [question, _calling("", {"place": {}})], [_WEATHER])
 
 
 # --- all the cases ------------------------------------------------------------------------------------------
 
-_CASES: list[Callable[[random.Random], _Case]] = [
-    lambda chance: _Case("a question and its answer", _talk(chance, 1)),
-    lambda chance: _Case("several turns", _talk(chance, chance.randint(2, 5))),
-    lambda chance: _Case("very many turns", _talk(chance, 60)),
-    lambda chance: _Case("a system message", [_turn("system", "Be brief."), *_talk(chance, 2)]),
-    lambda chance: _Case("an empty system message", [_turn("system", ""), *_talk(chance, 1)]),
-    lambda chance: _Case("a developer message", [_turn("developer", "Be brief."), *_talk(chance, 1)]),
-    lambda chance: _Case("an empty answer", [*_talk(chance, 1), _turn("user", "Say nothing."), _turn("assistant", "")]),
-    lambda chance: _Case("an empty question", [_turn("user", ""), _turn("assistant", "You said nothing.")]),
-    lambda chance: _Case("the same turns again", _talk(chance, 1) * 3),
-    _very_long,
-    *(_script(what, text) for what, text in _SCRIPTS.items()),
-    _nested_call,
-    _parallel_calls,
-    _last_call,
-    lambda chance: _Case("an unknown role", [_turn("narrator", "Once upon a time"), *_talk(chance, 1)], fault="roles"),
-    lambda chance: _Case("an assistant that begins", [_turn("assistant", "Hello!"), *_talk(chance, 1)], fault="roles"),
-    lambda chance: _Case("two users in a row", [_turn("user", "Hello?"), *_talk(chance, 1)], fault="roles"),
-    lambda chance: _Case(
-        "a late system message",
-        [*_talk(chance, 1), _turn("system", "Now be brief."), _turn("assistant", "Yes.")],
-        fault="roles",
-    ),
-    lambda chance: _Case(
-        "a tool result without a call",
-        [_turn("user", "Hello?"), _turn("tool", "3"), _turn("assistant", "Hello.")],
-        fault="roles",
-    ),
-    lambda chance: _Case("an empty conversation", [], fault="message"),
-    lambda chance: _Case("content that is a number", [_turn("user", 3), _turn("assistant", "Four.")], fault="message"),
-    lambda chance: _Case("content that is null", [_turn("user", None), *_talk(chance, 1)[1:]], fault="message"),
-    _broken_arguments,
-]
+
+def _cases(chance: random.Random) -> Iterator[_Case]:
+    """Every case once, with texts by chance."""
+    yield _Case("a question and its answer", _talk(chance, 1))
+    yield _Case("several turns", _talk(chance, chance.randint(2, 5)))
+    yield _Case("very many turns", _talk(chance, 60))
+    yield _Case("a system message", [_turn("system", "Be brief."), *_talk(chance, 2)])
+    yield _Case("an empty system message", [_turn("system", ""), *_talk(chance, 1)])
+    yield _Case("a developer message", [_turn("developer", "Be brief."), *_talk(chance, 1)])
+    yield _Case("an empty answer", [*_talk(chance, 1), _turn("user", "Say nothing."), _turn("assistant", "")])
+    yield _Case("an empty question", [_turn("user", ""), _turn("assistant", "You said nothing.")])
+    yield _Case("the same turns again", _talk(chance, 1) * 3)
+    sentences = " ".join(f"{chance.choice(_PLAIN)} {chance.random()}" for _ in range(1000))
+    yield _Case("a very long turn", [_turn("user", "Go on."), _turn("assistant", sentences)])
+    for what, text in _SCRIPTS.items():
+        yield _Case(what, [_turn("user", text), _turn("assistant", f"{text} {chance.choice(_PLAIN)}")])
+    yield from _tool_cases(chance)
+    yield from _bad_cases(chance)
+
+
+def _bad_cases(chance: random.Random) -> Iterator[_Case]:
+    hello = _turn("user", "Hello?")
+    late = [_turn("system", "Now be brief."), _turn("assistant", "Yes.")]
+    yield _Case("an unknown role", [_turn("narrator", "Once upon a time"), *_talk(chance, 1)], fault="roles")
+    yield _Case("an assistant that begins", [_turn("assistant", "Hello!"), *_talk(chance, 1)], fault="roles")
+    yield _Case("two users in a row", [hello, *_talk(chance, 1)], fault="roles")
+    yield _Case("a late system message", [*_talk(chance, 1), *late], fault="roles")
+    uncalled = [hello, _turn("tool", "3"), _turn("assistant", "Hello.")]
+    yield _Case("a tool result without a call", uncalled, fault="roles")
+    yield _Case("an empty conversation", [], fault="message")
+    yield _Case("content that is a number", [_turn("user", 3), _turn("assistant", "Four.")], fault="message")
+    yield _Case("content that is null", [_turn("user", None), *_talk(chance, 1)[1:]], fault="message")
+    broken = [_turn("user", "Weather?"), _calling("", '{"place": ')]
+    yield _Case("arguments that are not JSON", broken, [_WEATHER], "message")

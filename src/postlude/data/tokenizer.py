@@ -14,58 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from postlude import storage
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BEGIN, TURN, END, UNKNOWN = "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"
 """The special tokens of tokenizers made here; ``UNKNOWN`` is the word tokenizer's alone."""
 _SPECIAL = [PAD, BEGIN, TURN, END]
 
-CHATML = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- 'These functions can be called:\\n' }}
-    {%- for tool in tools %}
-        {{- tool | tojson + '\\n' }}
-    {%- endfor %}
-    {{- 'A call is <tool_call>{"name": ..., "arguments": ...}</tool_call>.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if not (tools and loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.role == 'assistant' %}
-            {%- generation %}
-                {%- if message.reasoning_content %}
-                    {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n' }}
-                {%- endif %}
-                {{- message.content or '' }}
-                {%- for call in message.tool_calls or [] %}
-                    {%- set function = call.function or call %}
-                    {{- '<tool_call>' + {'name': function.name, 'arguments': function.arguments} | tojson }}
-                    {{- '</tool_call>' }}
-                {%- endfor %}
-                {{- '<|im_end|>' }}
-            {%- endgeneration %}
-        {%- else %}
-            {{- message.content + '<|im_end|>' }}
-        {%- endif %}
-        {{- '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+CHATML = Path(__file__).with_name("chatml.jinja").read_text("utf-8")
 """The chat template of tokenizers made here."""
 
 
@@ -74,11 +36,10 @@ def load_tokenizer(where: TokenizerFrom | str) -> PreTrainedTokenizerBase:
 
     ManifestError if it is not there or cannot be read; ValueError if it has to be trained first.
     """
-    if isinstance(where, str):
-        return _loaded(where)
-    if where.path is not None:
-        return _loaded(where.path)
-    if where.bytes:
+    path = where if isinstance(where, str) else where.path
+    if path is not None:
+        return _load(path)
+    if not isinstance(where, str) and where.bytes:
         return _bytes_tokenizer()
     raise ValueError("This tokenizer has to be trained, with train_tokenizer.")
 
@@ -137,11 +98,11 @@ def check_same_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenize
     for token, number in sorted(ours.items(), key=lambda entry: entry[1]):
         there, instead = theirs.get(token), tokens.get(number)
         if (there is not None and there != number) or (instead is not None and instead != token):
-            told = f"there {instead!r} has this id" if instead is not None else f"there it has the id {there}"
+            difference = f"there {instead!r} has this id" if instead is not None else f"there it has the id {there}"
             raise ManifestError(
                 f"{whose} has another vocabulary than the model that is trained: the first difference is the token "
-                f"{token!r}, whose id is {number}; {told}. Both get the same token ids, so choose two models of one "
-                "tokenizer."
+                f"{token!r}, whose id is {number}; {difference}. Both get the same token ids, so choose two models of "
+                "one tokenizer."
             )
 
 
@@ -156,14 +117,14 @@ def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedT
             f"tokenizer.train.vocabulary is {config.vocabulary}, and a tokenizer of the kind '{config.kind}' needs "
             f"at least {least}: raise it."
         )
-    return _trained_words(config, texts) if config.kind == "word" else _trained_bpe(config, texts)
+    return _train_words(config, texts) if config.kind == "word" else _train_bpe(config, texts)
 
 
-def _loaded(where: str) -> PreTrainedTokenizerBase:
+def _load(where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not storage.is_local(where):
-        return _loaded_from_remote(where)
+        return _load_remote(where)
     local = Path(where).expanduser()
     if not local.exists() and (local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
@@ -180,7 +141,7 @@ def _loaded(where: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _loaded_from_remote(where: str) -> PreTrainedTokenizerBase:
+def _load_remote(where: str) -> PreTrainedTokenizerBase:
     if not storage.exists(where):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
     with tempfile.TemporaryDirectory() as folder:
@@ -189,18 +150,16 @@ def _loaded_from_remote(where: str) -> PreTrainedTokenizerBase:
             # Weights may stand beside the tokenizer's files, all of which are text.
             if name.endswith((".json", ".txt", ".jinja", ".model")) and not storage.is_directory(uri):
                 Path(folder, name).write_bytes(storage.read_bytes(uri))
-        return _loaded(folder)
+        return _load(folder)
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is its own token, and its id is its value; the special tokens come after them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     tokenizer = Tokenizer(models.BPE(vocab=_byte_alphabet(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(_SPECIAL)
-    return _finished(tokenizer, CHATML)
+    return _wrap(tokenizer, CHATML)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -213,9 +172,7 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _trained_bpe(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+def _train_bpe(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -226,13 +183,11 @@ def _trained_bpe(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedToke
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _finished(tokenizer, CHATML)
+    return _wrap(tokenizer, CHATML)
 
 
-def _trained_words(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def _train_words(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token for each of the most frequent pieces; a rarer one is unknown. Decoding joins them again."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(config.separator, behavior="removed")
     tokenizer.decoder = decoders.Sequence(
@@ -246,11 +201,10 @@ def _trained_words(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedTo
         vocab_size=config.vocabulary, special_tokens=[*_SPECIAL, UNKNOWN], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _finished(tokenizer, None, UNKNOWN)
+    return _wrap(tokenizer, None, UNKNOWN)
 
 
-def _finished(tokenizer: Tokenizer, template: str | None, unknown: str | None = None) -> PreTrainedTokenizerFast:
-    from tokenizers import processors
+def _wrap(tokenizer: Tokenizer, template: str | None, unknown: str | None = None) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     begin = tokenizer.token_to_id(BEGIN)

@@ -101,12 +101,12 @@ class Turns:
             return []
         spans = []
         start = self._begin(index, texts[0])
-        for one, following in pairwise(texts):
-            if not self._adjoin(index, one, following):
+        for text, following in pairwise(texts):
+            if not self._adjoin(index, text, following):
                 if following.part.is_call:
                     raise self._error(index, "the template puts something between its text and its tool call")
                 elsewhere = following.part.text[following.place.lead :]
-                spans.append((start, self._proven_end(index, one, elsewhere)))
+                spans.append((start, self._proven_end(index, text, elsewhere)))
                 start = following.start
         return [*spans, (start, self._end(index, texts[-1]))]
 
@@ -120,14 +120,14 @@ class Turns:
         return sorted([*spoken, *(proven[:1] or self._in_rendering(call))], key=lambda text: text.start)
 
     def _in_rendering(self, parts: list[Part]) -> list[_Text]:
-        found = []
+        texts = []
         for part in parts:
             finding = self._findings[part]
             if isinstance(finding, Unproven):
                 raise self._error(part.message, f"of its {part.path[0]}, {finding.reason}")
             if finding is not None:
-                found.append(_Text(part, finding))
-        return found
+                texts.append(_Text(part, finding))
+        return texts
 
     def _neighbour(self, index: int) -> list[_Text]:
         """The texts of a message beside a turn; none where they are not known."""
@@ -139,7 +139,7 @@ class Turns:
     def _role(self, index: int) -> str | None:
         return self._chat.messages[index].get("role") if 0 <= index < len(self._chat.messages) else None
 
-    def _adjoin(self, index: int, one: _Text, other: _Text) -> bool:
+    def _adjoin(self, index: int, first: _Text, second: _Text) -> bool:
         """Whether nothing of another message stands between two texts of a message."""
         following = index + 1
         while self._role(following) == "tool":
@@ -147,7 +147,7 @@ class Turns:
                 part for part in spoken_parts(self._chat, following) if isinstance(self._findings[part], Unproven)
             ]
             self._findings |= self._locate(unproven)
-            if any(one.end <= text.start <= other.start for text in self._texts(following)):
+            if any(first.end <= text.start <= second.start for text in self._texts(following)):
                 return False
             following += 1
         return True
@@ -290,8 +290,8 @@ class Turns:
         if rendered[: text.end] == self.text[: text.end]:
             return text.place
         marked = Marked(lambda shown: self._renderer.render(shown, generation_prompt), chat, rendered)
-        found = marked.places([(text.part, text.place.lead, text.place.trail)])
-        there = found[text.part] if found else None
+        findings = marked.places([(text.part, text.place.lead, text.place.trail)]) or {}
+        there = findings.get(text.part)
         return there if isinstance(there, Place) else None
 
     def _error(self, index: int, reason: str) -> MaskError:
@@ -302,16 +302,16 @@ class Turns:
         )
 
 
-def _shared(one: str, other: str) -> str:
+def _shared(text: str, other: str) -> str:
     """The longest beginning that both have."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(text), len(other))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if text[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle - 1
-    return one[:low]
+    return text[:low]
 
 
 def _whole_tags(shared: str) -> str:

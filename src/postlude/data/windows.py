@@ -191,14 +191,14 @@ class WindowReader:
 
     def nothing_to_train_on(self) -> DataError:
         """The error that tells why a whole pass has come to nothing."""
-        told = []
+        read = []
         for name in self.mixture.names:
             statistics = self._sources[name].statistics
             dropped = {**statistics.filtered, **statistics.dropped}
             reasons = "; ".join(f"{reason} ({examples})" for reason, examples in dropped.items())
-            told.append(f"'{name}' ({self.rows[name]} records){': dropped as ' + reasons if reasons else ''}")
+            read.append(f"'{name}' ({self.rows[name]} records){': dropped as ' + reasons if reasons else ''}")
         return DataError(
             f"There is nothing to train on: no example came through that fits into a block of {self._block} tokens. "
-            f"Read were {', and '.join(told)}. Raise batch.block, choose another way to truncate, or look at the "
+            f"Read were {', and '.join(read)}. Raise batch.block, choose another way to truncate, or look at the "
             "format and at the turns that are trained."
         )

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from postlude import __version__, storage
-from postlude.data.annotations import Parts, StoredStreams, Values, document_key, with_values
+from postlude.data.annotations import AnnotationFiles, StoredStreams, Values, document_key, with_values
 from postlude.data.batch import collate
 from postlude.data.document import Block, Document, Unit
-from postlude.data.encoded import EncodedDataset
+from postlude.data.encoded_dataset import EncodedDataset
 from postlude.data.packing import best_fit
 from postlude.data.records import digest, record_json
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.model.load import configuration
-from postlude.stages.parts import Parts as StageParts
+from postlude.stages.parts import Parts
 from postlude.stages.training_models import TrainingModels
 from postlude.telemetry.progress import waiting
 from postlude.telemetry.recorder import Recorder
@@ -56,7 +56,7 @@ def annotate(models: TrainingModels, recorder: Recorder, stop: Callable[[], bool
     return [one.open() for one in passes]
 
 
-def forget_annotations(parts: StageParts) -> None:
+def forget_annotations(parts: Parts) -> None:
     """Remove what was stored, once the artifact stands. On the leading rank."""
     parts.stage.drop_annotations()
     storage.remove(_fetched(parts))
@@ -136,7 +136,7 @@ class _Pass:
             for start in range(0, rows, ROWS)
         ]
         folder = storage.join(models.parts.stage.annotations, f"{name}-{self._fingerprint()}")
-        self.parts = Parts(folder, annotation.annotator.streams)
+        self.parts = AnnotationFiles(folder, annotation.annotator.streams)
 
     def run(self, recorder: Recorder, stop: Callable[[], bool]) -> bool:
         """Compute the parts that are missing, on every rank. False if asked to stop before the end."""
@@ -244,6 +244,6 @@ def _remove_others(models: TrainingModels, kept: set[str]) -> None:
             storage.discard(storage.join(models.parts.stage.annotations, name))
 
 
-def _fetched(parts: StageParts) -> str:
+def _fetched(parts: Parts) -> str:
     """Where this machine keeps what it fetched of a remote run."""
     return storage.join(parts.run.cache, "annotations", parts.task.stage)

@@ -12,7 +12,7 @@ from postlude.data.annotations import StoredStreams
 from postlude.data.dataset import Dataset
 from postlude.data.document import Block
 from postlude.data.encode import Encoder
-from postlude.data.encoded import EncodedDataset
+from postlude.data.encoded_dataset import EncodedDataset
 from postlude.data.example import Conversation, texts_of
 from postlude.data.loader import Loader
 from postlude.data.tokenizer import (

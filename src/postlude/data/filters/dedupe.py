@@ -19,7 +19,7 @@ class Dedupe(ContentFilter):
         seen: set[bytes] = set()
 
         def judge(content: Content) -> str | None:
-            text = _normalized(content.text) if self.normalize else content.text
+            text = _normalize(content.text) if self.normalize else content.text
             identity = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
             if identity in seen:
                 return "same text as an earlier record"
@@ -29,5 +29,5 @@ class Dedupe(ContentFilter):
         return judge
 
 
-def _normalized(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -66,20 +66,20 @@ class ContentFilter(Filter):
 def content_of(examples: list[Example]) -> Content:
     """What the examples of a record say."""
     texts, turns = [], 0
-    said = [answer for example in examples for answer in answers_of(example)]
-    for example in said:
-        if isinstance(example, Conversation):
-            texts += [_texts([message.get(key) for key in _SAID]) for message in example.messages]
-            turns = max(turns, len(example.messages))
-        elif isinstance(example, Text):
-            texts.append("".join(text for text, _ in example.pieces))
-            turns = max(turns, len(example.pieces))
+    answers = [answer for example in examples for answer in answers_of(example)]
+    for answer in answers:
+        if isinstance(answer, Conversation):
+            texts += [_texts([message.get(key) for key in _SAID]) for message in answer.messages]
+            turns = max(turns, len(answer.messages))
+        elif isinstance(answer, Text):
+            texts.append("".join(text for text, _ in answer.pieces))
+            turns = max(turns, len(answer.pieces))
         else:
-            texts.append(" ".join(map(str, example.ids)))
+            texts.append(" ".join(map(str, answer.ids)))
             turns = max(turns, 1)
     # The paths through a tree share their first messages, and the sides of a pair theirs: what the record says, it
     # says once.
-    return Content("\n".join(dict.fromkeys(texts) if len(said) > 1 else texts), turns)
+    return Content("\n".join(dict.fromkeys(texts) if len(answers) > 1 else texts), turns)
 
 
 _SAID = ("reasoning_content", "content", "tool_calls")

@@ -54,9 +54,9 @@ class Length(ContentFilter):
             low, high = self._bounds(what)
             if low is None and high is None:
                 continue
-            found = count()
-            if low is not None and found < low:
+            size = count()
+            if low is not None and size < low:
                 return f"fewer than {low} {what}"
-            if high is not None and found > high:
+            if high is not None and size > high:
                 return f"more than {high} {what}"
         return None

@@ -31,7 +31,7 @@ def shingles(words: Sequence[str], length: int) -> np.ndarray:
     runs = len(words) - length + 1
     combined = np.zeros(runs, np.uint64)
     for place in range(length):
-        combined = _mixed(combined + hashed[place : place + runs])
+        combined = _mix(combined + hashed[place : place + runs])
     return np.unique(combined)
 
 
@@ -64,12 +64,12 @@ class MinHashIndex:
         return True
 
     def _candidates(self, signature: np.ndarray) -> list[int]:
-        found = set()
+        numbers = set()
         for slot in self._heads[self._buckets_of(signature)].tolist():
             while slot >= 0:
-                found.add(slot // self._bands)
+                numbers.add(slot // self._bands)
                 slot = int(self._previous[slot])
-        return sorted(found)
+        return sorted(numbers)
 
     def _link(self, number: int) -> None:
         first = number * self._bands
@@ -81,7 +81,7 @@ class MinHashIndex:
         bands = signature.reshape(self._bands, self._rows).astype(np.uint64)
         keys = np.arange(1, self._bands + 1, dtype=np.uint64)
         for row in range(self._rows):
-            keys = _mixed(keys + bands[:, row])
+            keys = _mix(keys + bands[:, row])
         return (keys & np.uint64(len(self._heads) - 1)).astype(np.int64)
 
     def _grow(self) -> None:
@@ -107,12 +107,12 @@ def _signature(hashes: np.ndarray) -> np.ndarray:
     minima = np.full(MINIMA, np.iinfo(np.uint32).max, np.uint32)
     for start in range(0, len(hashes), _CHUNK):
         chunk = hashes[start : start + _CHUNK, None]
-        hashed = _mixed(chunk * _MULTIPLIERS + _SHIFTS) >> np.uint64(32)
+        hashed = _mix(chunk * _MULTIPLIERS + _SHIFTS) >> np.uint64(32)
         minima = np.minimum(minima, hashed.min(axis=0).astype(np.uint32))
     return minima
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _mix(values: np.ndarray) -> np.ndarray:
     """Each bit of the result depends on each bit of the value (the finaliser of SplitMix64)."""
     values = values + _GOLDEN
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

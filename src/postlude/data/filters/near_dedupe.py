@@ -29,8 +29,8 @@ class NearDedupe(ContentFilter):
         index = MinHashIndex(self.threshold)
 
         def judge(content: Content) -> str | None:
-            found = words(content.text.casefold())
-            if found and not index.add(shingles(found, self.ngram)):
+            sequence = words(content.text.casefold())
+            if sequence and not index.add(shingles(sequence, self.ngram)):
                 return "nearly the same text as an earlier record"
             return None
 

@@ -106,11 +106,11 @@ class Predicates:
         return low
 
     def _reason(self, error: duckdb.Error) -> str:
-        said = str(error).partition("\n\nLINE")[0]
-        unknown = re.search(r'Referenced column "([^"]+)" not found', said)
+        message = str(error).partition("\n\nLINE")[0]
+        unknown = re.search(r'Referenced column "([^"]+)" not found', message)
         if unknown is None:
             if isinstance(error, duckdb.PermissionException):
                 return "A predicate sees the record and no file; the source 'query' can join files."
-            return said if said.endswith((".", "!")) else f"{said}."
+            return message if message.endswith((".", "!")) else f"{message}."
         hint = suggestion_or_list(unknown[1], self._columns)
         return f"No record has the column '{unknown[1]}'.{hint}"

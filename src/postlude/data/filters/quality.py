@@ -64,10 +64,10 @@ class Quality(ContentFilter):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if _repeated(lines, _ENOUGH_LINES) > self.max_repeated_lines:
             return "repeated lines"
-        found = words(text)
-        if visible > self.max_mean_word * len(found):
+        text_words = words(text)
+        if visible > self.max_mean_word * len(text_words):
             return "long words"
-        ngrams = list(zip(*(found[i:] for i in range(self.ngram)), strict=False))
+        ngrams = list(zip(*(text_words[i:] for i in range(self.ngram)), strict=False))
         if _repeated(ngrams, _ENOUGH_NGRAMS) > self.max_repeated_ngrams:
             return "repeated sequences of words"
         return None

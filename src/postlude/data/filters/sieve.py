@@ -26,13 +26,13 @@ class Sieve:
     ) -> None:
         self._reading = _Reading(format)
         self._predicates: Predicates | None = None
-        sqls = [one for one in filters if isinstance(one, str)]
-        if sqls:
+        predicates = [entry for entry in filters if isinstance(entry, str)]
+        if predicates:
             from postlude.data.filters.predicate import Predicates
 
-            self._predicates = Predicates(sqls, batches())
+            self._predicates = Predicates(predicates, batches())
         self._judges: list[str | tuple[str, Callable[[Record], str | None]]] = [
-            one if isinstance(one, str) else (one.component_name, one.start(self._reading)) for one in filters
+            entry if isinstance(entry, str) else (entry.component_name, entry.start(self._reading)) for entry in filters
         ]
 
     def __call__(self, records: Sequence[Record], where: Callable[[int], str]) -> list[Verdict]:
@@ -42,40 +42,25 @@ class Sieve:
         for judge in self._judges:
             left = [place for place, verdict in enumerate(verdicts) if verdict is None]
             if isinstance(judge, str):
-                self._apply_predicate(judge, records, left, verdicts, where)
-            else:
-                self._apply_filter(*judge, records, left, verdicts)
+                assert self._predicates is not None
+                keeps = self._predicates.keeps(judge, [records[place] for place in left], _in_whole(where, left))
+                for place, keep in zip(left, keeps, strict=True):
+                    verdicts[place] = None if keep else judge
+                continue
+            name, reason_to_drop = judge
+            for place in left:
+                try:
+                    reason = reason_to_drop(records[place])
+                except BadRecord as error:
+                    verdicts[place] = error
+                else:
+                    verdicts[place] = f"{name}: {reason}" if reason is not None and name else reason
         return verdicts
 
-    def _apply_predicate(
-        self,
-        sql: str,
-        records: Sequence[Record],
-        left: list[int],
-        verdicts: list[Verdict],
-        where: Callable[[int], str],
-    ) -> None:
-        assert self._predicates is not None
-        keeps = self._predicates.keeps(sql, [records[place] for place in left], lambda i: where(left[i]))
-        for place, keep in zip(left, keeps, strict=True):
-            if not keep:
-                verdicts[place] = sql
 
-    def _apply_filter(
-        self,
-        name: str,
-        judge: Callable[[Record], str | None],
-        records: Sequence[Record],
-        left: list[int],
-        verdicts: list[Verdict],
-    ) -> None:
-        for place in left:
-            try:
-                reason = judge(records[place])
-            except BadRecord as error:
-                verdicts[place] = error
-            else:
-                verdicts[place] = f"{name}: {reason}" if reason is not None and name else reason
+def _in_whole(where: Callable[[int], str], places: Sequence[int]) -> Callable[[int], str]:
+    """Where the record at a place of a part stands, that holds the records at these ``places``."""
+    return lambda place: where(places[place])
 
 
 class _Reading:

@@ -37,11 +37,22 @@ class Alpaca(Format):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise BadRecord(f"entry {number} of its '{self.history_field}' is no pair of instruction and output")
             messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        asked = text_column(record, self.instruction_field)
+        question = text_column(record, self.instruction_field)
         if record.get(self.input_field):
-            asked += "\n" + text_column(record, self.input_field)
+            question += "\n" + text_column(record, self.input_field)
         messages += [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": question},
             {"role": "assistant", "content": text_column(record, self.output_field)},
         ]
         return [conversation(messages)]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        messages = list(conversation.messages)
+        system = {self.system_field: messages.pop(0)["content"]} if messages and messages[0]["role"] == "system" else {}
+        roles = [message["role"] for message in messages]
+        if conversation.tools or not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            return None
+        texts = [message["content"] for message in messages]
+        *history, (instruction, output) = [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+        last = {self.instruction_field: instruction, self.input_field: "", self.output_field: output}
+        return last | system | ({self.history_field: history} if history else {})

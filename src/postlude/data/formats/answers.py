@@ -13,7 +13,10 @@ from typing import Any
 
 from postlude.data.example import Answer, BadRecord, Conversation, Text
 from postlude.data.formats.columns import kind_of
-from postlude.data.formats.conversation import Roles, conversation
+from postlude.data.formats.conversation import Roles, conversation, untrain_before
+
+OTHER_ANSWERS = ("I would rather not say.", "It depends.")
+"""Answers in example records that are worse than the one in the conversation."""
 
 
 def answers(
@@ -25,8 +28,8 @@ def answers(
     """
     kinds = {what: _kind(value, what) for what, value in sides.items()}
     kind = kinds[next(iter(kinds))] if prompt is None else _kind(prompt, "its prompt")
-    for what, found in kinds.items():
-        if found is not kind:
+    for what, own_kind in kinds.items():
+        if own_kind is not kind:
             beside = "its prompt" if prompt is not None else next(iter(kinds))
             raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
     if kind is str:
@@ -47,14 +50,28 @@ def answer_after(whole: Conversation, prompt: int, what: str) -> Conversation:
 
     :class:`BadRecord`, naming ``what``, if nothing is answered.
     """
-    given = [{**message, "weight": 0.0} for message in whole.messages[:prompt]]
-    said = whole.messages[prompt:]
-    spoken = [message for message in said if message["role"] == "assistant"]
-    if not spoken:
+    turns = [message for message in whole.messages[prompt:] if message["role"] == "assistant"]
+    if not turns:
         raise BadRecord(f"{what} has no turn of the assistant to prefer or to avoid")
-    if not any(message["content"].strip() or message.get("tool_calls") for message in spoken):
+    if not any(message["content"].strip() or message.get("tool_calls") for message in turns):
         raise BadRecord(f"{what} is empty: the assistant says nothing")
-    return Conversation([*given, *said], whole.tools)
+    return untrain_before(whole, prompt)
+
+
+def ends_with_answer(conversation: Conversation) -> bool:
+    """Whether the conversation ends with something that can be preferred to :data:`OTHER_ANSWERS`."""
+    last = conversation.messages[-1] if len(conversation.messages) > 1 else {}
+    content = last.get("content")
+    says = isinstance(content, str) and content.strip() not in ("", *OTHER_ANSWERS)
+    return last.get("role") == "assistant" and (says or bool(last.get("tool_calls")))
+
+
+def example_sides(conversation: Conversation, others: int) -> tuple[Any, list[Any]]:
+    """The prompt, and the last turn with so many other answers after it, as texts or as lists of messages."""
+    *prompt, answer = conversation.messages
+    if len(prompt) == 1 and not conversation.tools:
+        return prompt[0]["content"], [answer["content"], *OTHER_ANSWERS[:others]]
+    return prompt, [[answer], *([{"role": "assistant", "content": text}] for text in OTHER_ANSWERS[:others])]
 
 
 def number(value: Any, what: str) -> float:
@@ -114,31 +131,31 @@ def _conversations(prompt: Any, sides: Mapping[str, Any], tools: Any, roles: Rol
     whole = {what: conversation([*before, *messages], tools, roles) for what, messages in sides.items()}
     shared = len(before)
     if prompt is None:
-        several = list(whole.values())
-        if any(one != several[0] for one in several):
-            shared = _shared_messages(several)
-            _check_prompts(several, shared, list(whole))
+        first, *others = whole.values()
+        if any(other != first for other in others):
+            shared = _shared_messages(list(whole.values()))
+            _check_prompts(whole, shared)
         else:
-            shared = len(several[0].messages) - 1
-    return [answer_after(one, shared, what) for what, one in whole.items()]
+            shared = len(first.messages) - 1
+    return [answer_after(side, shared, what) for what, side in whole.items()]
 
 
 def _shared_messages(several: Sequence[Conversation]) -> int:
     """How many messages the conversations have in common at their beginning."""
     shared = 0
-    for together in zip(*(one.messages for one in several), strict=False):
+    for together in zip(*(side.messages for side in several), strict=False):
         if any(message != together[0] for message in together):
             break
         shared += 1
     return shared
 
 
-def _check_prompts(several: Sequence[Conversation], shared: int, names: Sequence[str]) -> None:
+def _check_prompts(whole: Mapping[str, Conversation], shared: int) -> None:
     """:class:`BadRecord` if the conversations part before the assistant speaks."""
-    for one, what in zip(several, names, strict=True):
-        role = one.messages[shared]["role"] if len(one.messages) > shared else "assistant"
+    for what, side in whole.items():
+        role = side.messages[shared]["role"] if len(side.messages) > shared else "assistant"
         if role != "assistant":
             raise BadRecord(
-                f"{' and '.join(names)} answer different prompts: they part at message {shared + 1} of {what}, which "
+                f"{' and '.join(whole)} answer different prompts: they part at message {shared + 1} of {what}, which "
                 f"is of the role '{role}'"
             )

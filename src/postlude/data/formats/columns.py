@@ -36,7 +36,7 @@ def list_column(record: Record, name: str) -> Sequence[Any]:
     return value
 
 
-def parsed_json(value: Any, what: str) -> Any:
+def parse_json(value: Any, what: str) -> Any:
     """``value``, or what it says where it is JSON in a text. :class:`BadRecord`, naming ``what``, if it is broken."""
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""What the chat formats have in common: messages brought into the one shape that chat templates take, and checked.
+"""What the chat formats have in common: messages brought into the one form that chat templates take, and checked.
 
 Notable:
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from postlude.data.example import BadRecord, Conversation
-from postlude.data.formats.columns import kind_of, parsed_json
+from postlude.data.formats.columns import kind_of, parse_json
 from postlude.nearest import suggestion_or_list
 
 Roles = Literal["strict", "any"]
@@ -36,6 +36,12 @@ def conversation(messages: Any, tools: Any = None, roles: Roles = "strict") -> C
     if roles == "strict":
         check_roles(read)
     return Conversation(read, tool_descriptions(tools))
+
+
+def untrain_before(whole: Conversation, start: int) -> Conversation:
+    """The conversation, with the messages before ``start`` not trained."""
+    prompt = [{**message, "weight": 0.0} for message in whole.messages[:start]]
+    return Conversation([*prompt, *whole.messages[start:]], whole.tools)
 
 
 def check_roles(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -88,14 +94,14 @@ _AFTER = {
 
 def tool_descriptions(tools: Any) -> list[dict[str, Any]] | None:
     """Tools as templates take them: ``{"type": "function", "function": {...}}``; None for none."""
-    tools = parsed_json(tools, "its tools") if tools else None
+    tools = parse_json(tools, "its tools") if tools else None
     if not tools:
         return None
     if not isinstance(tools, list | tuple):
         raise BadRecord(f"its tools are {kind_of(tools)}, not a list")
     described = []
     for number, tool in enumerate(tools, 1):
-        tool = parsed_json(tool, f"tool {number}")
+        tool = parse_json(tool, f"tool {number}")
         if not isinstance(tool, Mapping):
             raise BadRecord(f"tool {number} is {kind_of(tool)}, not an object")
         function = tool.get("function") or tool
@@ -106,8 +112,8 @@ def tool_descriptions(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def tool_call(call: Any, what: str) -> dict[str, Any]:
-    """A tool call as templates take it, from OpenAI's shape or from ``{"name": ..., "arguments": ...}``."""
-    call = parsed_json(call, what)
+    """A tool call as templates take it, from OpenAI's form or from ``{"name": ..., "arguments": ...}``."""
+    call = parse_json(call, what)
     if not isinstance(call, Mapping):
         raise BadRecord(f"{what} is {kind_of(call)}, not an object")
     function = call.get("function") or call
@@ -115,7 +121,7 @@ def tool_call(call: Any, what: str) -> dict[str, Any]:
         raise BadRecord(f"{what} names no function")
     name = function["name"]
     arguments = function.get("arguments")
-    arguments = parsed_json(arguments, f"what {what} passes to '{name}'") if arguments not in (None, "") else {}
+    arguments = parse_json(arguments, f"what {what} passes to '{name}'") if arguments not in (None, "") else {}
     if not isinstance(arguments, Mapping):
         raise BadRecord(f"what {what} passes to '{name}' is {kind_of(arguments)}, not an object")
     identity = {"id": call["id"]} if call.get("id") is not None else {}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from postlude.data.example import BadRecord, Example, Format, Record, Text
+from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
 from postlude.data.formats.columns import kind_of, list_column
 
 
@@ -29,10 +29,10 @@ class History(Format):
 
     @field_validator("item")
     @classmethod
-    def _haskeys_of_template(cls, template: str | None) -> str | None:
+    def _names_keys(cls, template: str | None) -> str | None:
         if template is None:
             return None
-        keys = keys_of_template(template)
+        keys = _keys_of(template)
         if not all(keys) or not keys:
             raise ValueError("name the keys of an item in braces, as in '{title}'")
         return template
@@ -42,10 +42,17 @@ class History(Format):
         if not items:
             raise BadRecord(f"its '{self.items}' is empty")
         texts = [self._text(item, f"item {number}") for number, item in enumerate(items, 1)]
-        given = 0 if self.train_last is None else max(len(texts) - self.train_last, 0)
-        before = "".join(text + self.separator for text in texts[:given])
-        trained = self.separator.join(texts[given:])
+        first = 0 if self.train_last is None else max(len(texts) - self.train_last, 0)
+        before = "".join(text + self.separator for text in texts[:first])
+        trained = self.separator.join(texts[first:])
         return [Text([(before, 0.0), (trained, 1.0)] if before else [(trained, 1.0)])]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        texts = [message["content"] for message in conversation.messages]
+        if not texts or (self.separator and any(self.separator in text for text in texts)):
+            return None
+        keys = None if self.item is None else _keys_of(self.item)
+        return {self.items: texts if keys is None else [dict.fromkeys(keys, text) for text in texts]}
 
     def _text(self, item: Any, what: str) -> str:
         if self.item is None:
@@ -55,7 +62,7 @@ class History(Format):
         elif not isinstance(item, Mapping):
             raise BadRecord(f"{what} is {kind_of(item)}, not an object for the template '{self.item}'")
         else:
-            missing = next((key for key in keys_of_template(self.item) if item.get(key) is None), None)
+            missing = next((key for key in _keys_of(self.item) if item.get(key) is None), None)
             if missing is not None:
                 raise BadRecord(f"{what} has no '{missing}'; it has {', '.join(item) or 'nothing'}")
             try:
@@ -67,7 +74,7 @@ class History(Format):
         return text
 
 
-def keys_of_template(template: str) -> list[str]:
+def _keys_of(template: str) -> list[str]:
     """The keys that a template takes from an item; empty ones where it counts instead of naming."""
     fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     return [re.split(r"[.\[]", name)[0] for name in fields]

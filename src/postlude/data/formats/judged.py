@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from postlude.data.example import Answer, BadRecord, Example, Format, Judged, Record
-from postlude.data.formats.answers import answer_after, answers
+from postlude.data.example import Answer, BadRecord, Conversation, Example, Format, Judged, Record
+from postlude.data.formats.answers import answer_after, answers, ends_with_answer
 from postlude.data.formats.columns import column, kind_of
 from postlude.data.formats.conversation import Roles, conversation
 
@@ -36,6 +36,12 @@ class JudgedAnswer(Format):
 
     def parse(self, record: Record) -> list[Example]:
         return [Judged(self._answer(record), _label(column(record, self.label), self.label))]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if not ends_with_answer(conversation):
+            return None
+        record = {self.field: list(conversation.messages), self.label: True}
+        return record | ({self.tools_field: conversation.tools} if conversation.tools else {})
 
     def _answer(self, record: Record) -> Answer:
         tools = record.get(self.tools_field)

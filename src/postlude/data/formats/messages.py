@@ -25,3 +25,7 @@ class Messages(Format):
 
     def parse(self, record: Record) -> list[Example]:
         return [conversation(column(record, self.field), record.get(self.tools_field), self.roles)]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        record = {self.field: list(conversation.messages)}
+        return record | ({self.tools_field: conversation.tools} if conversation.tools else {})

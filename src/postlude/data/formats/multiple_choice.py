@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from postlude.data.example import Answer, BadRecord, Conversation, Example, Format, Ranked, Record, Text
+from postlude.data.formats.answers import OTHER_ANSWERS
 from postlude.data.formats.columns import column, kind_of, text_column
 
 
@@ -38,17 +39,24 @@ class MultipleChoice(Format):
         answers: list[Answer] = [self._answer(question, choices[place]) for place in order]
         return [Ranked(answers, [1.0, *[0.0] * (len(choices) - 1)])]
 
+    def example_record(self, conversation: Conversation) -> Record | None:
+        """The answer is the first of three choices."""
+        if conversation.tools or [message["role"] for message in conversation.messages] != ["user", "assistant"]:
+            return None
+        question, answer = (message["content"] for message in conversation.messages)
+        return {self.question: question, self.choices: [answer, *OTHER_ANSWERS], self.answer: 0}
+
     def _choices(self, record: Record) -> tuple[list[str], list[str] | None]:
-        found = column(record, self.choices)
+        choices = column(record, self.choices)
         labels = None
-        if isinstance(found, Mapping):
-            labels = [str(label) for label in found.get("label") or []]
-            found = found.get("text")
-        if not isinstance(found, list | tuple) or not all(isinstance(choice, str) for choice in found):
-            raise BadRecord(f"its '{self.choices}' is {kind_of(found)}, not a list of texts")
-        if len(found) < 2:
-            raise BadRecord(f"its '{self.choices}' has {len(found)} choice(s), and a choice needs two")
-        return list(found), labels if labels and len(labels) == len(found) else None
+        if isinstance(choices, Mapping):
+            labels = [str(label) for label in choices.get("label") or []]
+            choices = choices.get("text")
+        if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+            raise BadRecord(f"its '{self.choices}' is {kind_of(choices)}, not a list of texts")
+        if len(choices) < 2:
+            raise BadRecord(f"its '{self.choices}' has {len(choices)} choice(s), and a choice needs two")
+        return list(choices), labels if labels and len(labels) == len(choices) else None
 
     def _right(self, answer: Any, choices: list[str], labels: list[str] | None) -> int:
         if isinstance(answer, str):

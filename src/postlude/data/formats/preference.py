@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Ranked, Record
-from postlude.data.formats.answers import answer_after, answers, check_different, number
+from postlude.data.formats.answers import (
+    OTHER_ANSWERS,
+    answer_after,
+    answers,
+    check_different,
+    ends_with_answer,
+    example_sides,
+    number,
+)
 from postlude.data.formats.columns import column, list_column
 from postlude.data.formats.conversation import Roles
 from postlude.data.formats.sharegpt import ShareGPT
@@ -36,15 +44,17 @@ class Preference(Format):
     def parse(self, record: Record) -> list[Example]:
         names = [f"its '{name}'" for name in (self.chosen, self.rejected)]
         sides = dict(zip(names, (column(record, self.chosen), column(record, self.rejected)), strict=True))
-        pair = answers(
-            record.get(self.prompt),
-            sides,
-            separator=self.separator,
-            tools=record.get(self.tools_field),
-            roles=self.roles,
-        )
+        prompt, tools = record.get(self.prompt), record.get(self.tools_field)
+        pair = answers(prompt, sides, separator=self.separator, tools=tools, roles=self.roles)
         check_different(pair, names)
         return [Ranked(pair, _scores(record, self.margin))]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if not ends_with_answer(conversation):
+            return None
+        prompt, (chosen, rejected) = example_sides(conversation, 1)
+        record = {self.chosen: chosen, self.rejected: rejected, self.prompt: prompt}
+        return record | ({self.tools_field: conversation.tools} if conversation.tools else {})
 
 
 class ShareGPTPreference(Format):
@@ -79,18 +89,25 @@ class ShareGPTPreference(Format):
         check_different(pair, names)
         return [Ranked(pair, _scores(record, self.margin))]
 
-    def _side(self, record: Record, name: str) -> Conversation:
-        column(record, name)
-        reader = ShareGPT(
+    def example_record(self, conversation: Conversation) -> Record | None:
+        record = self._reader(self.chosen).example_record(conversation) if ends_with_answer(conversation) else None
+        rejected = {self.role_field: "gpt", self.content_field: OTHER_ANSWERS[0]}
+        return None if record is None else {**record, self.rejected: rejected}
+
+    def _reader(self, reply_field: str) -> ShareGPT:
+        return ShareGPT(
             field=self.field,
             role_field=self.role_field,
             content_field=self.content_field,
             system_field=self.system_field,
             tools_field=self.tools_field,
-            reply_field=name,
+            reply_field=reply_field,
             roles=self.roles,
         )
-        [whole] = reader.parse(record)
+
+    def _side(self, record: Record, name: str) -> Conversation:
+        column(record, name)
+        [whole] = self._reader(name).parse(record)
         assert isinstance(whole, Conversation)
         return answer_after(whole, len(whole.messages) - 1, f"its '{name}'")
 

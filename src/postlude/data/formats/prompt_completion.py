@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
 from postlude.data.formats.columns import column, kind_of, text_column
-from postlude.data.formats.conversation import Roles, conversation
+from postlude.data.formats.conversation import Roles, conversation, untrain_before
 
 
 class PromptCompletion(Format):
@@ -26,8 +26,7 @@ class PromptCompletion(Format):
     def parse(self, record: Record) -> list[Example]:
         prompt, completion = column(record, self.prompt), column(record, self.completion)
         if isinstance(prompt, str):
-            learned = text_column(record, self.completion)
-            return [Text([(prompt + self.separator, 0.0), (learned, 1.0)])]
+            return [Text([(prompt + self.separator, 0.0), (text_column(record, self.completion), 1.0)])]
         if not isinstance(prompt, list | tuple):
             raise BadRecord(f"its '{self.prompt}' is {kind_of(prompt)}, neither text nor a list of messages")
         if not isinstance(completion, list | tuple):
@@ -37,5 +36,13 @@ class PromptCompletion(Format):
         if not completion:
             raise BadRecord(f"its '{self.completion}' has no message")
         whole = conversation([*prompt, *completion], record.get(self.tools_field), self.roles)
-        given = [{**message, "weight": 0.0} for message in whole.messages[: len(prompt)]]
-        return [Conversation([*given, *whole.messages[len(prompt) :]], whole.tools)]
+        return [untrain_before(whole, len(prompt))]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if len(conversation.messages) < 2:
+            return None
+        *prompt, answer = conversation.messages
+        if len(prompt) == 1 and not conversation.tools:
+            return {self.prompt: prompt[0]["content"], self.completion: answer["content"]}
+        record = {self.prompt: prompt, self.completion: [answer]}
+        return record | ({self.tools_field: conversation.tools} if conversation.tools else {})

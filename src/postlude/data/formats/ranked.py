@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import model_validator
 
-from postlude.data.example import BadRecord, Example, Format, Ranked, Record
-from postlude.data.formats.answers import answers, check_different, number
+from postlude.data.example import BadRecord, Conversation, Example, Format, Ranked, Record
+from postlude.data.formats.answers import answers, check_different, ends_with_answer, example_sides, number
 from postlude.data.formats.columns import list_column
 from postlude.data.formats.conversation import Roles
 
@@ -44,13 +44,13 @@ class RankedAnswers(Format):
         return self
 
     def parse(self, record: Record) -> list[Example]:
-        given = list_column(record, self.answers)
-        if len(given) < 2:
-            raise BadRecord(f"its '{self.answers}' has {len(given)} entries: to rank takes two answers at least")
-        names = [f"answer {place}" for place in range(1, len(given) + 1)]
+        sides = list_column(record, self.answers)
+        if len(sides) < 2:
+            raise BadRecord(f"its '{self.answers}' has {len(sides)} entries: to rank takes two answers at least")
+        names = [f"answer {place}" for place in range(1, len(sides) + 1)]
         several = answers(
             record.get(self.prompt),
-            dict(zip(names, given, strict=True)),
+            dict(zip(names, sides, strict=True)),
             separator=self.separator,
             tools=record.get(self.tools_field),
             roles=self.roles,
@@ -68,6 +68,17 @@ class RankedAnswers(Format):
                 raise BadRecord(f"two of its answers have the same rank in '{self.ranks}'; equals are told by scores")
             several = [several[place] for place in sorted(range(len(ranks)), key=ranks.__getitem__)]
         return [Ranked(several)]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if not ends_with_answer(conversation):
+            return None
+        prompt, sides = example_sides(conversation, 2)
+        record: dict[str, Any] = {self.answers: sides, self.prompt: prompt}
+        if self.scores is not None:
+            record[self.scores] = [1.0, 0.5, 0.0]
+        if self.ranks is not None:
+            record[self.ranks] = [0, 1, 2]
+        return record | ({self.tools_field: conversation.tools} if conversation.tools else {})
 
 
 def _numbers(record: Record, name: str, names: Sequence[str]) -> list[float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record
-from postlude.data.formats.columns import column, kind_of, list_column, parsed_json
+from postlude.data.formats.columns import column, kind_of, list_column, parse_json
 from postlude.data.formats.conversation import Roles, conversation
 
 _ROLES = {
@@ -56,6 +57,23 @@ class ShareGPT(Format):
             self._add(messages, turn, f"turn {number}")
         return [conversation(messages, record.get(self.tools_field), self.roles)]
 
+    def example_record(self, conversation: Conversation) -> Record | None:
+        if self.reply_field is not None and len(conversation.messages) < 2:
+            return None
+        names = {"user": "human", "assistant": "gpt", "tool": "observation"}
+        turns: list[dict[str, Any]] = []
+        for message in conversation.messages:
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            if message["content"] or not calls:
+                role = names.get(message["role"], message["role"])
+                turns.append({self.role_field: role, self.content_field: message["content"]})
+            if calls:
+                content = json.dumps(calls[0] if len(calls) == 1 else calls)
+                turns.append({self.role_field: "function_call", self.content_field: content})
+        reply = {} if self.reply_field is None else {self.reply_field: turns.pop()}
+        tools = {self.tools_field: json.dumps(conversation.tools)} if conversation.tools else {}
+        return {self.field: turns, **reply, **tools}
+
     def _add(self, messages: list[dict[str, Any]], turn: Any, what: str) -> None:
         if not isinstance(turn, Mapping):
             raise BadRecord(f"{what} is {kind_of(turn)}, not an object")
@@ -66,7 +84,7 @@ class ShareGPT(Format):
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         if name == "function_call":
-            calls = parsed_json(content, what)
+            calls = parse_json(content, what)
             calls = calls if isinstance(calls, list | tuple) else [calls]
             if messages and messages[-1]["role"] == "assistant":
                 # The assistant's words and the call that follows them are one message everywhere else.

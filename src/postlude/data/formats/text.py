@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from postlude.data.example import Example, Format, Record, Text
+from postlude.data.example import Conversation, Example, Format, Record, Text
 from postlude.data.formats.columns import text_column
 
 
@@ -16,3 +16,6 @@ class PlainText(Format):
 
     def parse(self, record: Record) -> list[Example]:
         return [Text([(text_column(record, self.field), 1.0)])]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        return {self.field: "\n".join(message["content"] for message in conversation.messages)}

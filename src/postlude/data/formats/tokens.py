@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from postlude.data.example import BadRecord, Example, Format, Record, Tokens
+from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Tokens
 from postlude.data.formats.columns import kind_of, list_column
 from postlude.data.formats.conversation import weight
 
@@ -43,13 +43,28 @@ class TokenIds(Format):
             return [Tokens(ids, self._weights_of_labels(record, ids))]
         if self.weights is None:
             return [Tokens(ids, [1.0] * len(ids))]
-        given = list_column(record, self.weights)
-        self._same_length(ids, given, self.weights)
-        return [Tokens(ids, [weight(value, f"token {number}") for number, value in enumerate(given, 1)])]
+        weights = list_column(record, self.weights)
+        self._check_same_length(ids, weights, self.weights)
+        return [Tokens(ids, [weight(value, f"token {number}") for number, value in enumerate(weights, 1)])]
+
+    def example_record(self, conversation: Conversation) -> Record | None:
+        """One token a byte, those of the assistant trained."""
+        messages = conversation.messages
+        tokens = [
+            (byte, message["role"] == "assistant") for message in messages for byte in message["content"].encode()
+        ]
+        if not tokens:
+            return None
+        record: dict[str, Any] = {self.field: [byte for byte, _ in tokens]}
+        if self.weights is not None:
+            record[self.weights] = [float(trained) for _, trained in tokens]
+        if self.labels is not None:
+            record[self.labels] = [byte if trained else IGNORED for byte, trained in tokens]
+        return record
 
     def _weights_of_labels(self, record: Record, ids: list[int]) -> list[float]:
         labels = _integers(record, self.labels or "")
-        self._same_length(ids, labels, self.labels or "")
+        self._check_same_length(ids, labels, self.labels or "")
         for number, (token, label) in enumerate(zip(ids, labels, strict=True), 1):
             if label not in (token, IGNORED):
                 raise BadRecord(
@@ -58,7 +73,7 @@ class TokenIds(Format):
                 )
         return [0.0 if label == IGNORED else 1.0 for label in labels]
 
-    def _same_length(self, ids: list[int], others: Sequence[Any], name: str) -> None:
+    def _check_same_length(self, ids: list[int], others: Sequence[Any], name: str) -> None:
         if len(others) != len(ids):
             raise BadRecord(f"its '{name}' has {len(others)} entries for {len(ids)} tokens")
 

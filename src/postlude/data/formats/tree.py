@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record
 from postlude.data.formats.columns import column, kind_of
-from postlude.data.formats.conversation import conversation
+from postlude.data.formats.conversation import Roles, conversation
 
 _ROLES = {"prompter": "user"}
 
@@ -20,6 +20,7 @@ class Tree(Format):
     """
 
     produces = Conversation
+    roles: ClassVar[Roles] = "strict"
 
     field: str = "prompt"
     """The column of the root message."""
@@ -36,11 +37,21 @@ class Tree(Format):
             raise BadRecord("no path through the tree ends with a turn of the assistant")
         return [conversation(path) for path in (paths[:1] if self.paths == "best" else paths)]
 
+    def example_record(self, conversation: Conversation) -> Record | None:
+        messages, texts = conversation.messages, [message["content"] for message in conversation.messages]
+        if conversation.tools or not texts or not all(isinstance(text, str) and text for text in texts):
+            return None
+        replies: list[dict[str, Any]] = []
+        for message in reversed(messages):
+            role = "prompter" if message["role"] == "user" else message["role"]
+            replies = [{"role": role, "text": message["content"], "rank": 0, "replies": replies}]
+        return {self.field: replies[0]}
+
 
 def _paths(node: Mapping[str, Any], before: list[dict[str, str]]) -> list[list[dict[str, str]]]:
     """The paths through a message that end with the assistant and cannot be made longer, the best ranked first."""
     path = [*before, _message(node)]
-    longer = [found for reply in _replies(node) for found in _paths(reply, path)]
+    longer = [path_on for reply in _replies(node) for path_on in _paths(reply, path)]
     if longer:
         return longer
     return [path] if path[-1]["role"] == "assistant" else []

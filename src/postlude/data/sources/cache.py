@@ -23,13 +23,13 @@ _POLL_SECONDS, _SAY_AFTER_SECONDS, _DEADLINE_SECONDS = 0.1, 5.0, 4 * 3600.0
 _log = logging.getLogger(__name__)
 
 
-def cached(cache: str, name: str, make: Callable[[str], None]) -> str:
+def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     """The local path of the file ``name``, which ``make(path)`` writes if it is not there yet."""
     folder = _machine_folder(cache)
     path = os.path.join(folder, name)
     if os.path.exists(path):
         return path
-    held = _wait_for_lock(f"{path}.lock", name)
+    lock = _wait_for_lock(f"{path}.lock", name)
     try:
         if not os.path.exists(path):
             unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
@@ -41,7 +41,7 @@ def cached(cache: str, name: str, make: Callable[[str], None]) -> str:
                 if os.path.exists(unfinished):
                     os.remove(unfinished)
     finally:
-        held.release()
+        lock.release()
     return path
 
 
@@ -57,7 +57,7 @@ def _machine_folder(cache: str) -> str:
 
 
 def _wait_for_lock(path: str, name: str) -> storage.Lock:
-    began = said = time.monotonic()
+    began = last_told = time.monotonic()
     while True:
         try:
             return storage.lock(path, what=f"cache file {name}")
@@ -65,7 +65,7 @@ def _wait_for_lock(path: str, name: str) -> storage.Lock:
             now = time.monotonic()
             if now - began > _DEADLINE_SECONDS:
                 raise DataError(f"Gave up waiting for '{name}' after four hours: {error}") from error
-            if now - said > _SAY_AFTER_SECONDS:
-                said = now
+            if now - last_told > _SAY_AFTER_SECONDS:
+                last_told = now
                 _log.warning("Waiting for '%s', made by %s.", name, storage.holder(path))
             time.sleep(_POLL_SECONDS)

@@ -6,8 +6,8 @@ import glob
 from collections.abc import Sequence
 
 from postlude import storage
-from postlude.data.records import RandomAccess, Records, Stream, digest
-from postlude.data.sources.cache import cached
+from postlude.data.records import GroupAccess, RandomAccess, Records, digest
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.compression import SUFFIXES, is_compressed, open_plain
 from postlude.data.sources.indexed import Indexed
 from postlude.data.sources.sequential import Sequential
@@ -32,42 +32,49 @@ def open_files(paths: Sequence[str], stream: bool | None, cache: str) -> Records
     """
     uris = [uri for path in paths for uri in find_files(path)]
     if stream is None:
-        weights = (storage.size_bytes(uri) * (_INFLATION if _is_packed(uri) else 1) for uri in uris)
+        weights = (
+            storage.size_bytes(uri) * (_INFLATION if is_compressed(uri) or _kind_of(uri) == "parquet" else 1)
+            for uri in uris
+        )
         stream = not all(map(storage.is_local, uris)) or sum(weights) > RANDOM_ACCESS_BYTES
     parts = [_open(uri, stream, cache) for uri in uris]
     if not any(part.rows for part in parts):
         what = f"'{uris[0]}' holds" if len(uris) == 1 else f"The {len(uris)} files of {', '.join(paths)} hold"
         raise DataError(f"{what} no record. Check the path, or how the data were written.")
-    return Stream(parts) if stream else RandomAccess(parts)
+    return GroupAccess(parts) if stream else RandomAccess(parts)
 
 
 def find_files(path: str) -> list[str]:
     """The data files that a path means: itself, what a pattern matches, or all those below a folder, sorted."""
     if storage.is_directory(path):
-        found = [
-            uri
-            for uri in storage.expand(storage.join(glob.escape(path), "**"))
-            if _kind_of(uri) and not storage.is_directory(uri) and not _is_hidden(uri.removeprefix(path))
-        ]
-        if not found:
+        uris = []
+        for uri in storage.expand(storage.join(glob.escape(path), "**")):
+            is_hidden = any(part.startswith((".", "_")) for part in uri.removeprefix(path).split("/"))
+            if _kind_of(uri) and not storage.is_directory(uri) and not is_hidden:
+                uris.append(uri)
+        if not uris:
             raise DataError(f"The folder '{path}' holds no data file: none ends in {_endings()}.")
-        return found
-    found = matching(path)
-    unknown = next((uri for uri in found if not _kind_of(uri)), None)
+        return uris
+    uris = match_files(path)
+    unknown = next((uri for uri in uris if not _kind_of(uri)), None)
     if unknown is not None:
         raise DataError(
             f"'{unknown}' is of no kind that is known: its name should end in {_endings()}. Raw files of other kinds "
             "are read by the source 'query', under 'tables'."
         )
-    return found
+    return uris
 
 
-def matching(path: str) -> list[str]:
+def match_files(path: str) -> list[str]:
     """The files that a name or a pattern means, of whatever kind, sorted. DataError if there is none."""
-    found = [uri for uri in storage.expand(path) if not storage.is_directory(uri)]
-    if not found:
-        raise DataError(_nothing_at(path))
-    return found
+    uris = [uri for uri in storage.expand(path) if not storage.is_directory(uri)]
+    if uris:
+        return uris
+    if glob.has_magic(path):
+        raise DataError(f"No file matches the pattern '{path}'. Check it, and the folder that it starts from.")
+    beside = storage.list_directory(storage.parent(path))
+    hint = suggestion(storage.name(path), beside) or " Check the path."
+    raise DataError(f"There is no file '{path}'.{hint}")
 
 
 def file_fingerprint(uri: str) -> str:
@@ -97,7 +104,7 @@ def local_copy(uri: str, fingerprint: str, cache: str) -> str:
             while chunk := source.read(2**20):
                 target.write(chunk)
 
-    return cached(cache, f"copy-{digest(uri, fingerprint)}", copy)
+    return make_once(cache, f"copy-{digest(uri, fingerprint)}", copy)
 
 
 def _kind_of(uri: str) -> str | None:
@@ -108,21 +115,5 @@ def _kind_of(uri: str) -> str | None:
     return None if kind == "parquet" and is_packed else kind
 
 
-def _is_packed(uri: str) -> bool:
-    return is_compressed(uri) or _kind_of(uri) == "parquet"
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.split("/"))
-
-
 def _endings() -> str:
     return ", ".join(f".{ending}" for ending in _KINDS) + f" (text also with {' or '.join(SUFFIXES)})"
-
-
-def _nothing_at(path: str) -> str:
-    if glob.has_magic(path):
-        return f"No file matches the pattern '{path}'. Check it, and the folder that it starts from."
-    beside = storage.list_directory(storage.parent(path))
-    hint = suggestion(storage.name(path), beside) or " Check the path."
-    return f"There is no file '{path}'.{hint}"

@@ -28,8 +28,8 @@ class Hub(Source):
 
         if not storage.is_directory(self.hub):
             return []
-        found = storage.expand(storage.join(glob.escape(self.hub), "**"))
-        return [uri for uri in found if not storage.is_directory(uri)]
+        below = storage.expand(storage.join(glob.escape(self.hub), "**"))
+        return [uri for uri in below if not storage.is_directory(uri)]
 
     def open(self, cache: str) -> Records:
         from postlude.data.sources.hub_rows import load

@@ -20,15 +20,11 @@ from postlude.errors import DataError
 class HubRows(Records):
     """A split, as one group."""
 
-    seekable = True
-
     def __init__(self, table: datasets.Dataset, name: str) -> None:
         self._table, self._name = table.with_format("arrow"), name
-        self.groups = [len(table)]
-        self.files = [[0]]
         # The folder of each cached file is named after the commit, or a hash of the files it was made from.
         made_from = [os.path.basename(os.path.dirname(file["filename"])) for file in table.cache_files]
-        self.fingerprint = digest(name, str(len(table)), *made_from)
+        super().__init__([len(table)], digest(name, str(len(table)), *made_from))
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         wanted = range(self.groups[0]) if rows is None else [int(row) for row in rows]

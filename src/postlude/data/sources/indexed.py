@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,8 @@ import numpy as np
 
 from postlude import storage
 from postlude.data.example import Record
-from postlude.data.records import Records, Unreadable, digest
-from postlude.data.sources.cache import cached
+from postlude.data.records import LastRead, Records, Unreadable, digest, groups_of
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.text import Layout
 
 
@@ -23,27 +22,22 @@ class Indexed(Records):
     ``name`` and ``fingerprint`` are those of the file that the user knows, where this one is a copy.
     """
 
-    seekable = True
-
     def __init__(
         self, uri: str, layout: Layout, cache: str, group_rows: int | None, name: str, fingerprint: str
     ) -> None:
         self._uri, self._layout, self._name, self._group_rows = uri, layout, name, group_rows
-        self.fingerprint = fingerprint
         index = f"index-{digest(uri, fingerprint, type(layout).__name__)}"
-        self._index = cached(cache, index, self._write_index)
+        self._index = make_once(cache, index, self._write_index)
         self._spans = _mapped(self._index)
         rows = len(self._spans)
-        self.groups = [rows] if group_rows is None else _split(rows, group_rows)
-        self.files = [list(range(len(self.groups)))]
-        self._block: tuple[int, int, bytes] | None = None
-        self._lock = threading.Lock()
+        super().__init__([rows] if group_rows is None else groups_of(rows, group_rows), fingerprint)
+        self._block = LastRead(self._read_group)
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         wanted = np.arange(self.groups[group]) if rows is None else np.asarray(rows, np.int64)
         if self._group_rows is None:
             return [self._layout.decode(raw) for raw in self._single(wanted)]
-        base, block = self._whole(group)
+        base, block = self._block(group)
         spans = self._spans[group * self._group_rows + wanted] - base
         return [self._layout.decode(block[start:end]) for start, end in spans.tolist()]
 
@@ -54,23 +48,19 @@ class Indexed(Records):
 
     def _single(self, rows: np.ndarray) -> list[bytes]:
         with storage.open_file(self._uri, "rb") as file:
-            found = []
+            pieces = []
             for start, end in self._spans[rows].tolist():
                 file.seek(start)
-                found.append(file.read(end - start))
-            return found
+                pieces.append(file.read(end - start))
+            return pieces
 
-    def _whole(self, group: int) -> tuple[int, bytes]:
-        """The offset and bytes of a group; the last one read is kept, for it is read in several portions."""
-        with self._lock:
-            if self._block is None or self._block[0] != group:
-                self._block = None
-                first = group * (self._group_rows or 0)
-                start, end = int(self._spans[first, 0]), int(self._spans[first + self.groups[group] - 1, 1])
-                with storage.open_file(self._uri, "rb") as file:
-                    file.seek(start)
-                    self._block = group, start, file.read(end - start)
-            return self._block[1:]
+    def _read_group(self, group: int) -> tuple[int, bytes]:
+        """The offset and bytes of a group."""
+        first = group * (self._group_rows or 0)
+        start, end = int(self._spans[first, 0]), int(self._spans[first + self.groups[group] - 1, 1])
+        with storage.open_file(self._uri, "rb") as file:
+            file.seek(start)
+            return start, file.read(end - start)
 
     def _line(self, offset: int) -> int:
         newlines = 0
@@ -91,10 +81,10 @@ class Indexed(Records):
             spans.tofile(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_block": None, "_lock": None, "_spans": None}
+        return {**self.__dict__, "_spans": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _spans=_mapped(state["_index"]))
+        self.__dict__.update(state, _spans=_mapped(state["_index"]))
 
 
 def _mapped(path: str) -> np.ndarray:
@@ -102,8 +92,3 @@ def _mapped(path: str) -> np.ndarray:
     if not os.path.getsize(path):  # nothing cannot be mapped
         return np.empty((0, 2), np.int64)
     return np.memmap(path, np.int64, mode="r").reshape(-1, 2)
-
-
-def _split(rows: int, group_rows: int) -> list[int]:
-    whole, rest = divmod(rows, group_rows)
-    return [group_rows] * whole + ([rest] if rest else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import IO, Any
@@ -10,8 +9,8 @@ from typing import IO, Any
 import numpy as np
 
 from postlude.data.example import Record
-from postlude.data.records import Records, Unreadable, digest
-from postlude.data.sources.cache import cached
+from postlude.data.records import LastRead, Records, Unreadable, digest, groups_of
+from postlude.data.sources.cache import make_once
 from postlude.data.sources.compression import open_plain
 from postlude.data.sources.text import Layout, Piece
 
@@ -24,53 +23,34 @@ class Sequential(Records):
 
     seekable = False
 
-    _stream: IO[bytes] | None
-    """The open file; ``_next_group`` comes next in it."""
-    _pieces: Iterator[Piece]
-    _next_group: int
-    _held: list[Piece]
-    """The pieces of the last group that was read, ``_held_group``."""
-    _held_group: int
-
     def __init__(self, uri: str, layout: Layout, cache: str, group_rows: int, fingerprint: str) -> None:
         self._uri, self._layout, self._group_rows = uri, layout, group_rows
-        self.fingerprint = fingerprint
         count = f"count-{digest(uri, fingerprint, type(layout).__name__)}.npy"
-        rows = int(np.load(cached(cache, count, self._write_count)))
-        whole, rest = divmod(rows, group_rows)
-        self.groups = [group_rows] * whole + ([rest] if rest else [])
-        self.files = [list(range(len(self.groups)))]
-        self._lock = threading.Lock()
-        self._rewind()
+        rows = int(np.load(make_once(cache, count, self._write_count)))
+        super().__init__(groups_of(rows, group_rows), fingerprint)
+        self._open: tuple[IO[bytes], Iterator[Piece], int] | None = None
+        """The open file, the pieces that come next in it, and the group that begins with them."""
+        self._pieces = LastRead(self._read_group)
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
-        pieces = self._pieces_of(group)
+        pieces = self._pieces(group)
         return [self._layout.decode(pieces[row].raw) for row in (range(len(pieces)) if rows is None else rows)]
 
     def where(self, group: int, row: int) -> str:
-        return f"{self._uri}, {self._layout.unit} {self._pieces_of(group)[row].number}"
+        return f"{self._uri}, {self._layout.unit} {self._pieces(group)[row].number}"
 
-    def _pieces_of(self, group: int) -> list[Piece]:
-        """The group's pieces; the last group read is kept, for it is read in several portions."""
-        with self._lock:
-            if group == self._held_group:
-                return self._held
-            if self._stream is None or group < self._next_group:
-                if self._stream is not None:
-                    self._stream.close()
-                self._rewind()
-                self._stream = open_plain(self._uri)
-                self._pieces = self._layout.pieces(self._stream)
-            skipped = (group - self._next_group) * self._group_rows
-            self._held_group, self._held = -1, []
-            next(islice(self._pieces, skipped, skipped), None)
-            self._held = list(islice(self._pieces, self.groups[group]))
-            self._held_group, self._next_group = group, group + 1
-            return self._held
+    def _read_group(self, group: int) -> list[Piece]:
+        file, pieces, next_group = self._open if self._open is not None and self._open[2] <= group else self._rewind()
+        skipped = (group - next_group) * self._group_rows
+        next(islice(pieces, skipped, skipped), None)
+        self._open = file, pieces, group + 1
+        return list(islice(pieces, self.groups[group]))
 
-    def _rewind(self) -> None:
-        self._stream, self._pieces, self._next_group = None, iter(()), 0
-        self._held, self._held_group = [], -1
+    def _rewind(self) -> tuple[IO[bytes], Iterator[Piece], int]:
+        if self._open is not None:
+            self._open[0].close()
+        file = open_plain(self._uri)
+        return file, self._layout.pieces(file), 0
 
     def _write_count(self, path: str) -> None:
         with open_plain(self._uri) as stream:
@@ -79,10 +59,4 @@ class Sequential(Records):
             np.save(file, np.int64(rows))
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_uri", "_layout", "_group_rows", "fingerprint", "groups", "files")
-        return {name: getattr(self, name) for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-        self._rewind()
+        return {**self.__dict__, "_open": None}

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from postlude import storage
 from postlude.data.records import digest
-from postlude.data.sources.cache import cached
-from postlude.data.sources.files import file_fingerprint, local_copy, matching
-from postlude.data.sources.query import Table
+from postlude.data.sources.cache import make_once
+from postlude.data.sources.files import file_fingerprint, local_copy, match_files
+from postlude.data.sources.query_table import Table
 from postlude.data.sources.tables import ArrowRows, write_arrow
 from postlude.errors import DataError
 
@@ -36,9 +36,11 @@ def query_rows(query: str, tables: Mapping[str, Table], cache: str) -> ArrowRows
                 _create_view(connection, name, table, [_on_this_machine(uri, cache) for uri in uris[name]])
             _write_result(connection, query, path)
 
-    rows = ArrowRows(cached(cache, f"query-{fingerprint}.arrow", run), "the query's result", fingerprint)
+    rows = ArrowRows(make_once(cache, f"query-{fingerprint}.arrow", run), "the query's result", fingerprint)
     if not rows.rows:
-        raise DataError(f"The query gives no row: {_first_line(query)} ... Loosen its conditions, or check its files.")
+        raise DataError(
+            f"The query gives no row: {query.strip().splitlines()[0]} ... Loosen its conditions, or check its files."
+        )
     return rows
 
 
@@ -68,9 +70,11 @@ def _create_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table,
         arguments.append(f"columns = {{{types}}}")
     if reader == "csv":
         header = table.header if table.header is not None or table.columns is None else False
-        given = {"delim": table.delimiter, "quote": table.quote, "header": header}
-        arguments += [f"{key} = {_literal(value)}" for key, value in given.items() if value is not None]
-    unused = _unused_keys(table, reader)
+        options = {"delim": table.delimiter, "quote": table.quote}
+        arguments += [f"{key} = {_text(value)}" for key, value in options.items() if value is not None]
+        arguments += [] if header is None else [f"header = {str(header).lower()}"]
+    known_keys = {"csv": {"columns", "delimiter", "header", "quote"}, "json": {"columns"}, "parquet": set[str]()}
+    unused = sorted(table.model_fields_set - {"path", "format"} - known_keys[reader])
     if unused:
         raise DataError(
             f"The table '{name}' of the query is read as {reader}, which has no use for the "
@@ -83,13 +87,8 @@ def _create_view(connection: duckdb.DuckDBPyConnection, name: str, table: Table,
         raise DataError(f"The table '{name}' of the query cannot be read from '{paths[0]}'. {error}") from error
 
 
-def _unused_keys(table: Table, reader: str) -> list[str]:
-    of_reader = {"csv": {"columns", "delimiter", "header", "quote"}, "json": {"columns"}, "parquet": set[str]()}
-    return sorted(table.model_fields_set - {"path", "format"} - of_reader[reader])
-
-
 def _files_of(table: Table) -> list[str]:
-    return [uri for path in ([table.path] if isinstance(table.path, str) else table.path) for uri in matching(path)]
+    return [uri for path in ([table.path] if isinstance(table.path, str) else table.path) for uri in match_files(path)]
 
 
 def _on_this_machine(uri: str, cache: str) -> str:
@@ -143,13 +142,5 @@ def _texts_in(node: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-def _literal(value: str | bool) -> str:
-    return _text(value) if isinstance(value, str) else str(value).lower()
-
-
 def _text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
-
-
-def _first_line(query: str) -> str:
-    return query.strip().splitlines()[0]

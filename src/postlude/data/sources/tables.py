@@ -7,7 +7,6 @@ memory as there is room for.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, groupby
@@ -18,8 +17,8 @@ import pyarrow.parquet as pq
 
 from postlude import storage
 from postlude.data.example import Record
-from postlude.data.records import Records, Unreadable, digest
-from postlude.data.sources.cache import cached
+from postlude.data.records import LastRead, Records, Unreadable, digest
+from postlude.data.sources.cache import make_once
 from postlude.errors import DataError
 
 BATCH_ROWS = 1024
@@ -29,16 +28,12 @@ BATCH_ROWS = 1024
 class RowGroups(Records):
     """One Parquet file; each of its row groups is a group."""
 
-    seekable = True
-
     def __init__(self, uri: str, fingerprint: str) -> None:
-        self._uri, self.fingerprint = uri, fingerprint
         with parquet_file(uri) as file:
-            self.groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        self.files = [list(range(len(self.groups)))]
-        self._starts = [0, *accumulate(self.groups)]
-        self._held: tuple[int, pa.Table] | None = None
-        self._lock = threading.Lock()
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        super().__init__(groups, fingerprint)
+        self._uri, self._starts = uri, [0, *accumulate(groups)]
+        self._table = LastRead(self._read_group)
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         table = self._table(group)
@@ -47,40 +42,26 @@ class RowGroups(Records):
     def where(self, group: int, row: int) -> str:
         return f"{self._uri}, row {self._starts[group] + row + 1}"
 
-    def _table(self, group: int) -> pa.Table:
-        """The group's rows; the last group read is kept, for it is read in several portions."""
-        with self._lock:
-            if self._held is None or self._held[0] != group:
-                self._held = None
-                with parquet_file(self._uri) as file:
-                    self._held = group, file.read_row_group(group)
-            return self._held[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+    def _read_group(self, group: int) -> pa.Table:
+        with parquet_file(self._uri) as file:
+            return file.read_row_group(group)
 
 
 class ArrowRows(Records):
     """One Arrow file that :func:`write_arrow` wrote, as one group. ``name`` is what the user knows the rows by."""
 
-    seekable = True
-
     def __init__(self, path: str, name: str, fingerprint: str) -> None:
-        self._path, self._name, self.fingerprint = path, name, fingerprint
+        self._path, self._name = path, name
         self._open()
-        self.groups = [sum(batch.num_rows for batch in self._batches)]
-        self.files = [[0]]
+        super().__init__([sum(batch.num_rows for batch in self._batches)], fingerprint)
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         wanted = range(self.groups[0]) if rows is None else rows
-        found: list[Record | Unreadable] = []
+        records: list[Record | Unreadable] = []
         for batch, run in groupby(wanted, key=lambda row: row // BATCH_ROWS):
             places = pa.array([row % BATCH_ROWS for row in run], pa.int64())
-            found += self._batches[batch].take(places).to_pylist()
-        return found
+            records += self._batches[batch].take(places).to_pylist()
+        return records
 
     def where(self, group: int, row: int) -> str:
         return f"{self._name}, row {row + 1}"
@@ -104,7 +85,7 @@ def parquet_rows(uri: str, fingerprint: str, cache: str) -> ArrowRows:
         with parquet_file(uri) as file:
             write_arrow(path, file.schema_arrow, file.iter_batches(BATCH_ROWS))
 
-    return ArrowRows(cached(cache, f"rows-{digest(uri, fingerprint)}.arrow", convert), uri, fingerprint)
+    return ArrowRows(make_once(cache, f"rows-{digest(uri, fingerprint)}.arrow", convert), uri, fingerprint)
 
 
 def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -115,7 +96,7 @@ def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
             waiting.append(batch.cast(plain))
-            if sum(one.num_rows for one in waiting) >= BATCH_ROWS:
+            if sum(part.num_rows for part in waiting) >= BATCH_ROWS:
                 table = pa.Table.from_batches(waiting).combine_chunks()
                 whole = table.num_rows - table.num_rows % BATCH_ROWS
                 writer.write_table(table.slice(0, whole), max_chunksize=BATCH_ROWS)

@@ -12,9 +12,10 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from postlude.data.example import Record
+from postlude.data.formats.columns import kind_of
 from postlude.data.records import Unreadable
 from postlude.errors import DataError
 
@@ -87,7 +88,7 @@ class JsonLines:
         except RecursionError:
             return Unreadable("it is nested too deeply")
         if not isinstance(value, dict):
-            return Unreadable(f"expected an object, found {_kind(value)}")
+            return Unreadable(f"expected an object, found {kind_of(value)}")
         if ("\\ud" in text or "\\uD" in text) and not _is_unicode(text):
             return Unreadable("it holds half of a surrogate pair, which is no character")
         return value
@@ -276,13 +277,3 @@ def _is_unicode(json_text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, list):
-        return "a list"
-    return "text" if isinstance(value, str) else "a number"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from postlude.data.dataset import Dataset
 from postlude.data.document import Document, Unit
 from postlude.data.encode import Encoded, Encoder
-from postlude.data.encoded import EncodedDataset
+from postlude.data.encoded_dataset import EncodedDataset
 from postlude.data.example import BadRecord
 from postlude.data.loader import Loader
 from postlude.data.measure import measure

@@ -33,7 +33,7 @@ class EncodedDataset:
     ) -> None:
         self.dataset, self.encoder = dataset, encoder
         self._units, self._on_bad_record = units, on_bad_record
-        self.statistics = SourceStatistics(dataset.name, dataset.rows, filtered=self._filtered())
+        self.statistics = SourceStatistics(dataset.name, dataset.rows, filtered=self._left_out())
 
     @property
     def groups(self) -> Sequence[int]:
@@ -50,19 +50,19 @@ class EncodedDataset:
     def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
         """The units of these rows of a group: one tuple for each position, empty where the record was dropped."""
         rows = self.dataset.examples(group, positions)
-        encoded = iter(self.encoder.encode([one for row in rows for one in row], self.dataset.name))
+        encoded = iter(self.encoder.encode([example for row in rows for example in row], self.dataset.name))
         self.statistics.read += len(rows)
-        self.statistics.filtered = self._filtered()
-        return [tuple(unit for one in row for unit in self._counted(one[0], next(encoded))) for row in rows]
+        self.statistics.filtered = self._left_out()
+        return [tuple(unit for name, _ in row for unit in self._units_of(name, next(encoded))) for row in rows]
 
-    def _filtered(self) -> dict[str, Dropped]:
+    def _left_out(self) -> dict[str, Dropped]:
         """What the data set has left out so far: by its filters, and bad records that were met since."""
         return {
             reason: Dropped(dropped.count, [identity for identity, _ in dropped.examples])
             for reason, dropped in self.dataset.dropped.items()
         }
 
-    def _counted(self, example_id: str, encoded: Encoded) -> tuple[Unit, ...]:
+    def _units_of(self, example_id: str, encoded: Encoded) -> tuple[Unit, ...]:
         if encoded.error is not None:
             if self._on_bad_record == "stop":
                 raise DataError(
