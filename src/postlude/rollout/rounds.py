@@ -17,7 +17,7 @@ import base64
 import math
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -409,16 +409,3 @@ class Rounds:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def outcomes(lines: Sequence[Mapping[str, Any]]) -> dict[int, Counter[str]]:
-    """What the rollouts of a stage tell of each issued prompt, by its number: how often it was trained or dropped."""
-    found: dict[int, Counter[str]] = {}
-    seen: set[tuple[int, int, str]] = set()
-    for line in lines:
-        if "outcome" in line:
-            key = (line["issue"], line["step"], line["outcome"])
-            if key not in seen:
-                seen.add(key)
-                found.setdefault(line["issue"], Counter())[line["outcome"]] += 1
-    return found

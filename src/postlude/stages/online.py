@@ -27,7 +27,7 @@ from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.rounds import Plan, Rounds
 from postlude.rollout.scoring import Score, Scorer, pass_at_k
-from postlude.rollout.serving.external import ApartEngine
+from postlude.rollout.serving.external import ExternalEngine
 from postlude.runs import Run
 from postlude.stages.models import ForwardModels, stop_ids_of
 from postlude.stages.online_engines import engine_of
@@ -40,7 +40,7 @@ from postlude.training.timing import Phases
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
 
-APART_CORRECTION = 2.0
+EXTERNAL_CORRECTION = 2.0
 MOST_GAP = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 """How far an engine's log-probabilities may be from the policy's on average, where both have the same weights."""
 
@@ -103,7 +103,7 @@ class OnlineAssembly(Assembly, ForwardModels):
         )
 
     @cached_property
-    def policy_engine(self) -> PolicyEngine | ApartEngine:
+    def policy_engine(self) -> PolicyEngine | ExternalEngine:
         """What answers."""
         return engine_of(self)
 
@@ -111,7 +111,7 @@ class OnlineAssembly(Assembly, ForwardModels):
     def correction(self) -> float | None:
         """The bound of the correction for an engine that is not quite the policy."""
         said = self.config.rollout.correction
-        return APART_CORRECTION if said is None and self.config.rollout.engine.is_apart else said
+        return EXTERNAL_CORRECTION if said is None and self.config.rollout.engine.is_external else said
 
     @cached_property
     def assessor(self) -> Assessor:
@@ -129,7 +129,7 @@ class OnlineAssembly(Assembly, ForwardModels):
     def answerer(self) -> Answerer:
         rollout = self.config.rollout
         background = None
-        if rollout.engine.is_apart:
+        if rollout.engine.is_external:
             # As many at a time as there are rounds; an engine that makes one after the other is asked so.
             at_once = rollout.ahead if rollout.engine.updates_in_flight else 1
             background = ThreadPoolExecutor(max(at_once, 1), "answers", torch.set_num_threads, (self.task.threads,))

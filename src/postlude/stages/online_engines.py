@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from postlude.manifest.compute import Pool
 from postlude.rollout.colocated import PolicyEngine
-from postlude.rollout.serving.external import ApartEngine, Seat
+from postlude.rollout.serving.external import ExternalEngine, Slot
 from postlude.rollout.serving.server import EngineChoice, Server, Serving
-from postlude.rollout.serving.weight_transfer import Handover, write_for_engines
+from postlude.rollout.serving.weight_transfer import WeightTransfer, write_for_engines
 from postlude.training.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ VERSIONS = 3
 """Of the weights that may be there at a time: one that is read, one that waits, one that is written."""
 
 
-def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
+def engine_of(parts: OnlineAssembly) -> PolicyEngine | ExternalEngine:
     """The policy itself; or the engine beside this rank; or its part of those that are in a pool of their own."""
     policy, rollout = parts.program.roles["policy"].model, parts.config.rollout
     choice = rollout.engine
-    if not choice.is_apart:
+    if not choice.is_external:
         return PolicyEngine(policy, parts.precision, rollout.concurrency)
     pools = parts.manifest.compute.pools
     pool = pools.get(rollout.pool or parts.config.pool, Pool())
@@ -45,9 +45,9 @@ def engine_of(parts: OnlineAssembly) -> PolicyEngine | ApartEngine:
     def write(folder: Path, before: Path | None) -> None:
         write_for_engines(policy, folder, dtype, parts.workers, serving.adapter_rank > 0, before)
 
-    handover = Handover(write, lambda: choice.meets(VERSIONS * serving.weights))
-    seats = [Seat(choice.component_name, make, handover) for make in _servers(parts, serving)]
-    return ApartEngine(seats, handover, serving.context, choice.updates_in_flight)
+    transfer = WeightTransfer(write, lambda: choice.weights_folder(VERSIONS * serving.weights))
+    slots = [Slot(choice.component_name, make, transfer) for make in _servers(parts, serving)]
+    return ExternalEngine(slots, transfer, serving.context, choice.updates_in_flight)
 
 
 def _rank_alone(policy: LanguageModel, choice: EngineChoice) -> int:
