@@ -25,9 +25,10 @@ from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.prompts import NoPrompt, Prompt, PromptEncoder, prompt_of
 from postlude.rollout.reward_pool import RewardPool
-from postlude.rollout.rounds import Plan, Rounds
+from postlude.rollout.rounds import Rounds
 from postlude.rollout.scoring import Score, Scorer, pass_at_k
 from postlude.rollout.serving.external import ExternalEngine
+from postlude.rollout.steps import RoundRules
 from postlude.runs import Run
 from postlude.stages.models import ForwardModels, stop_ids_of
 from postlude.stages.online_engines import engine_of
@@ -72,7 +73,7 @@ class OnlineAssembly(Assembly, ForwardModels):
     def loader(self) -> Rounds:  # type: ignore[override]
         """The loop, which makes steps of the policy's own answers."""
         config, batch = self.config, self.config.batch
-        plan = Plan(
+        rules = RoundRules(
             prompts=config.rollout.prompts,
             group=config.group,
             updates=config.updates,
@@ -87,19 +88,19 @@ class OnlineAssembly(Assembly, ForwardModels):
         assessment = Assessment(
             self.assessor,
             config.algorithm(),
-            self.journal,
+            self.journal.event,
             gap=MOST_GAP[self.precision.name],
             correction=self.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
         return Rounds(
-            plan,
+            rules,
             Ledger(self.datasets, config.data, self.manifest.seed, config.epochs),
             self.read_prompts,
             self.answerer,
             assessment,
-            self.journal,
+            self.journal.rollouts,
         )
 
     @cached_property
