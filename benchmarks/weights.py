@@ -1,4 +1,4 @@
-"""How long an engine that is apart takes to have the policy's newest weights: native and vLLM.
+"""How long an external engine takes to have the policy's newest weights: native and vLLM.
 
     python benchmarks/weights.py [--engine native]
 

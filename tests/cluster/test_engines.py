@@ -15,7 +15,7 @@ from postlude.cluster.worker import WorkerSetup
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.engines.native import Native
 from postlude.rollout.serving.server import Serving
-from stages.conftest import write_random_model
+from stages.conftest import outcomes, write_random_model
 from stages.test_engines import rooms
 
 pytestmark = pytest.mark.long
@@ -157,6 +157,4 @@ def test_vllm_stays_warm_when_those_who_train_are_killed(project, tmp_path, vllm
 
 
 def outcomes_of(project):
-    from postlude.rollout.rounds import outcomes
-
     return outcomes(project.run.stage("sft").rollouts.read())

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,11 +20,13 @@ from postlude.model.adapters import Asked
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.engines.vllm import Client, Vllm
+from postlude.rollout.engines.vllm import Vllm
 from postlude.rollout.serving import sender
-from postlude.rollout.serving.external import ApartEngine, Seat
+from postlude.rollout.serving.external import ExternalEngine, Slot
 from postlude.rollout.serving.server import Serving
-from postlude.rollout.serving.weight_transfer import Handover, write_for_engines
+from postlude.rollout.serving.vllm import VllmServer
+from postlude.rollout.serving.vllm_client import VllmClient
+from postlude.rollout.serving.weight_transfer import WeightTransfer, write_for_engines
 from postlude.training.workers import Workers
 
 SHAPE = {
@@ -45,27 +46,30 @@ def policy() -> LanguageModel:
     return load_model(ModelFrom(new=NewModel(architecture="llama", config=config)), None, None, seed=1)
 
 
-def apart(choice: Vllm, serving: Serving, policy: LanguageModel) -> ApartEngine:
-    """An engine that is given the policy's weights."""
+class Vllms(ExternalEngine):
+    """Servers of vLLM, one after the other, that are given the policy's weights."""
 
-    def write(folder: Path, before: Path | None) -> None:
-        write_for_engines(policy, folder, torch.float32, Workers(), serving.adapter_rank > 0, before)
+    def __init__(self, choice: Vllm, serving: Serving, policy: LanguageModel) -> None:
+        self.servers: list[VllmServer] = []
+        """Those that were made; the last is at work."""
 
-    handover = Handover(write, lambda: choice.meets(serving.weights))
-    seat = Seat("vllm", lambda: choice.server(serving), handover)
-    return ApartEngine([seat], handover, serving.context, choice.updates_in_flight)
+        def write(folder: Path, before: Path | None) -> None:
+            write_for_engines(policy, folder, torch.float32, Workers(), serving.adapter_rank > 0, before)
+
+        def make() -> VllmServer:
+            self.servers.append(choice.server(serving))
+            return self.servers[-1]
+
+        self.transfer = WeightTransfer(write, lambda: choice.weights_folder(serving.weights))
+        super().__init__([Slot("vllm", make, self.transfer)], self.transfer, serving.context, choice.updates_in_flight)
 
 
 @pytest.fixture(scope="module")
-def engine(vllm, policy) -> Iterator[ApartEngine]:
-    engine = apart(vllm, SERVING, policy)
+def engine(vllm, policy) -> Iterator[Vllms]:
+    engine = Vllms(vllm, SERVING, policy)
     engine.update(0)
     yield engine
     engine.close()
-
-
-def server_of(engine: ApartEngine) -> Any:
-    return engine._seats[0]._server
 
 
 def requests(samples: int = 4) -> list[Request]:
@@ -140,9 +144,9 @@ def test_requests_go_on_over_an_update(engine, policy):
 @pytest.mark.capability("A vLLM server that runs already, at an address")
 def test_a_server_that_runs_already_takes_weights_through_a_folder(engine, policy, tmp_path):
     engine.generate(requests(1), Sampling(1, frozenset()))
-    address = server_of(engine).address
+    address = engine.servers[-1].address
     move(policy)
-    other = apart(Vllm(addresses=[address], exchange=str(tmp_path)), SERVING, policy)
+    other = Vllms(Vllm(addresses=[address], exchange=str(tmp_path)), SERVING, policy)
     other.update(30)
     made = other.generate(requests(), Sampling(24, frozenset(), seed=4))
     assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
@@ -158,13 +162,13 @@ def test_a_server_that_sees_no_folder_is_sent_the_weights(engine, policy, tmp_pa
     """In packs: of several tensors, and of a single one that is larger than a pack."""
     monkeypatch.setattr(sender, "PACK_BYTES", 100_000)
     engine.generate(requests(1), Sampling(1, frozenset()))
-    choice = Vllm(addresses=[server_of(engine).address], network=True)
+    choice = Vllm(addresses=[engine.servers[-1].address], network=True)
     choice.check()
-    other = apart(choice, SERVING, policy)
+    other = Vllms(choice, SERVING, policy)
     for version in (50, 51):
         move(policy)
         other.update(version)
-        assert len(sender.packed(other._handover.room / f"version-{version}")) > 2
+        assert len(sender.pack(other.transfer.room / f"version-{version}")) > 2
         made = other.generate(requests(), Sampling(24, frozenset(), seed=4))
         assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
         assert all(set(one.versions) == {version} for one in made)
@@ -175,19 +179,23 @@ def test_a_server_that_sees_no_folder_is_sent_the_weights(engine, policy, tmp_pa
 def test_a_server_sleeps_while_nothing_is_asked(engine, policy, monkeypatch):
     """On a CPU it has nothing to give back: that it is told, and answers afterwards, is what there is to see."""
     engine.generate(requests(1), Sampling(1, frozenset()))
-    monkeypatch.setattr(server_of(engine), "_sleeps", True)
-    client = Client(server_of(engine).address)
+    monkeypatch.setattr(engine.servers[-1], "sleeps", True)
+    client = VllmClient(engine.servers[-1].address)
+
+    def is_asleep() -> bool:
+        return client.call("GET", "/is_sleeping")["is_sleeping"]
+
     for version in (60, 61):
         assert engine.generate(requests(1), Sampling(2, frozenset()))
-        assert client.is_asleep
+        assert is_asleep()
         move(policy)
         engine.update(version)
-        assert not client.is_asleep
+        assert not is_asleep()
         made = engine.generate(requests(), Sampling(8, frozenset(), seed=2))
         assert max(gaps(policy, one, 1.0).max() for one in made) < 1e-4
     monkeypatch.undo()
     engine.update(62)
-    assert not client.is_asleep
+    assert not is_asleep()
     assert not engine.deaths()
 
 
@@ -224,7 +232,7 @@ def test_what_is_not_needed_is_cut_where_it_is(engine, policy):
 @pytest.mark.long
 def test_what_comes_late_to_the_server_is_cut_as_well(engine, monkeypatch):
     """The long request is on its way while the short one ends: the server does not know it when it is to be cut."""
-    ask, cut, was_cut = Client.generate, Client.abort, threading.Event()
+    ask, cut, was_cut = VllmClient.generate, VllmClient.abort, threading.Event()
 
     def late(self, request, sampling, name):
         assert request.limit or was_cut.wait(60)
@@ -234,8 +242,8 @@ def test_what_comes_late_to_the_server_is_cut_as_well(engine, monkeypatch):
         cut(self, names)
         was_cut.set()
 
-    monkeypatch.setattr(Client, "generate", late)
-    monkeypatch.setattr(Client, "abort", told)
+    monkeypatch.setattr(VllmClient, "generate", late)
+    monkeypatch.setattr(VllmClient, "abort", told)
     short, long = (replace(one, limit=limit) for one, limit in zip(requests(1), (4, None), strict=False))
     for seed in range(8):
         was_cut.clear()
@@ -252,7 +260,7 @@ def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     engine.update(70)
     sampling = Sampling(200, frozenset(), temperature=0.9, seed=6)
     calm = engine.generate(requests(), sampling)
-    cores = [one for one in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]
+    cores = [process for process in guarded() if "EngineCore" in " ".join(process.cmdline())]
     assert cores
     made: list[Completion] = []
     work = threading.Thread(target=lambda: made.extend(engine.generate(requests(), sampling)))
@@ -265,11 +273,16 @@ def test_a_killed_server_is_replaced_with_the_newest_weights(engine, policy):
     assert [one.tokens for one in engine.generate(requests(), sampling)] == [one.tokens for one in calm]
     assert max(gaps(policy, one, 0.9).max() for one in made) < 1e-4
     assert [death.engine for death in engine.deaths()] == ["vllm"]
-    guardian = psutil.Process(server_of(engine)._process._guardian.pid)
-    everyone = [guardian, *guardian.children(recursive=True)]
+    everyone = guarded()
     engine.close()
     _, alive = psutil.wait_procs(everyone, timeout=300)
     assert not alive
+
+
+def guarded() -> list[psutil.Process]:
+    """The guardians below this process, and the processes that they guard."""
+    guardians = [child for child in psutil.Process().children() if "guardian.py" in " ".join(child.cmdline())]
+    return guardians + [process for guardian in guardians for process in guardian.children(recursive=True)]
 
 
 @pytest.mark.long
@@ -280,7 +293,7 @@ def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
     asked = Asked(Adapter(rank=12, targets=["attention", "mlp"]), 1, lambda stored: torch.float32)
     policy = load_model(start, None, None, seed=1, adapter=asked)
     assert vllm.takes_adapter(12, dora=False)
-    engine = apart(vllm, replace(SERVING, adapter_rank=12), policy)
+    engine = Vllms(vllm, replace(SERVING, adapter_rank=12), policy)
     try:
         move_adapter(policy)
         engine.update(0)
@@ -299,7 +312,7 @@ def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
                 old = torch.tensor([told == version - 1 for told in one.versions])
                 assert not old.any() or gaps(before, one, 0.9)[old].max() < 1e-4
                 assert old.all() or gaps(policy, one, 0.9)[~old].max() < 1e-4
-        [folder] = [one for one in engine._handover.room.iterdir() if one.name.startswith("version-")]
+        [folder] = [one for one in engine.transfer.room.iterdir() if one.name.startswith("version-")]
         assert {file.name for file in (folder / "adapter").iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
@@ -326,6 +339,6 @@ def test_a_server_that_is_down_is_told(tmp_path):
 
 
 def test_an_unknown_version_is_refused(monkeypatch):
-    monkeypatch.setattr(Client, "call", lambda self, method, path, *more: {"version": "0.99.1"})
+    monkeypatch.setattr(VllmClient, "call", lambda self, method, path, *more: {"version": "0.99.1"})
     with pytest.raises(ComputeError, match=r"0\.99\.1"):
-        Client("http://127.0.0.1:9").check()
+        VllmClient("http://127.0.0.1:9").check()

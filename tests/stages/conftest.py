@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def write_random_model(folder: Path, seed: int, scalar: bool = False, **config: 
         model.add_scalar_head(seed)
     write_model(model, tokenizer, folder, {})
     return str(folder)
+
+
+def outcomes(rollouts: Iterable[Mapping[str, Any]]) -> dict[int, Counter[str]]:
+    """What the rollouts of a stage tell of each issued prompt, by its number: how often it was trained or dropped."""
+    counts: dict[int, Counter[str]] = {}
+    for issue, _, outcome in {(line["issue"], line["step"], line["outcome"]) for line in rollouts if "outcome" in line}:
+        counts.setdefault(issue, Counter())[outcome] += 1
+    return counts
 
 
 @pytest.fixture(scope="session")

@@ -19,19 +19,18 @@ from postlude.errors import ComputeError
 from postlude.manifest.component import lookup
 from postlude.manifest.load import load
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.rounds import outcomes
-from postlude.rollout.serving.external import ApartEngine
+from postlude.rollout.serving.external import ExternalEngine
 from postlude.rollout.serving.server import SHARED_MEMORY
 from postlude.runs import Run
 from ranks import run_ranks
-from stages.conftest import write_random_model
+from stages.conftest import outcomes, write_random_model
 from stages.test_online import lines, online, rollouts, run_cut_off
 
 APART = {"name": "native", "apart": True}
 
 
 def stage(project, **keys: Any) -> dict[str, Any]:
-    """A stage that an engine apart answers for."""
+    """A stage that an external engine answers for."""
     rollout = {"prompts": 4, "max_tokens": 6, "engine": APART, **keys.pop("rollout", {})}
     return online(project, rollout=rollout, **keys)
 
@@ -51,14 +50,14 @@ def rooms(pid: int) -> list[Path]:
 
 @pytest.mark.capability("A native engine in a process of its own")
 @pytest.mark.parametrize("keys", [{}, {"adapter": {"rank": 4}}, {"adapter": {"rank": 4, "dora": True}}])
-def test_an_engine_apart_answers_as_the_policy_does(project, keys):
+def test_an_external_engine_answers_as_the_policy_does(project, keys):
     near = ran(project, "near", stage(project, rollout={"engine": "native", "correction": 2.0}, **keys))
     said = [(line["sample"], line["completion"]) for line in rollouts(project)]
-    apart = ran(project, "apart", stage(project, **keys))
+    far = ran(project, "far", stage(project, **keys))
     assert [(line["sample"], line["completion"]) for line in rollouts(project)] == said
-    for one, other in zip(near, apart, strict=True):
+    for one, other in zip(near, far, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
-    assert max(line["engine_gap_worst"] for line in apart) < 1e-4
+    assert max(line["engine_gap_worst"] for line in far) < 1e-4
     assert not rooms(os.getpid())
 
 
@@ -114,7 +113,7 @@ def test_one_round_ahead_repeats_bitwise(project):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_killed_engine_shows_in_nothing_but_an_event(project, monkeypatch, ahead):
     calm = ran(project, "calm", stage(project, steps=6, rollout={"ahead": ahead}))
-    generate, calls = ApartEngine.generate, []
+    generate, calls = ExternalEngine.generate, []
 
     def hit(self, requests, *more):
         calls.append(len(requests))
@@ -123,7 +122,7 @@ def test_a_killed_engine_shows_in_nothing_but_an_event(project, monkeypatch, ahe
             server.kill()
         return generate(self, requests, *more)
 
-    monkeypatch.setattr(ApartEngine, "generate", hit)
+    monkeypatch.setattr(ExternalEngine, "generate", hit)
     assert ran(project, "hit", stage(project, steps=6, rollout={"ahead": ahead})) == calm
     assert [event["engine"] for event in project.directory.events.read() if event["kind"] == "engine_died"] == [
         "native",
@@ -147,8 +146,8 @@ def serves(process: psutil.Process) -> bool:
 
 def test_weights_that_shared_memory_has_no_room_for_go_elsewhere():
     choice = lookup("engines", "native")()
-    assert choice.meets(1) == SHARED_MEMORY
-    assert choice.meets(2**60) == Path(tempfile.gettempdir())
+    assert choice.weights_folder(1) == SHARED_MEMORY
+    assert choice.weights_folder(2**60) == Path(tempfile.gettempdir())
 
 
 @pytest.mark.capability("A killed trainer leaves no engine and no file of one")

@@ -15,8 +15,8 @@ import pytest
 
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.rounds import outcomes
 from postlude.training.trainer import Trainer
+from stages.conftest import outcomes
 
 TIMED = ("seconds", "busy", "tokens_per_second", "memory_bytes", "mfu")
 

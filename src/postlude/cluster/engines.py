@@ -32,7 +32,8 @@ from postlude.cluster.placement import Demand
 from postlude.cluster.worker import WorkerSetup, die_with_parent
 from postlude.errors import ComputeError, UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Room, Server, Serving
+from postlude.rollout.serving.guardian import Room
+from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Server, Serving
 from postlude.telemetry.progress import waiting
 
 SOURCE = uuid.uuid4().hex
@@ -46,7 +47,7 @@ HOME_SECONDS = 30.0
 """How long its own host is waited for before the prompts of an engine go to another."""
 MOST_CALLS = 64
 VERSIONS = 3
-ANEW = "It has started anew, and has no weights."
+STARTED_ANEW = "It has started anew, and has no weights."
 Answer = tuple[str, Any]
 """``done`` with a result, ``died`` with the reason, or ``failed`` with the error."""
 
@@ -61,14 +62,14 @@ class EngineHost:
         die_with_parent()
         setting.enter()
         self._server: Server | None = None
-        self._has: tuple[str, int] | None = None
+        self._weights: tuple[str, int] | None = None
         """The source and the version of its weights."""
         self._serial = 0
         """Which server it is, counted from 1."""
         self._room: Room | None = None
         self._lock, self._making_room = threading.Lock(), threading.Lock()
 
-    def where(self) -> str:
+    def node(self) -> str:
         """Ray's id of the node."""
         return str(ray.get_runtime_context().get_node_id())
 
@@ -97,7 +98,7 @@ class EngineHost:
         """As :meth:`postlude.rollout.engine.Engine.generate`."""
         server = self._server
         if server is None:
-            return "died", ANEW
+            return "died", STARTED_ANEW
         return _answer(lambda: server.generate(requests, sampling, enough))
 
     def kill(self, serial: int) -> None:
@@ -120,46 +121,46 @@ class EngineHost:
         place = self._folder(choice, serving.weights) / _key(weights)
         with self._lock:
             if folder is not None:
-                _hold(Path(folder), place)
+                _link_all(Path(folder), place)
             try:
                 if self._server is None and not whole:
-                    raise EngineDied(ANEW)
+                    raise EngineDied(STARTED_ANEW)
                 if self._server is None:
                     choice.check()
                     self._server, self._serial = choice.server(serving), self._serial + 1
                     self._server.start(self._folder(choice, serving.weights), place, weights[1])
-                elif self._has != weights:
+                elif self._weights != weights:
                     self._server.update(place, weights[1])
             except BaseException:
                 self._end()
                 raise
             finally:
                 shutil.rmtree(place, ignore_errors=True)
-            self._has = weights
+            self._weights = weights
             return self._serial
 
     def _end(self) -> None:
         if self._server is not None:
             self._server.kill()
-        self._server = self._has = None
+        self._server = self._weights = None
 
     def _folder(self, choice: EngineChoice, size: int) -> Path:
         with self._making_room:
             if self._room is None:
-                self._room = Room(choice.meets(VERSIONS * size))
+                self._room = Room(choice.weights_folder(VERSIONS * size))
             return self._room.path
 
 
-def _hold(folder: Path, place: Path) -> None:
+def _link_all(folder: Path, place: Path) -> None:
     """Have the files of a folder in another as well: an engine that reads them does not die with who wrote them."""
     try:
-        shutil.copytree(folder, place, copy_function=_link)
+        shutil.copytree(folder, place, copy_function=_link_or_copy)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(place, ignore_errors=True)
         raise EngineDied(f"The weights cannot be taken over, and who wrote them may be gone: {error}") from error
 
 
-def _link(file: str, other: str) -> None:
+def _link_or_copy(file: str, other: str) -> None:
     try:
         os.link(file, other)
     except OSError:  # they are on two file systems
@@ -171,9 +172,9 @@ def _key(weights: tuple[str, int]) -> str:
     return "-".join(map(str, weights))
 
 
-def _answer(what: Callable[[], Any]) -> Answer:
+def _answer(call: Callable[[], Any]) -> Answer:
     try:
-        return "done", what()
+        return "done", call()
     except EngineDied as error:
         return "died", str(error)
     except (UserError, ValueError) as error:
@@ -194,14 +195,14 @@ class HostedServer:
         self._serial = 0
 
     def start(self, room: Path, folder: Path, version: int) -> None:
-        self._host = self._found()
-        self._is_near = self._get("where", seconds=CALL_SECONDS) == ray.get_runtime_context().get_node_id()
-        self._hand_over(folder, version, whole=not self._get("serves", seconds=CALL_SECONDS))
+        self._host = self._find_host()
+        self._is_near = self._get("node", seconds=CALL_SECONDS) == ray.get_runtime_context().get_node_id()
+        self._give_weights(folder, version, whole=not self._get("serves", seconds=CALL_SECONDS))
 
     def update(self, folder: Path, version: int) -> None:
-        self._hand_over(folder, version, whole=False)
+        self._give_weights(folder, version, whole=False)
 
-    def _hand_over(self, folder: Path, version: int, whole: bool) -> None:
+    def _give_weights(self, folder: Path, version: int, whole: bool) -> None:
         """Give the host weights: a folder that it sees, or the files of it that it has not."""
         weights, near = (SOURCE, version), str(folder) if self._is_near else None
         whole = whole or self._is_near or not self._serving.adapter_rank
@@ -212,8 +213,7 @@ class HostedServer:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
     ) -> list[Completion]:
-        made = self._ask("generate", self._serving.seconds + CALL_SECONDS, list(requests), sampling, enough)
-        return list(made)
+        return list(self._ask("generate", self._serving.seconds + CALL_SECONDS, list(requests), sampling, enough))
 
     def kill(self) -> None:
         if self._host is not None:
@@ -223,14 +223,14 @@ class HostedServer:
     def close(self) -> None:
         """The engine stays for those who come next; the controller ends it."""
 
-    def _found(self) -> Any:
+    def _find_host(self) -> Any:
         """The first host that answers; for a while only its own."""
         begin = time.monotonic()
         while (waited := time.monotonic() - begin) < START_SECONDS:
             for name in self._hosts if waited > HOME_SECONDS else self._hosts[:1]:
                 with contextlib.suppress(ValueError, ray.exceptions.RayError):
                     host = ray.get_actor(name, NAMESPACE)
-                    ray.get(host.where.remote(), timeout=CALL_SECONDS / 6)
+                    ray.get(host.node.remote(), timeout=CALL_SECONDS / 6)
                     return host
             time.sleep(0.2)
         raise EngineDied(f"None of the hosts of engines answers: {', '.join(self._hosts)}.")
@@ -238,17 +238,17 @@ class HostedServer:
     def _send(self, folder: Path, key: str, part: str) -> None:
         """The files of a folder, or of a part of it, piece by piece."""
         under_way: deque[Any] = deque()
-        for file in sorted(one for one in folder.joinpath(part).rglob("*") if one.is_file()):
+        for file in sorted(path for path in folder.joinpath(part).rglob("*") if path.is_file()):
             name = str(file.relative_to(folder))
-            whole = np.memmap(file, np.uint8, "r")
-            for start in range(0, len(whole), PIECE_BYTES):
-                piece = ray.put(np.asarray(whole[start : start + PIECE_BYTES]))
+            content = np.memmap(file, np.uint8, "r")
+            for start in range(0, len(content), PIECE_BYTES):
+                piece = ray.put(np.asarray(content[start : start + PIECE_BYTES]))
                 call = self._host.receive.remote(key, self._choice, self._serving.weights, name, start, piece)
                 under_way.append(call)
                 if len(under_way) > PIECES_UNDER_WAY:
-                    _got(under_way.popleft(), CALL_SECONDS)
+                    _result(under_way.popleft(), CALL_SECONDS)
         for call in under_way:
-            _got(call, CALL_SECONDS)
+            _result(call, CALL_SECONDS)
 
     def _ask(self, method: str, seconds: float, *arguments: Any) -> Any:
         kind, answer = self._get(method, *arguments, seconds=seconds)
@@ -259,10 +259,10 @@ class HostedServer:
         return answer
 
     def _get(self, method: str, *arguments: Any, seconds: float) -> Any:
-        return _got(getattr(self._host, method).remote(*arguments), seconds)
+        return _result(getattr(self._host, method).remote(*arguments), seconds)
 
 
-def _got(call: Any, seconds: float) -> Any:
+def _result(call: Any, seconds: float) -> Any:
     """What a host answers. EngineDied if it is gone, or does not within the time."""
     try:
         return ray.get(call, timeout=seconds)
@@ -300,15 +300,15 @@ def engine_hosts(
     hosts: list[Any] = []
     try:
         remove_left_behind(f"{name}:engines")
-        for number, named in enumerate(host_names(name, count)):
-            here = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
+        for number, host_name in enumerate(host_names(name, count)):
+            where = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
             options = {**actor_options(demand), "max_restarts": -1, "max_concurrency": MOST_CALLS}
-            hosts.append(actor.options(name=named, scheduling_strategy=here, **options).remote(setting))
+            hosts.append(actor.options(name=host_name, scheduling_strategy=where, **options).remote(setting))
         yield
     finally:
-        closed = [host.close.remote() for host in hosts]
-        if closed:
-            ray.wait(closed, num_returns=len(closed), timeout=GONE_SECONDS)
+        closings = [host.close.remote() for host in hosts]
+        if closings:
+            ray.wait(closings, num_returns=len(closings), timeout=GONE_SECONDS)
         for host in hosts:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(host)

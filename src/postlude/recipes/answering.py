@@ -35,7 +35,7 @@ class Answering(Rewarding):
     """What answers: ``native`` is the model itself, in the process of the stage or (``apart: true``) in one of its own;
     ``vllm`` a server of vLLM."""
     engine_seconds: Seconds = 600
-    """How long an engine that is apart may take to answer before it counts as hung and another takes its place."""
+    """How long an external engine may take to answer before it counts as hung and another takes its place."""
     max_tokens: Positive = 256
     """The longest completion, in tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

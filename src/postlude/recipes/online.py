@@ -41,7 +41,7 @@ class Rollout(Answering):
     ahead: Annotated[int, Field(ge=0)] = 0
     """Rounds that are being answered while one is trained: no token is sampled by weights that are more rounds old than
     so many (and one more with ``oversample``). With 0 engine and trainer wait for each other, and a run repeats bitwise
-    wherever it was killed; more needs an engine that is apart."""
+    wherever it was killed; more needs an external engine."""
     prompts: Positive = 16
     """Prompts of a round, over all workers."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -50,7 +50,7 @@ class Rollout(Answering):
     """Completions that a worker makes at a time."""
     correction: Annotated[float, Field(gt=0)] | None = None
     """The trainer finds out itself how likely each sampled token was, and it counts in proportion to that against how
-    likely the engine found it, at most so much (truncated importance sampling). By default 2 where the engine is apart;
+    likely the engine found it, at most so much (truncated importance sampling). By default 2 for an external engine;
     one that is the policy itself is believed: on a CPU it differs by rounding alone, in bf16 by more
     (``behaviour_gap`` in the metrics tells)."""
 
@@ -113,12 +113,12 @@ class OnlineRecipe(TrainingRecipe):
                 f"({self.batch.block}). Raise batch.block, or lower rollout.max_tokens"
             )
         engine = self.rollout.engine
-        if self.rollout.ahead and not engine.is_apart:
+        if self.rollout.ahead and not engine.is_external:
             raise ValueError(
                 "'rollout.ahead' needs an engine that answers while the policy is trained: set rollout.engine to "
                 "{name: native, apart: true} or to vllm"
             )
-        if self.rollout.pool is not None and (not engine.is_apart or engine.runs_already):
+        if self.rollout.pool is not None and (not engine.is_external or engine.runs_already):
             raise ValueError(
                 "'rollout.pool' is for engines that are started there: set rollout.engine to {name: native, apart: "
                 "true} or to vllm without addresses"
@@ -130,11 +130,9 @@ class OnlineRecipe(TrainingRecipe):
         objection = engine.objection(self.rollout.top_p, self.rollout.ahead)
         if objection is not None:
             raise ValueError(objection)
-        if engine.is_apart and self.adapter is not None and self.adapter.base is not None:
-            raise ValueError(
-                "an engine that is apart takes over unpacked weights: leave 'adapter.base' out, or 'apart'"
-            )
-        if self.parallel.divides and not engine.is_apart:
+        if engine.is_external and self.adapter is not None and self.adapter.base is not None:
+            raise ValueError("an external engine takes over unpacked weights: leave 'adapter.base' out, or 'apart'")
+        if self.parallel.divides and not engine.is_external:
             raise ValueError(
                 "a policy that workers hold together does not answer by itself: set rollout.engine to {name: native, "
                 "apart: true} or to vllm, or leave 'parallel' out"

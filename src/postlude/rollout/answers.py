@@ -83,7 +83,7 @@ class Answerer:
 
     def start(self, groups: Sequence[Group], needed: int | None = None) -> Answering:
         """Begin to answer this rank's share of groups; in the background, where there is one."""
-        asks = self.workers.data_rank < self.askers and (self.workers.speaks or not self.engine.apart)
+        asks = self.workers.data_rank < self.askers and (self.workers.speaks or not self.engine.is_external)
         own = list(groups[self.workers.data_rank :: self.askers]) if asks else []
         records = len({group[0].issue for group in groups})
         share = None if needed is None else needed / max(records, 1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,20 +14,14 @@ from postlude.rollout.algorithm import Algorithm, Scored
 from postlude.rollout.answers import Group
 from postlude.rollout.assess import Assessor
 from postlude.rollout.engine import EngineLost
+from postlude.rollout.scoring import Score
 from postlude.rollout.trajectory import Trajectory
-
-
-class Journal(Protocol):
-    """Where the rollouts are told."""
-
-    def rollouts(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def event(self, kind: str, **fields: Any) -> None: ...
 
 
 class Assessment:
     """Makes documents of what was answered. Every rank does it with the same groups, and gets the same.
 
+    ``tell`` takes an event, its kind and fields.
     ``correction`` is the bound of the correction for an engine that is not quite the policy, and None takes it for the
     policy; ``gap`` is how far its log-probabilities may be from the policy's, on average. ``reference`` is the model
     that the policy is compared with, ``critic`` the one that says what was to be expected.
@@ -38,14 +31,14 @@ class Assessment:
         self,
         assessor: Assessor,
         algorithm: Algorithm,
-        journal: Journal,
+        tell: Callable[..., None],
         gap: float = 1e-3,
         correction: float | None = None,
         reference: str | None = None,
         critic: str | None = None,
     ) -> None:
         self.algorithm = algorithm
-        self._assessor, self._journal = assessor, journal
+        self._assessor, self._tell = assessor, tell
         self._gap, self._correction, self._reference, self._critic = gap, correction, reference, critic
         self._compared = False
         """Whether the engine was found to have the policy's weights."""
@@ -53,20 +46,20 @@ class Assessment:
     def of(self, groups: Sequence[Group], version: int) -> tuple[list[Document], dict[str, float]]:
         """The samples as documents with all the streams that are trained on, and the metrics of the round. The policy's
         weights are those after ``version`` steps."""
-        samples = [one for group in groups for one in group]
+        samples = [sample for group in groups for sample in group]
         numbers = [number for number, group in enumerate(groups) for _ in group]
-        documents = [one.document(number) for one, number in zip(samples, numbers, strict=True)]
+        documents = [sample.document(number) for sample, number in zip(samples, numbers, strict=True)]
         sampled = [{BEHAVIOUR_LOGP.name: d.streams[BEHAVIOUR_LOGP.name][d.streams[WEIGHT.name] > 0]} for d in documents]
         if documents:
             self._ask_models(documents, sampled)
         gaps = self._engine_gaps(samples, sampled, version)
-        rewards = [one.reward if one.score is not None else 0.0 for one in samples]
-        made, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
+        rewards = [sample.reward if sample.score is not None else 0.0 for sample in samples]
+        more, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
         whole = [
             _with_streams(document, {**before, **after})
-            for document, before, after in zip(documents, sampled, made, strict=True)
+            for document, before, after in zip(documents, sampled, more, strict=True)
         ]
-        return whole, {**_measured(groups, version), **gaps, **metrics}
+        return whole, {**_measure(groups, version), **gaps, **metrics}
 
     def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
         """Add to the streams of the sampled tokens what the models of the step say of them."""
@@ -78,13 +71,12 @@ class Assessment:
             for streams in sampled:
                 streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
         if self._reference is not None:
-            for streams, said in zip(
-                sampled, self._assessor.log_probabilities(self._reference, documents), strict=True
-            ):
-                streams[REFERENCE_LOGP.name] = said
+            references = self._assessor.log_probabilities(self._reference, documents)
+            for streams, reference in zip(sampled, references, strict=True):
+                streams[REFERENCE_LOGP.name] = reference
         if self._critic is not None:
-            for streams, said in zip(sampled, self._assessor.values(self._critic, documents), strict=True):
-                streams[VALUE.name] = said
+            for streams, value in zip(sampled, self._assessor.values(self._critic, documents), strict=True):
+                streams[VALUE.name] = value
 
     def _engine_gaps(
         self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]], version: int
@@ -94,48 +86,48 @@ class Assessment:
         if self._correction is None:
             return {}
         gaps = [
-            np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(one.sampled_versions) == version]
-            for one, streams in zip(samples, sampled, strict=True)
+            np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(sample.sampled_versions) == version]
+            for sample, streams in zip(samples, sampled, strict=True)
         ]
-        found = np.concatenate(gaps) if gaps else np.zeros(0)
-        if not len(found):
+        all_gaps = np.concatenate(gaps) if gaps else np.zeros(0)
+        if not len(all_gaps):
             return {}
-        mean, worst = float(found.mean()), float(found.max())
+        mean, worst = float(all_gaps.mean()), float(all_gaps.max())
         if mean > self._gap:
             if not self._compared:
                 raise EngineLost(
                     f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
-                    f"{len(found)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
+                    f"{len(all_gaps)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
                     f"{self._gap:g}. It has not the policy's weights, or computes another model of them."
                 )
             reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
-            self._journal.event("alarm", what="the engine is not the policy", reason=reason, step=version)
+            self._tell("alarm", what="the engine is not the policy", reason=reason, step=version)
         self._compared = True
         return {"engine_gap": mean, "engine_gap_worst": worst}
 
 
-def _measured(groups: Sequence[Group], version: int) -> dict[str, float]:
-    samples = [one for group in groups for one in group]
+def _measure(groups: Sequence[Group], version: int) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group]
     if not samples:
         return {}
-    lengths = [one.sampled_tokens for one in samples]
-    measured = {
+    lengths = [sample.sampled_tokens for sample in samples]
+    metrics = {
         "completion_tokens": float(np.mean(lengths)),
         "longest_completion": float(max(lengths)),
-        "stopped": float(np.mean([one.ended == "stop" for one in samples])),
-        "staleness": float(np.mean([version - one.oldest_version for one in samples])),
+        "stopped": float(np.mean([sample.ended == "stop" for sample in samples])),
+        "staleness": float(np.mean([version - sample.oldest_version for sample in samples])),
     }
-    if samples[0].score is not None:
-        rewards = [one.reward for one in samples]
-        alike = [len({one.reward for one in group}) == 1 for group in groups]
-        measured |= {
+    scores = [sample.score for sample in samples if isinstance(sample.score, Score)]
+    if scores:
+        rewards = [score.total for score in scores]
+        alike = [len({sample.reward for sample in group}) == 1 for group in groups]
+        metrics |= {
             "reward": float(np.mean(rewards)),
             "reward_deviation": float(np.std(rewards)),
             "groups_alike": float(np.mean(alike)),
+            **{f"reward_{name}": float(np.mean([score.parts[name] for score in scores])) for name in scores[0].parts},
         }
-        for name in samples[0].score.parts:  # type: ignore[union-attr]
-            measured[f"reward_{name}"] = float(np.mean([one.score.parts[name] for one in samples]))  # type: ignore[union-attr]
-    return measured
+    return metrics
 
 
 def _with_streams(document: Document, sampled: Mapping[str, np.ndarray]) -> Document:

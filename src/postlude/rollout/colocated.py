@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling
+from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling, with_version
 from postlude.rollout.native import NativeEngine
 from postlude.training.precision import Precision
 
@@ -24,7 +23,7 @@ class PolicyEngine:
         self._version = 0
         self._native = NativeEngine(policy.causal, policy.vocabulary, batch)
 
-    apart = False
+    is_external = False
 
     @property
     def context(self) -> int | None:
@@ -50,5 +49,4 @@ class PolicyEngine:
             self._precision.autocast(self.policy.device),
             torch.compiler.set_stance("force_eager"),
         ):
-            made = self._native.generate(requests, sampling, enough)
-        return [replace(one, versions=(self._version,) * len(one.tokens)) for one in made]
+            return with_version(self._native.generate(requests, sampling, enough), self._version)

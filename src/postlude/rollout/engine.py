@@ -6,7 +6,7 @@ Nothing is ever tokenised again: whoever trains on a completion trains on the ve
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from postlude.errors import UserError
@@ -76,6 +76,11 @@ class Completion:
     """Of each sampled token, of the weights that sampled it; none where the engine does not know."""
 
 
+def with_version(completions: Sequence[Completion], version: int) -> list[Completion]:
+    """The same, all of whose tokens were sampled by the weights of one version."""
+    return [replace(completion, versions=(version,) * len(completion.tokens)) for completion in completions]
+
+
 @dataclass(frozen=True)
 class Death:
     """An engine that died, and in whose place another is."""
@@ -98,7 +103,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def apart(self) -> bool:
+    def is_external(self) -> bool:
         """Whether it works in a process of its own, so that it can answer while this one trains."""
         ...
 

@@ -38,7 +38,7 @@ class NativeEngine:
         self.causal, self.vocabulary, self.batch = causal, vocabulary, batch
         self._takes = set(inspect.signature(causal.forward).parameters)
 
-    apart = False
+    is_external = False
 
     def update(self, version: int) -> None:
         """The weights are always those of the model as it stands."""

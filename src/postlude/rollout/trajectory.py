@@ -5,8 +5,6 @@ A trajectory only grows at its end. It is never tokenised again, so what is trai
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,50 +147,3 @@ class Trajectory:
         elif self.score is not None:
             line["unscored"] = self.score.detail
         return line
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """What one optimiser step trains on."""
-
-    documents: Sequence[int]
-    """Which of the round's documents."""
-    epoch: int
-    issues: Sequence[Issue] = ()
-    """The prompts that count as trained with it."""
-    lines: Sequence[Mapping[str, Any]] = ()
-    """What the rollouts of the stage are told with it."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-def packed_documents(documents: Sequence[Document]) -> bytes:
-    """Documents as bytes, all bits of their streams kept."""
-    arrays: dict[str, np.ndarray] = {"lengths": np.array([len(document) for document in documents], np.int64)}
-    names = sorted({name for document in documents for name in document.streams})
-    arrays["tokens"] = np.concatenate([document.tokens for document in documents])
-    arrays["groups"] = np.array([document.group for document in documents], np.int64)
-    for name in names:
-        arrays[f"stream {name}"] = np.concatenate([document.streams[name] for document in documents])
-    ids = json.dumps([[document.source, document.example_id] for document in documents])
-    arrays["ids"] = np.frombuffer(ids.encode(), np.uint8)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def unpacked_documents(data: bytes) -> list[Document]:
-    """What :func:`packed_documents` was given."""
-    with np.load(io.BytesIO(data)) as arrays:
-        ends = arrays["lengths"].cumsum()[:-1]
-        tokens = np.split(arrays["tokens"], ends)
-        streams = {
-            name.removeprefix("stream "): np.split(arrays[name], ends)
-            for name in arrays.files
-            if name.startswith("stream ")
-        }
-        ids = json.loads(arrays["ids"].tobytes())
-        groups = arrays["groups"].tolist()
-    return [
-        Document(example_id, source, tokens[place], {n: s[place] for n, s in streams.items()}, group=groups[place])
-        for place, (source, example_id) in enumerate(ids)
-    ]

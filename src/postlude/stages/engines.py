@@ -15,9 +15,9 @@ from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.engine import Engine
 from postlude.rollout.prompts import PromptEncoder
-from postlude.rollout.serving.external import ApartEngine, Seat
+from postlude.rollout.serving.external import ExternalEngine, Slot
 from postlude.rollout.serving.server import EngineChoice, Server, Serving
-from postlude.rollout.serving.weight_transfer import Handover, write_for_engines
+from postlude.rollout.serving.weight_transfer import WeightTransfer, write_for_engines
 from postlude.stages.models import Models
 from postlude.stages.parts import Parts
 from postlude.stages.training_models import TrainingModels
@@ -38,7 +38,7 @@ def policy_engine(models: TrainingModels) -> Engine:
     in a pool of their own."""
     parts, config = models.parts, models.parts.config_of(OnlineRecipe)
     policy, rollout = models.program.roles["policy"].model, config.rollout
-    if not rollout.engine.is_apart:
+    if not rollout.engine.is_external:
         return PolicyEngine(policy, models.precision, rollout.concurrency)
     pool = parts.manifest.compute.pools.get(rollout.pool or config.pool, Pool())
     dtype = DTYPES[models.precision.name]
@@ -62,7 +62,7 @@ def policy_engine(models: TrainingModels) -> Engine:
 def fixed_engine(models: Models, start: ModelPlace, config: Sampled) -> tuple[Engine, Any]:
     """What answers with a model that is not trained, in this process or in one of its own that is given the weights
     once; and the model's generation config."""
-    if not config.engine.is_apart:
+    if not config.engine.is_external:
         native = models.engine(start, config.concurrency)
         return native, native.causal.generation_config
     parts = models.parts
@@ -117,10 +117,10 @@ def _external(
     serving: Serving,
     write: Callable[[Path, Path | None], None],
     servers: list[Callable[[], Server]],
-) -> ApartEngine:
-    transfer = Handover(write, lambda: choice.meets(VERSIONS * serving.weights))
-    seats = [Seat(choice.component_name, make, transfer) for make in servers]
-    return ApartEngine(seats, transfer, serving.context, choice.updates_in_flight)
+) -> ExternalEngine:
+    transfer = WeightTransfer(write, lambda: choice.weights_folder(VERSIONS * serving.weights))
+    slots = [Slot(choice.component_name, make, transfer) for make in servers]
+    return ExternalEngine(slots, transfer, serving.context, choice.updates_in_flight)
 
 
 def _rank_alone(policy: LanguageModel, choice: EngineChoice) -> int:

@@ -21,8 +21,9 @@ from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.prompts import NotAsked, Prompt, PromptEncoders
 from postlude.rollout.reward_pool import RewardPool
-from postlude.rollout.rounds import Plan, Rounds
+from postlude.rollout.rounds import Rounds
 from postlude.rollout.scoring import Score, Scorer, passes
+from postlude.rollout.steps import RoundRules
 from postlude.stages.engines import policy_engine, stop_ids_of
 from postlude.stages.models import Models
 from postlude.stages.parts import Parts
@@ -38,7 +39,7 @@ from postlude.training.timing import Phases
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CORRECTION_APART = 2.0
+EXTERNAL_CORRECTION = 2.0
 """The bound of the correction for an engine that is not quite the policy, where the manifest gives none."""
 MOST_GAP = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 """How far an engine's log-probabilities may be from the policy's on average, where both have the same weights."""
@@ -74,7 +75,7 @@ class OnlineTraining:
         Nothing is held out for the loss."""
         config, rollout, batch = self.config, self.config.rollout, self.config.batch
         models, workers = self.models, self.parts.workers
-        plan = Plan(
+        rules = RoundRules(
             prompts=rollout.prompts,
             group=config.group,
             updates=config.updates,
@@ -86,7 +87,7 @@ class OnlineTraining:
             ahead=rollout.ahead,
             resample=config.resample,
         )
-        apart = CORRECTION_APART if rollout.engine.is_apart else None
+        external = EXTERNAL_CORRECTION if rollout.engine.is_external else None
         assessor = Assessor(
             models.program.roles,
             workers,
@@ -98,21 +99,21 @@ class OnlineTraining:
         assessment = Assessment(
             assessor,
             config.algorithm(),
-            journal,
+            journal.event,
             gap=MOST_GAP[models.precision.name],
-            correction=apart if rollout.correction is None else rollout.correction,
+            correction=external if rollout.correction is None else rollout.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
         answerer = self._answerer(journal.event)
         ledger = Ledger(self.data.datasets, config.data, self.parts.manifest.seed, config.epochs)
-        rounds = Rounds(plan, ledger, self._read, answerer, assessment, journal)
+        rounds = Rounds(rules, ledger, self._read, answerer, assessment, journal.rollouts)
         return Supply(rounds, examine=lambda: self._examine(answerer, rounds.step))
 
     def _answerer(self, tell: Callable[..., None]) -> Answerer:
         rollout, block = self.config.rollout, self.config.batch.block
         background = None
-        if rollout.engine.is_apart:
+        if rollout.engine.is_external:
             # As many at a time as there are rounds; an engine that makes one after the other is asked so.
             at_once = rollout.ahead if rollout.engine.updates_in_flight else 1
             background = ThreadPoolExecutor(

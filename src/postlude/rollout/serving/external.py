@@ -1,4 +1,4 @@
-"""Engines apart: processes of their own that are given the policy's weights, and are replaced when they die.
+"""External engines: processes of their own that are given the policy's weights, and are replaced when they die.
 
 Notable:
 
@@ -13,10 +13,11 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 from postlude.rollout.engine import Completion, Death, EngineLost, Enough, Request, Sampling
 from postlude.rollout.serving.server import EngineDied, Server
-from postlude.rollout.serving.weight_transfer import Handover
+from postlude.rollout.serving.weight_transfer import WeightTransfer
 from postlude.telemetry.progress import waiting
 
 TRIES = 3
@@ -24,17 +25,17 @@ TRIES = 3
 MOST_THREADS = 64
 
 
-class Seat:
-    """Where an engine is, and another when it dies. ``make`` makes one that is not started yet."""
+class Slot:
+    """The place of one engine, which another takes when it dies. ``make`` makes one that is not started yet."""
 
-    def __init__(self, name: str, make: Callable[[], Server], handover: Handover) -> None:
-        self._name, self._make, self._handover = name, make, handover
-        self.died: list[Death] = []
+    def __init__(self, name: str, make: Callable[[], Server], transfer: WeightTransfer) -> None:
+        self._name, self._make, self._transfer = name, make, transfer
+        self.deaths: list[Death] = []
         """Those of which nobody has been told."""
         self._server: Server | None = None
-        self._has = -1
-        """The version that the server has."""
-        self._deaths = 0
+        self._version = -1
+        """Of the weights that the server has."""
+        self._deaths_in_a_row = 0
         self._lock = threading.RLock()
         self._closed = False
 
@@ -48,9 +49,9 @@ class Seat:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> list[Completion]:
         """What a server with the newest weights answers."""
-        made: list[Completion] = []
-        self._insist(lambda server: made.extend(server.generate(requests, sampling, enough)))
-        return made
+        completions: list[Completion] = []
+        self._insist(lambda server: completions.extend(server.generate(requests, sampling, enough)))
+        return completions
 
     def close(self) -> None:
         """Leave no process."""
@@ -60,60 +61,60 @@ class Seat:
         if server is not None:
             server.close()
 
-    def _insist(self, what: Callable[[Server], None]) -> None:
+    def _insist(self, act: Callable[[Server], None]) -> None:
         """Do something with a server that has the newest weights, and do it again with another where it dies."""
         while True:
             server: Server | None = None
             try:
-                server = self._ready()
-                what(server)
+                server = self._ready_server()
+                act(server)
             except EngineDied as error:
-                self._replace(server, error)
+                self._put_away(server, error)
             else:
-                self._deaths = 0
+                self._deaths_in_a_row = 0
                 return
 
-    def _ready(self) -> Server:
+    def _ready_server(self) -> Server:
         with self._lock:
-            if self._server is not None and self._has == self._handover.version:
+            if self._server is not None and self._version == self._transfer.version:
                 return self._server
-            with self._handover.newest() as (folder, version):
+            with self._transfer.newest() as (folder, version):
                 if self._server is None:
                     self._server = self._make()
                     with waiting(f"the engine '{self._name}' to start"):
-                        self._server.start(self._handover.room, folder, version)
+                        self._server.start(self._transfer.room, folder, version)
                 else:
                     self._server.update(folder, version)
-            self._has = version
+            self._version = version
             return self._server
 
-    def _replace(self, server: Server | None, error: EngineDied) -> None:
-        """Put away a server that died, unless somebody has."""
+    def _put_away(self, server: Server | None, error: EngineDied) -> None:
+        """Leave the place to another than a server that died, unless somebody has."""
         with self._lock:
             if self._closed:
                 raise EngineLost("The engine was closed while it answered.") from error
-            died = self._server if server is None else server
-            if died is None or died is not self._server:
+            dead = self._server if server is None else server
+            if dead is None or dead is not self._server:
                 return
-            self._server, self._deaths = None, self._deaths + 1
-            died.kill()
-            self.died.append(Death(self._name, str(error)))
-            if self._deaths == TRIES:
+            self._server, self._deaths_in_a_row = None, self._deaths_in_a_row + 1
+            dead.kill()
+            self.deaths.append(Death(self._name, str(error)))
+            if self._deaths_in_a_row == TRIES:
                 raise EngineLost(
                     f"{TRIES} engines '{self._name}' died one after the other. The last: {error}"
                 ) from error
 
 
-class ApartEngine:
-    """The engines apart that this process asks, as one; where it asks none it only hands the weights over.
+class ExternalEngine:
+    """The external engines that this process asks, as one; where it asks none it only gives the weights.
 
     With ``updates_in_flight`` they take over weights in the midst of answering, else before they answer the next.
     """
 
-    apart = True
+    is_external = True
 
-    def __init__(self, seats: Sequence[Seat], handover: Handover, context: int, updates_in_flight: bool) -> None:
-        self._seats, self._handover = seats, handover
+    def __init__(self, slots: Sequence[Slot], transfer: WeightTransfer, context: int, updates_in_flight: bool) -> None:
+        self._slots, self._transfer = slots, transfer
         self._context, self._updates_in_flight = context, updates_in_flight
         self._threads = ThreadPoolExecutor(MOST_THREADS, "engines")
 
@@ -122,53 +123,48 @@ class ApartEngine:
         return self._context
 
     def update(self, version: int) -> None:
-        """Hand over the weights, which are now those after ``version`` steps. All ranks call it."""
-        self._handover.publish(version)
-        late = [one for one in self._seats if self._updates_in_flight or one.is_empty]
-        self._together([one.renew for one in late])
+        """Give the weights, which are now those after ``version`` steps. All ranks call it."""
+        self._transfer.publish(version)
+        self._call_all([slot.renew for slot in self._slots if self._updates_in_flight or slot.is_empty])
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
     ) -> list[Completion]:
         """See :meth:`postlude.rollout.engine.Engine.generate`. :class:`~postlude.rollout.engine.EngineLost` where one
         engine after the other dies."""
-        made: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
 
-        def ask(seat: Seat, places: Sequence[int], enough: Enough | None) -> None:
-            asked = [requests[place] for place in places]
-            made.update(zip(places, seat.generate(asked, sampling, enough), strict=True))
+        def ask(slot: Slot, places: Sequence[int], enough: Enough | None) -> None:
+            answers = slot.generate([requests[place] for place in places], sampling, enough)
+            completions.update(zip(places, answers, strict=True))
 
-        shares = zip(self._seats, dealt(requests, enough, len(self._seats)), strict=True)
-        self._together([lambda seat=seat, of=of: ask(seat, *of) for seat, of in shares if of[0]])  # type: ignore[misc]
-        return [made[place] for place in range(len(requests))]
+        shares = zip(self._slots, deal(requests, enough, len(self._slots)), strict=True)
+        self._call_all([partial(ask, slot, *share) for slot, share in shares if share[0]])
+        return [completions[place] for place in range(len(requests))]
 
     def deaths(self) -> list[Death]:
         """The engines that have died since this was last asked."""
-        found = []
-        for seat in self._seats:
-            while seat.died:
-                found.append(seat.died.pop(0))
-        return found
+        return [slot.deaths.pop(0) for slot in self._slots for _ in range(len(slot.deaths))]
 
     def close(self) -> None:
         """Leave no process and no file."""
-        for seat in self._seats:
-            seat.close()
+        for slot in self._slots:
+            slot.close()
         self._threads.shutdown()
-        self._handover.close()
+        self._transfer.close()
 
-    def _together(self, calls: Sequence[Callable[[], None]]) -> None:
+    def _call_all(self, calls: Sequence[Callable[[], None]]) -> None:
         """Make all of these calls at once; raise what one raised when all have ended."""
         if len(calls) == 1:
             calls[0]()
             return
-        asked = [self._threads.submit(call) for call in calls]
-        wait(asked)
-        for one in asked:
-            one.result()
+        futures = [self._threads.submit(call) for call in calls]
+        wait(futures)
+        for future in futures:
+            future.result()
 
 
-def dealt(requests: Sequence[Request], enough: Enough | None, shares: int) -> list[tuple[Sequence[int], Enough | None]]:
+def deal(requests: Sequence[Request], enough: Enough | None, shares: int) -> list[tuple[Sequence[int], Enough | None]]:
     """The places of requests, and when enough of them have ended, dealt in so many shares: what is of use only together
     stays together, and so do the completions of a prompt, which share its forward pass."""
     if shares <= 1:
@@ -180,17 +176,17 @@ def dealt(requests: Sequence[Request], enough: Enough | None, shares: int) -> li
         bundles: Sequence[Sequence[int]] = list(prompts.values())
     else:
         bundles = enough.bundles
-    found: list[tuple[Sequence[int], Enough | None]] = []
+    dealt: list[tuple[Sequence[int], Enough | None]] = []
     for share in range(shares):
         numbers = range(share, len(bundles), shares)
         places = [place for number in numbers for place in bundles[number]]
-        part = None
+        enough_here = None
         if enough is not None:
             index = {place: at for at, place in enumerate(places)}
-            part = Enough(
+            enough_here = Enough(
                 tuple(tuple(index[place] for place in bundles[number]) for number in numbers),
                 math.ceil(enough.needed * len(numbers) / len(bundles)),
                 frozenset(at for at, number in enumerate(numbers) if number in enough.must),
             )
-        found.append((places, part))
-    return found
+        dealt.append((places, enough_here))
+    return dealt

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
-from postlude.rollout.engines.within_vllm.postlude_within_vllm import FROM_SENDER, group_of
+from postlude.rollout.serving.within_vllm.postlude_within_vllm import FROM_SENDER, group_of
 
 PACK_BYTES = 64 * 2**20
 POLL_SECONDS = 1e-3
@@ -29,20 +29,20 @@ Layout = tuple[str, str, list[int]]
 """Name, dtype and shape of a tensor."""
 
 
-class Ask(Protocol):
+class CallWorkers(Protocol):
     """Calls a method of every worker of a server; returns what each answers."""
 
     def __call__(self, method: str, **arguments: Any) -> list[Any]: ...
 
 
 class Sender:
-    """Sends weights to the workers that ``ask`` reaches, at a host. RuntimeError where one does not come or goes away,
-    and whatever ``ask`` raises."""
+    """Sends weights to the workers that ``call_workers`` reaches, at a host. RuntimeError where one does not come or
+    goes away, and whatever ``call_workers`` raises."""
 
-    def __init__(self, ask: Ask, host: str, seconds: float) -> None:
-        self._ask, self._threads = ask, ThreadPoolExecutor(1, "sender")
+    def __init__(self, call_workers: CallWorkers, host: str, seconds: float) -> None:
+        self._call_workers, self._threads = call_workers, ThreadPoolExecutor(1, "sender")
         patience = timedelta(seconds=seconds)
-        places = ask("place")
+        places = call_workers("place")
         size = 1 + len(places)
         both = torch.cuda.is_available() and all(kind == "cuda" for _, kind in places)
         self._device = torch.device("cuda", torch.cuda.current_device()) if both else torch.device("cpu")
@@ -50,48 +50,48 @@ class Sender:
         own = _own_address(host)
         store = TCPStore(own, 0, is_master=True, wait_for_workers=False, timeout=patience)
         meet = {"host": own, "port": store.port, "name": name, "size": size, "backend": backend, "seconds": seconds}
-        told = self._threads.submit(ask, "meet", **meet)
+        answers = self._threads.submit(call_workers, "meet", **meet)
         self._group = group_of(backend, PrefixStore(name, store), 0, size, patience)
-        told.result()
+        answers.result()
         self._store = store
 
     def send(self, folder: Path) -> None:
         """Send the safetensors in a folder."""
-        packs = packed(folder)
-        told = self._threads.submit(self._ask, "receive", packs=packs)
-        each = _each(folder)
-        for pack in packs:
-            tensors = [next(each)[1].reshape(-1).view(torch.uint8) for _ in pack]
-            _finish(self._group.broadcast([torch.cat(tensors).to(self._device)], FROM_SENDER), told)
-        told.result()
+        packs = pack(folder)
+        answers = self._threads.submit(self._call_workers, "receive", packs=packs)
+        tensors = _tensors(folder)
+        for layouts in packs:
+            bytes_of_each = [next(tensors)[1].reshape(-1).view(torch.uint8) for _ in layouts]
+            _await(self._group.broadcast([torch.cat(bytes_of_each).to(self._device)], FROM_SENDER), answers)
+        answers.result()
 
 
-def packed(folder: Path) -> list[list[Layout]]:
+def pack(folder: Path) -> list[list[Layout]]:
     """The tensors of the safetensors in a folder, in packs of one dtype and no more than so many bytes; a larger tensor
     is a pack by itself."""
     packs: list[list[Layout]] = []
-    held, dtype = 0, None
-    for name, tensor in _each(folder):
-        if tensor.dtype != dtype or held + tensor.nbytes > PACK_BYTES:
+    size, dtype = 0, None
+    for name, tensor in _tensors(folder):
+        if tensor.dtype != dtype or size + tensor.nbytes > PACK_BYTES:
             packs.append([])
-            held, dtype = 0, tensor.dtype
-        held += tensor.nbytes
+            size, dtype = 0, tensor.dtype
+        size += tensor.nbytes
         packs[-1].append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
     return packs
 
 
-def _each(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
 
 
-def _finish(work: Any, told: Future[Any]) -> None:
+def _await(work: Any, answers: Future[Any]) -> None:
     """Wait for a broadcast, unless those who were to receive it have failed."""
     while not work.is_completed():
-        if told.done():
-            told.result()
+        if answers.done():
+            answers.result()
         time.sleep(POLL_SECONDS)
     work.wait()
 

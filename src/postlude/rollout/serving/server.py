@@ -1,30 +1,21 @@
-"""What an engine in a process of its own is, and what starts such a process."""
+"""What a server is, an engine in another process, and how a manifest chooses what answers."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from postlude.manifest.component import Component
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
-from postlude.rollout.serving import guardian
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where weights are handed over: files that never touch a disk."""
+"""Where weights are put for engines to read: files that never touch a disk."""
 ADAPTER = "adapter"
 """The folder of an adapter that comes by itself, beside the weights of its base."""
-LOG = "engine.log"
-TOLD_LINES = 12
-"""Of the log of an engine that died."""
 
 
 class EngineDied(Exception):
@@ -88,8 +79,8 @@ class EngineChoice(Component):
     """Whether it takes over weights in the midst of answering."""
 
     @property
-    def is_apart(self) -> bool:
-        """Whether it is a process of its own; else it is the policy in the process that trains it."""
+    def is_external(self) -> bool:
+        """Whether it works in a process of its own; else it is the policy in the process that trains it."""
         return True
 
     @property
@@ -117,64 +108,8 @@ class EngineChoice(Component):
         """One that is not started yet."""
         raise NotImplementedError
 
-    def meets(self, size: int) -> Path:
-        """The folder in which a room is made, where weights are handed over, of so many bytes at once."""
-        if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size:
+    def weights_folder(self, size_bytes: int) -> Path:
+        """The folder in which a room is made for weights, of so many bytes at once."""
+        if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > size_bytes:
             return SHARED_MEMORY
         return Path(tempfile.gettempdir())  # the shared memory of a container may be small
-
-
-class Process:
-    """A command under a guardian (:mod:`postlude.rollout.serving.guardian`): it ends with this process."""
-
-    def __init__(
-        self, room: Path, command: Sequence[str], environment: Mapping[str, str], descriptor: int = -1
-    ) -> None:
-        self._room = room
-        with open(room / LOG, "wb") as log:
-            self._guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", guardian.__file__, str(room), str(descriptor), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**environment, "TMPDIR": str(room)},
-                pass_fds=[] if descriptor < 0 else [descriptor],
-                start_new_session=True,
-            )
-
-    @property
-    def alive(self) -> bool:
-        return self._guardian.poll() is None
-
-    def last_words(self) -> str:
-        """The end of what it printed."""
-        try:
-            lines = (self._room / LOG).read_text(errors="replace").splitlines()
-        except OSError:
-            return ""
-        return "\n".join(lines[-TOLD_LINES:])
-
-    def kill(self) -> None:
-        """Kill it with all that it has started; the room stays."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._guardian.pid, signal.SIGKILL)
-        self._guardian.wait()
-
-    def close(self) -> None:
-        """Have it end, and wait until it and its room are gone."""
-        if self._guardian.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._guardian.stdin.close()
-        self._guardian.wait()
-        shutil.rmtree(self._room, ignore_errors=True)  # where it had ended by itself
-
-
-class Room:
-    """A folder that is gone once it is closed, or this process has ended, in whatever way."""
-
-    def __init__(self, place: Path) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=place))
-        self._watch = Process(self.path, ["sleep", "infinity"], os.environ)
-
-    def close(self) -> None:
-        self._watch.close()

@@ -1,4 +1,4 @@
-"""How engines apart come by the policy's weights: they are written once for each version, and read from there.
+"""How external engines come by the policy's weights: they are written once for each version, and read from there.
 
 Notable:
 
@@ -22,26 +22,28 @@ import torch
 
 from postlude.model.export import send_weights, write_adapter, write_weights
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.serving.server import ADAPTER, Room
+from postlude.rollout.serving.guardian import Room
+from postlude.rollout.serving.server import ADAPTER
 from postlude.training.workers import Workers
 
 
-class Handover:
+class WeightTransfer:
     """The newest weights as a folder. ``write`` writes them, as they now are, into one that is empty, and is given that
-    of the weights before, if there is one; ``place`` is where the room is made that holds them."""
+    of the weights before, if there is one; ``parent`` is where the room is made that holds them."""
 
-    def __init__(self, write: Callable[[Path, Path | None], None], place: Callable[[], Path]) -> None:
-        self._write, self._place = write, place
+    def __init__(self, write: Callable[[Path, Path | None], None], parent: Callable[[], Path]) -> None:
+        self._write, self._parent = write, parent
         self._room: Room | None = None
         self._version = -1
-        self._read: Counter[int] = Counter()
+        self._readers: Counter[int] = Counter()
+        """Of each version."""
         self._lock = threading.Lock()
 
     @property
     def room(self) -> Path:
         """The folder that holds everything of this process which engines are to see."""
         if self._room is None:
-            self._room = Room(self._place())
+            self._room = Room(self._parent())
         return self._room.path
 
     @property
@@ -66,12 +68,12 @@ class Handover:
         with self._lock:
             version = self._version
             assert version >= 0, "weights are given before anything is asked"
-            self._read[version] += 1
+            self._readers[version] += 1
         try:
             yield self._folder(version), version
         finally:
             with self._lock:
-                self._read[version] -= 1
+                self._readers[version] -= 1
                 self._put_away(version)
 
     def close(self) -> None:
@@ -81,7 +83,7 @@ class Handover:
             self._room, self._version = None, -1
 
     def _put_away(self, version: int) -> None:
-        if version not in (self._version, -1) and not self._read[version]:
+        if version not in (self._version, -1) and not self._readers[version]:
             shutil.rmtree(self._folder(version), ignore_errors=True)
 
     def _folder(self, version: int) -> Path:
@@ -103,8 +105,8 @@ def write_for_engines(
     to them.
     """
     here = (os.uname().nodename, folder.stat().st_dev)
-    told = workers.gather((here, str(folder)))
-    first = Path(next(place for where, place in told if where == here))
+    folders = workers.gather((here, str(folder)))
+    first = Path(next(name for where, name in folders if where == here))
     writes = first == folder
     if writes and adapter_alone and before is not None:
         _link(before, folder)
