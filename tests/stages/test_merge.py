@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from postlude.data.tokenizer import train_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TrainTokenizer
-from postlude.model.generate import generate
+from postlude.rollout.talk import talk
 from postlude.stages import merging
 from stages.conftest import chat, write_random_model
 
@@ -78,7 +78,7 @@ def test_the_artifact_is_a_model_that_the_next_stage_starts_from(project):
     project.data["asked"] = project.written("asked", [chat("1+1?", "2")])
     project.stages["sft"] = project.train(model={"from": "merged"}, data={"asked": 1.0})
     merge(project)
-    assert "".join(generate(str(project.artifact("merged")), "1+1?", max_tokens=4)) is not None
+    assert "".join(talk(str(project.artifact("merged")), "1+1?", max_tokens=4)) is not None
     assert project.directory.stage("sft").has_artifact()
     lineage = json.loads((project.artifact("merged") / "lineage.json").read_text())
     assert lineage["models"]["one"] == {"path": project.models["one"], "weight": 1.0}

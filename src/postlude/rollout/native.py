@@ -6,6 +6,7 @@ Notable:
   next request (:mod:`postlude.rollout.rows`), so a long completion does not hold up the others.
 - Samples of one prompt share its forward pass: its keys and values are copied to each afterwards.
 - Once nothing waits, rows that have ended are taken out a few at a time, so nothing is computed for them any more.
+- A single row is never moved, so the cache that the model itself would make does for it, whatever its layers are.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling
+from postlude.rollout.engine import Completion, Death, Ended, Enough, Request, Sampling
 from postlude.rollout.rows import Rows, new_cache
-from postlude.rollout.sampling import choose, stream_key, uniforms
+from postlude.rollout.sampling import choose, draw, stream_key, uniforms
 
 
 class NativeEngine:
@@ -68,12 +69,29 @@ class NativeEngine:
         queue = deque(sorted(answers, key=lambda answer: -len(answer.request.tokens)))
 
         def over() -> bool:
-            return enough is not None and enough.reached({place for place, one in enumerate(answers) if one.ended})
+            if enough is None:
+                return False
+            return enough.reached({place for place, answer in enumerate(answers) if answer.ended})
 
         with torch.no_grad(), _evaluating(self.causal):
             while queue and not over():
-                _Table(self, sampling, queue, over).run()
-        return [answer.completion(sampling) for answer in answers]
+                for _ in _Table(self, sampling, queue, new_cache, over).run():
+                    pass
+        return [answer.completion() for answer in answers]
+
+    @torch.no_grad()
+    def stream(self, request: Request, sampling: Sampling, generator: torch.Generator | None = None) -> Iterator[int]:
+        """The tokens of one completion, each as soon as it is sampled, and beyond the context, too. With a
+        ``generator`` they are drawn by its numbers, and by all of the distribution."""
+        answer, shown = _Answer(request, sampling, None), 0
+
+        def own_cache() -> Cache:
+            return DynamicCache(config=self.causal.config.get_text_config())
+
+        with _evaluating(self.causal):
+            for _ in _Table(self, sampling, deque([answer]), own_cache, generator=generator).run():
+                yield from answer.tokens[shown:]
+                shown = len(answer.tokens)
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """The logits [rows, vocabulary] after the last token of each row; the cache then has these tokens in it."""
@@ -104,10 +122,6 @@ class _Answer:
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
 
-    def add(self, token: int, log_probability: float) -> None:
-        self.tokens.append(token)
-        self.log_probabilities.append(log_probability)
-
     @property
     def position(self) -> int:
         return self.request.position + len(self.tokens)
@@ -116,25 +130,36 @@ class _Answer:
     def ended(self) -> bool:
         return bool(self.tokens) and (self.tokens[-1] in self._sampling.stop_ids or len(self.tokens) >= self._limit)
 
-    def completion(self, sampling: Sampling) -> Completion:
-        ended = "cut" if not self.ended else "stop" if self.tokens[-1] in sampling.stop_ids else "length"
-        return Completion(self.request, tuple(self.tokens), tuple(self.log_probabilities), ended)  # type: ignore[arg-type]
+    def completion(self) -> Completion:
+        ended: Ended = "length" if self.ended else "cut"
+        if self.ended and self.tokens[-1] in self._sampling.stop_ids:
+            ended = "stop"
+        return Completion(self.request, tuple(self.tokens), tuple(self.log_probabilities), ended)
 
 
 class _Table:
-    """Rows at work on a queue of answers, which none longer joins than those that were there first."""
+    """Rows at work on a queue of answers, which none longer joins than those that were there first, until it is empty
+    or all is ``over``."""
 
     def __init__(
-        self, engine: NativeEngine, sampling: Sampling, queue: deque[_Answer], over: Callable[[], bool]
+        self,
+        engine: NativeEngine,
+        sampling: Sampling,
+        queue: deque[_Answer],
+        new_cache: Callable[[], Cache],
+        over: Callable[[], bool] = lambda: False,
+        generator: torch.Generator | None = None,
     ) -> None:
-        self._engine, self._sampling, self._queue, self._over = engine, sampling, queue, over
+        self._engine, self._sampling, self._queue = engine, sampling, queue
+        self._new_cache, self._over, self._generator = new_cache, over, generator
         self._device = engine.causal.device
         self._owners: list[_Answer | None] = []
         """Of each row what it answers; None for one that has ended."""
 
-    def run(self) -> None:
-        """Answer the queue."""
-        answers, begun = self._admitted(self._engine.batch)
+    def run(self) -> Iterator[None]:
+        """Answer the queue: each turn is a token of every row, or the first ones."""
+        answers, begun = self._admit(self._engine.batch)
+        yield
         if begun is None:
             return
         self._rows, self._owners = begun, list(answers)
@@ -151,6 +176,7 @@ class _Table:
             self._choose(owners, logits if len(live) == len(self._owners) else logits[live])
             self._leave()
             self._refill()
+            yield
 
     def _leave(self) -> None:
         """Take out of their rows the answers that have ended; all of them once it is over."""
@@ -167,7 +193,7 @@ class _Table:
         if len(free) * 8 < len(self._owners):
             return
         if self._queue and len(self._queue[0].request.tokens) <= self._rows.columns:
-            answers, begun = self._admitted(len(free))
+            answers, begun = self._admit(len(free))
             if begun is not None:
                 rows = free[: len(answers)]
                 everyone = torch.arange(len(answers), device=self._device)
@@ -180,15 +206,16 @@ class _Table:
                 self._rows.select(torch.tensor(live, device=self._device))
             self._owners = [self._owners[row] for row in live]
 
-    def _admitted(self, count: int) -> tuple[list[_Answer], Rows | None]:
+    def _admit(self, count: int) -> tuple[list[_Answer], Rows | None]:
         """The next answers of the queue with their first token, as far as they go on, and rows for them."""
         answers = [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
         if not answers:
             return [], None
-        prompts, owners = _shared([answer.request.tokens for answer in answers])
-        tokens, mask = (tensor.to(self._device) for tensor in _left_padded(prompts))
+        places: dict[tuple[int, ...], int] = {}  # of the different prompts, which several answers may share
+        owners = [places.setdefault(answer.request.tokens, len(places)) for answer in answers]
+        tokens, mask = (tensor.to(self._device) for tensor in _left_padded(list(places)))
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = new_cache()
+        cache = self._new_cache()
         logits = self._engine.forward(tokens, mask, positions, cache)
         self._choose(answers, logits[owners])
         kept = [place for place, answer in enumerate(answers) if not answer.ended]
@@ -199,17 +226,14 @@ class _Table:
 
     def _choose(self, answers: Sequence[_Answer], logits: Tensor) -> None:
         """Sample the next token of each answer from logits [answers, vocabulary]."""
-        numbers = uniforms([answer.key for answer in answers], [answer.position for answer in answers])
-        chosen, values = choose(logits, numbers, self._sampling.temperature, self._sampling.top_p)
-        for answer, token, value in zip(answers, chosen.tolist(), values.tolist(), strict=True):
-            answer.add(token, value)
-
-
-def _shared(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The different prompts, and for each request which of them is its own."""
-    places: dict[tuple[int, ...], int] = {}
-    owners = [places.setdefault(prompt, len(places)) for prompt in prompts]
-    return list(places), owners
+        if self._generator is None:
+            numbers = uniforms([answer.key for answer in answers], [answer.position for answer in answers])
+            tokens, values = choose(logits, numbers, self._sampling.temperature, self._sampling.top_p)
+        else:
+            tokens, values = draw(logits, self._sampling.temperature, self._generator)
+        for answer, token, log_probability in zip(answers, tokens.tolist(), values.tolist(), strict=True):
+            answer.tokens.append(token)
+            answer.log_probabilities.append(log_probability)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

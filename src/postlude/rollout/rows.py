@@ -94,8 +94,9 @@ class Rows:
         """Keep these rows, [rows] int64, and no column that is masked in all of them."""
         mask = self.mask[rows]
         first = int(mask.any(0).to(torch.int64).argmax())
-        for layer in self.cache.layers:
-            layer.select(rows, first)  # type: ignore[union-attr]
+        if first or not torch.equal(rows, torch.arange(len(self), device=rows.device)):
+            for layer in self.cache.layers:
+                layer.select(rows, first)  # type: ignore[union-attr]
         self.mask, self.positions = mask[:, first:], self.positions[rows]
 
     def put(self, rows: Tensor, other: Rows, theirs: Tensor) -> None:

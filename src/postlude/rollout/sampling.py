@@ -63,5 +63,12 @@ def choose(logits: Tensor, numbers: np.ndarray, temperature: float, top_p: float
     return tokens, _at(log_probabilities, tokens)
 
 
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As :func:`choose`, at a temperature above 0, with numbers that a generator gives one after the other."""
+    scaled = logits.float() / temperature
+    tokens = torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)
+    return tokens, _at(scaled.log_softmax(-1), tokens)
+
+
 def _at(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.gather(-1, columns[:, None]).squeeze(-1)

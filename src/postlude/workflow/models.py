@@ -29,9 +29,9 @@ def generate(
     model: str, prompt: str | Sequence[dict[str, str]], max_tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
     """Pieces of the reply to a prompt, or to the messages of a conversation, as they are made."""
-    from postlude.model.generate import generate as stream
+    from postlude.rollout.talk import talk
 
-    yield from stream(place_of(model), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    yield from talk(place_of(model), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 def export(place: str, out: str, merge: bool = False) -> None:
