@@ -15,7 +15,7 @@ LARGEST_PARAMETERS = 300_000_000
 
 def little_model(config: PreTrainedConfig) -> ModelFrom:
     """A new model of the same architecture, width and vocabulary with at most two layers."""
-    from postlude.model.load import configuration_keys
+    from postlude.model.places import configuration_keys
 
     architecture = config.model_type
     # Some configurations write down what they do not read: a pattern that others follow from, another name for a key.

@@ -15,8 +15,9 @@ from postlude.data.example import Conversation, Example, Judged, Ranked, Record,
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace
 from postlude.model import vocabulary
-from postlude.model.language_model import SCALAR_FILE
-from postlude.model.load import configuration, count_parameters, load_causal, load_model, with_weights_in
+from postlude.model.causal import with_weights_in
+from postlude.model.load import configuration, count_parameters, load_causal, load_model
+from postlude.model.places import SCALAR_FILE
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.prompts import PromptEncoder
 from postlude.rollout.reward import Reward

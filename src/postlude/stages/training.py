@@ -29,8 +29,9 @@ from postlude.data.tokenizer import (
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, TokensFrom
-from postlude.model.adapters import Asked, WithoutAdapter
-from postlude.model.added_tokens import grown_config
+from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.adapters.inject import WithoutAdapter
+from postlude.model.added_tokens import config_with_tokens
 from postlude.model.flops import packed_flops
 from postlude.model.load import configuration, load_divided, load_model
 from postlude.recipes.recipe import TrainingRecipe
@@ -229,7 +230,7 @@ class Assembly(Parts):
         it is the model that training starts from."""
         root = self.root(start)
         config = configuration(root, self.place_of(root), self.tokenizer)
-        return grown_config(config, self.new_tokens) if start == self.config.model else config
+        return config_with_tokens(config, self.new_tokens) if start == self.config.model else config
 
     def check_same_tokens(self, name: str, start: ModelPlace) -> None:
         """ManifestError if a model that gets the stage's tokens takes its ids for other tokens."""
@@ -245,7 +246,7 @@ class Assembly(Parts):
         place, device = self.place_of(start), self.workers.device
         asked: dict[str, Any] = {"seed": self.manifest.seed, "adapter": None}
         if adapter is not None:
-            asked["adapter"] = Asked(adapter, self.manifest.seed, self._held)
+            asked["adapter"] = AdapterRequest(adapter, self.manifest.seed, self._held)
         if start == self.config.model:
             asked["new_tokens"] = self.new_tokens
         if mesh is None:

@@ -6,6 +6,7 @@ no more than a few large ones.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import uuid
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from postlude.model.weights import InFile, read_whole, tensors_in
 from postlude.rollout.engines.within_vllm.postlude_within_vllm import FROM_SENDER, group_of
 
 PACK_BYTES = 64 * 2**20
@@ -59,9 +59,9 @@ class Sender:
         """Send the safetensors in a folder."""
         packs = packed(folder)
         told = self._threads.submit(self._ask, "receive", packs=packs)
-        each = _each(folder)
+        rest = _tensors(folder)
         for pack in packs:
-            tensors = [next(each)[1].reshape(-1).view(torch.uint8) for _ in pack]
+            tensors = [read_whole(next(rest)[1]).reshape(-1).view(torch.uint8) for _ in pack]
             _finish(self._group.broadcast([torch.cat(tensors).to(self._device)], FROM_SENDER), told)
         told.result()
 
@@ -71,20 +71,19 @@ def packed(folder: Path) -> list[list[Layout]]:
     is a pack by itself."""
     packs: list[list[Layout]] = []
     held, dtype = 0, None
-    for name, tensor in _each(folder):
-        if tensor.dtype != dtype or held + tensor.nbytes > PACK_BYTES:
+    for name, tensor in _tensors(folder):
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if tensor.dtype != dtype or held + nbytes > PACK_BYTES:
             packs.append([])
             held, dtype = 0, tensor.dtype
-        held += tensor.nbytes
+        held += nbytes
         packs[-1].append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
     return packs
 
 
-def _each(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, InFile]]:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+        yield from sorted(tensors_in(file).items())
 
 
 def _finish(work: Any, told: Future[Any]) -> None:
