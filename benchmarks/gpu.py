@@ -112,8 +112,8 @@ def train(place: Place, shape: str, adapter: bool, recompute: str) -> dict[str, 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from postlude.manifest.adapter import Adapter
-    from postlude.model.adapted import attach_new
-    from postlude.model.adapters import Asked
+    from postlude.model.adapters.attached import AdapterRequest
+    from postlude.model.adapters.start import Start, attach
     from postlude.model.flops import packed_flops
     from postlude.model.language_model import LanguageModel
     from postlude.objectives.nll import NegativeLogLikelihood
@@ -133,7 +133,7 @@ def train(place: Place, shape: str, adapter: bool, recompute: str) -> dict[str, 
         causal = AutoModelForCausalLM.from_config(config, dtype=held)
     model = LanguageModel(causal, torch.bfloat16)
     if adapter:
-        attach_new(model, Asked(Adapter(rank=16), 0, lambda stored: held), "random")
+        attach(model, Start(AdapterRequest(Adapter(rank=16), 0, lambda stored: held), "random"))
         model.to(place.device)
     if recompute != "none":
         model.recompute_layers(recompute)

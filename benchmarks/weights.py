@@ -25,7 +25,7 @@ from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import lookup
 from postlude.manifest.schema import ModelFrom, NewModel
-from postlude.model.adapters import Asked
+from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.export import write_weights
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
@@ -48,7 +48,7 @@ PROMPT = (1, 2, 3)
 
 
 def new_policy(adapter: Adapter | None = None) -> LanguageModel:
-    asked = None if adapter is None else Asked(adapter, 1, lambda stored: torch.float32)
+    asked = None if adapter is None else AdapterRequest(adapter, 1, lambda stored: torch.float32)
     return load_model(ModelFrom(new=NewModel(architecture="llama", config=SHAPE)), None, None, seed=1, adapter=asked)
 
 

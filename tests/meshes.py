@@ -116,11 +116,13 @@ def model_of(place: Path, workers, adapter: dict[str, Any] | None = None):
 
     from postlude.manifest.adapter import Adapter
     from postlude.manifest.schema import ModelFrom
-    from postlude.model.adapters import Asked
+    from postlude.model.adapters.attached import AdapterRequest
     from postlude.model.load import load_divided, load_model
 
     start = ModelFrom(path=str(place))
-    asked = None if adapter is None else Asked(Adapter.model_validate(adapter), 1, lambda stored: torch.float32)
+    asked = (
+        None if adapter is None else AdapterRequest(Adapter.model_validate(adapter), 1, lambda stored: torch.float32)
+    )
     if workers.mesh is None:
         return load_model(start, str(place), None, seed=0, adapter=asked)
     return load_divided(start, str(place), None, seed=0, mesh=workers.mesh, device=workers.device, adapter=asked)

@@ -55,7 +55,7 @@ def build_causal(architecture: str, seed: int = 0, **changes: Any) -> Any:
     """A transformers model with random weights large enough that nothing hides in rounding."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from postlude.model.load import configuration_keys
+    from postlude.model.places import configuration_keys
 
     known = configuration_keys(architecture)
     keys = {**{key: value for key, value in SHAPE.items() if key in known}, **changes}

@@ -14,10 +14,10 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, TokenizerFrom
-from postlude.model import adapters
-from postlude.model.adapters import Asked
+from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.export import write_merged, write_model
 from postlude.model.load import load_causal, load_model
+from postlude.model.places import ADAPTER_CONFIG_FILE
 from postlude.training.workers import Workers
 
 KINDS = {
@@ -35,7 +35,7 @@ def bases(tmp_path_factory):
 
 
 def adapted(place, stored=torch.float32, **keys):
-    asked = Asked(Adapter.model_validate(keys), 1, lambda dtype: stored)
+    asked = AdapterRequest(Adapter.model_validate(keys), 1, lambda dtype: stored)
     model = load_model(ModelFrom(path=str(place)), str(place), None, seed=0, adapter=asked)
     model.make_trainable(True)
     return model
@@ -133,7 +133,7 @@ def test_peft_loads_the_artifact_and_merged_it_needs_no_peft(bases, tmp_path, ki
     theirs = PeftModel.from_pretrained(base, str(folder))
     torch.testing.assert_close(logits_of(theirs, TOKENS), expected, rtol=1e-5, atol=1e-5)
     (tmp_path / "merged").mkdir()
-    write_merged(str(folder), str(folder), tmp_path / "merged")
+    write_merged(str(folder), tmp_path / "merged")
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits_of(merged, TOKENS), expected, rtol=1e-5, atol=1e-5)
@@ -151,7 +151,7 @@ def test_a_merged_weight_is_rounded_once(bases, tmp_path) -> None:
     assert {dtype for name, dtype in kept.items() if ".lora_" not in name} == {torch.bfloat16}
     folder = written(model, tmp_path / "adapter")
     (tmp_path / "merged").mkdir()
-    write_merged(str(folder), str(folder), tmp_path / "merged")
+    write_merged(str(folder), tmp_path / "merged")
     found = load_file(tmp_path / "merged" / "model.safetensors")
     layer = model.causal.model.layers[0].self_attn.q_proj
     expected = layer.base_layer.weight.float() + layer.get_delta_weight("default")
@@ -207,8 +207,8 @@ def test_there_must_be_an_adapter_to_continue(bases) -> None:
 
 def test_what_of_peft_is_not_known_is_refused(bases, tmp_path) -> None:
     folder = written(adapted(bases / "llama", rank=2), tmp_path / "adapter")
-    config = json.loads((folder / adapters.CONFIG).read_text())
-    (folder / adapters.CONFIG).write_text(json.dumps({**config, "rank_pattern": {"q_proj": 8}}))
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps({**config, "rank_pattern": {"q_proj": 8}}))
     with pytest.raises(ManifestError, match="uses rank_pattern of PEFT"):
         load_causal(ModelFrom(path=str(folder)), str(folder), None, seed=0)
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from postlude.manifest.schema import ModelFrom
 from postlude.model.export import write_model
-from postlude.model.language_model import SCALAR_FILE
 from postlude.model.load import load_model
+from postlude.model.places import SCALAR_FILE
 from postlude.model.verify import verify
 
 IDS = torch.tensor([[5, 17, 3, 99, 42, 8]])

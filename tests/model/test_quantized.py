@@ -12,10 +12,11 @@ import meshes
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
-from postlude.model.adapters import Asked, linear_layers
+from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.adapters.inject import linear_layers
 from postlude.model.load import load_model
 from postlude.model.memory import Setting, plan
-from postlude.model.quantized import HeldLinear, packed_bytes, packed_weight, unpacked
+from postlude.model.quantized import QuantizedLinear, packed_bytes, packed_weight, unpacked
 from postlude.training.optimizers import SGD
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Role
@@ -35,7 +36,7 @@ def bases(tmp_path_factory):
 
 
 def adapted(place, stored=torch.float32, **keys):
-    asked = Asked(Adapter.model_validate({"rank": 4, **keys}), 1, lambda dtype: stored)
+    asked = AdapterRequest(Adapter.model_validate({"rank": 4, **keys}), 1, lambda dtype: stored)
     model = load_model(ModelFrom(path=str(place)), str(place), None, seed=0, adapter=asked)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -55,7 +56,7 @@ def step_of(model):
 
 
 def packed_layers(model):
-    return {name: module for name, module in model.causal.named_modules() if isinstance(module, HeldLinear)}
+    return {name: module for name, module in model.causal.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +84,7 @@ def test_loss_and_gradients_are_those_of_the_numbers_that_it_stands_for(bases, k
 @pytest.mark.parametrize("half", [False, True])
 def test_no_unpacked_weight_is_kept_for_the_backward_pass(kind, half) -> None:
     torch.manual_seed(0)
-    layer = HeldLinear(torch.nn.Linear(256, 128), kind, "up")
+    layer = QuantizedLinear(torch.nn.Linear(256, 128), kind, "up")
     rows = torch.randn(3, 256, requires_grad=True)
     kept = []
     with (

@@ -16,7 +16,7 @@ import torch
 from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.schema import ModelFrom, NewModel
-from postlude.model.adapters import Asked
+from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
@@ -290,7 +290,7 @@ def guarded() -> list[psutil.Process]:
 def test_an_adapter_reaches_vllm_by_itself_in_the_midst_of_requests(vllm):
     config = {**SHAPE, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
     start = ModelFrom(new=NewModel(architecture="llama", config=config))
-    asked = Asked(Adapter(rank=12, targets=["attention", "mlp"]), 1, lambda stored: torch.float32)
+    asked = AdapterRequest(Adapter(rank=12, targets=["attention", "mlp"]), 1, lambda stored: torch.float32)
     policy = load_model(start, None, None, seed=1, adapter=asked)
     assert vllm.takes_adapter(12, dora=False)
     engine = Vllms(vllm, replace(SERVING, adapter_rank=12), policy)

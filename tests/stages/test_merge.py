@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from postlude.data.tokenizer import train_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TrainTokenizer
+from postlude.model import weights as weight_files
 from postlude.rollout.talk import talk
 from postlude.stages import merging
 from stages.conftest import chat, write_random_model
@@ -85,7 +86,7 @@ def test_the_artifact_is_a_model_that_the_next_stage_starts_from(project):
 
 
 def test_many_files(project, weights, monkeypatch):
-    monkeypatch.setattr(merging, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(weight_files, "FILE_BYTES", 4000)
     both = {name: {"path": project.models[name]} for name in ("one", "two")}
     project.stages["merged"] = {"recipe": "merge", "models": both}
     assert project.run() == 0

@@ -168,7 +168,8 @@ def test_keys_that_do_not_go_together_are_refused(project, keys, said) -> None:
 def test_a_small_model_of_an_architecture_has_its_width_and_experts(architecture) -> None:
     from transformers import AutoConfig
 
-    from postlude.model.load import configuration, configuration_keys, count_parameters
+    from postlude.model.load import configuration, count_parameters
+    from postlude.model.places import configuration_keys
     from postlude.stages.models import stand_in_for
 
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}

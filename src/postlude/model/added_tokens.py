@@ -17,43 +17,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.data.tokenizer import NewTokens
-from postlude.model.weights import InMemory, LazyTensor, Region
+from postlude.model.weights import InMemory, LazyTensor, Region, read_whole
 
 CHUNK = 4096
 """Rows that are read at once to find their mean."""
 
 
-def grown_config(config: PreTrainedConfig, tokens: NewTokens | None) -> PreTrainedConfig:
+def config_with_tokens(config: PreTrainedConfig, tokens: NewTokens | None) -> PreTrainedConfig:
     """The configuration of a model with room for the new tokens; a copy, if it had none."""
     if tokens is None or config.get_text_config().vocab_size >= tokens.vocabulary:
         return config
-    grown = copy.deepcopy(config)
-    grown.get_text_config().vocab_size = tokens.vocabulary
-    return grown
+    extended = copy.deepcopy(config)
+    extended.get_text_config().vocab_size = tokens.vocabulary
+    return extended
 
 
-def grow(causal: PreTrainedModel, tokens: NewTokens) -> None:
+def add_tokens(causal: PreTrainedModel, tokens: NewTokens) -> None:
     """Give a model rows for new tokens, in place; what is tied stays tied."""
     embedding: Any = causal.get_input_embeddings()
     head: Any = causal.get_output_embeddings()
     tied = head.weight is embedding.weight
-    embedding.weight = _grown(embedding.weight, tokens)
+    embedding.weight = _with_rows(embedding.weight, tokens)
     embedding.num_embeddings = len(embedding.weight)
-    head.weight = embedding.weight if tied else _grown(head.weight, tokens)
+    head.weight = embedding.weight if tied else _with_rows(head.weight, tokens)
     head.out_features = len(head.weight)
     if head.bias is not None:
-        head.bias = _grown(head.bias, tokens)
+        head.bias = _with_rows(head.bias, tokens)
     causal.config.get_text_config().vocab_size = len(embedding.weight)
 
 
-def _grown(parameter: nn.Parameter, tokens: NewTokens) -> nn.Parameter:
-    whole = InMemory(parameter.detach())
-    rows = Grown(whole, tokens)
-    return nn.Parameter(rows.read(tuple(slice(0, size) for size in rows.shape)), requires_grad=parameter.requires_grad)
+def _with_rows(parameter: nn.Parameter, tokens: NewTokens) -> nn.Parameter:
+    rows = read_whole(WithTokens(InMemory(parameter.detach()), tokens))
+    return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 
 
 @dataclass(frozen=True)
-class Grown:
+class WithTokens:
     """A tensor with a row for each token, [tokens, ...], and with those of new tokens, of which parts can be read."""
 
     of: LazyTensor
@@ -66,11 +65,11 @@ class Grown:
     def read(self, region: Region) -> Tensor:
         rows, there = region[0], self.of.shape[0]
         old = self.of.read((slice(min(rows.start, there), min(rows.stop, there)), *region[1:]))
-        found = torch.cat([old, old.new_zeros(rows.stop - rows.start - len(old), *old.shape[1:])])
+        values = torch.cat([old, old.new_zeros(rows.stop - rows.start - len(old), *old.shape[1:])])
         for token, pieces in zip(self.tokens.ids, self.tokens.pieces, strict=True):
             if rows.start <= token < rows.stop:
-                found[token - rows.start] = self._first(pieces)[region[1:]].to(found.dtype)
-        return found
+                values[token - rows.start] = self._first(pieces)[region[1:]].to(values.dtype)
+        return values
 
     def _first(self, pieces: Sequence[int]) -> Tensor:
         """The row that a token begins with, [...] in fp32."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -23,11 +22,23 @@ from transformers import (
 )
 
 from postlude import storage
-from postlude.model import adapters, sharded, sharded_export, vocabulary
-from postlude.model.adapters import Attached
+from postlude.model import vocabulary
+from postlude.model.adapters.attached import Attached
+from postlude.model.adapters.merge import base_state
+from postlude.model.adapters.stored import digest_of, open_model, write_adapter_files
 from postlude.model.anatomy import decoder_of
-from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel
-from postlude.model.load import quiet, read_config
+from postlude.model.language_model import LanguageModel
+from postlude.model.places import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    LINEAGE_FILE,
+    LM_HEAD_FILE,
+    SCALAR_FILE,
+    quiet,
+)
+from postlude.model.sharded import on_meta, open_sources
+from postlude.model.sharded_export import DividedWeights, WeightFiles, gathered, gathered_adapter, write_config
+from postlude.model.weights import dtype_in_files, read_whole
 
 
 def write_model(
@@ -59,34 +70,17 @@ def write_model(
     dtype = dtype or model.stored_dtype or torch.float32
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    if model.mesh is None:
-        state = _cast(vocabulary.unpadded(model.causal, model.vocabulary), dtype)
-    else:
-        state = sharded_export.shapes(model, dtype)
+    weights = _weights(model, dtype)
     written, beside = None, dict[str, Tensor]()
-    if model.scalar is not None:
-        scalar = model.scalar.weight.detach()
-        if isinstance(scalar, DTensor):
-            scalar = torch.empty(scalar.shape, dtype=dtype, device="meta")
+    if weights.scalar is not None:
         config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
-        written, beside = _classifier(model, config, dtype, state, scalar.to(dtype=dtype))
+        written, beside = _classifier(model, config, dtype, weights.state, weights.scalar)
     if written is None:
-        written = _on_meta(AutoModelForCausalLM, model, config, dtype)
-        written.load_state_dict(state, strict=True, assign=True)
-        written.tie_weights()
+        written = _causal(model, config, dtype, weights.state)
     written.generation_config = _generation_config(model.causal.generation_config, tokenizer, stop_ids)
-    if model.mesh is not None:
-        _write_config(written, folder)
-        sharded_export.write(written, model, beside, folder, dtype)
-    else:
-        with quiet():
-            written.save_pretrained(folder)
-        if model.scalar is not None:
-            save_file(_cast(model.scalar.state_dict(), dtype), folder / SCALAR_FILE)
-        if beside:
-            save_file(beside, folder / LM_HEAD_FILE)
+    weights.write(written, beside, folder)
     tokenizer.save_pretrained(folder)
-    (folder / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+    (folder / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype, merge: bool = True) -> None:
@@ -97,29 +91,13 @@ def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype, 
     """
     config = copy.deepcopy(model.config)
     config.dtype = dtype
-    written = _on_meta(AutoModelForCausalLM, model, config, dtype)
-    if model.mesh is not None:
-        written.tie_weights()
-        _write_config(written, Path(folder))
-        files = sharded_export.WeightFiles(written, Path(folder))
-        for name, tensor in sharded_export.gathered_causal(model, dtype, merge):
-            files.add(name, tensor)
-        files.close()
-        return
-    state = vocabulary.unpadded(model.causal, model.vocabulary)
-    if model.attached is not None:
-        state = dict(adapters.base_state(state, model.attached.config, merge))
-    written.load_state_dict(_cast(state, dtype), strict=True, assign=True)
-    written.tie_weights()
-    # Where ranks train together transformers would write on the first alone; each of them may have its own engine.
-    written.should_save_on_this_rank = lambda is_main_process: True
-    with quiet():
-        written.save_pretrained(folder)
+    weights = _weights(model, dtype, merge, scalar=False)
+    weights.write(_causal(model, config, dtype, weights.state), {}, Path(folder))
 
 
 def send_weights(model: LanguageModel, dtype: torch.dtype, merge: bool = True) -> None:
     """Take part in :func:`write_weights` on a rank that does not write, of those that hold the model together."""
-    for _ in sharded_export.gathered_causal(model, dtype, merge):
+    for _ in gathered(model, dtype, merge, scalar=False):
         pass
 
 
@@ -127,57 +105,90 @@ def write_adapter(model: LanguageModel, folder: str | Path | None) -> None:
     """Write the adapter of a model as PEFT does. Where ranks hold it together all call this, without a folder those
     that do not write."""
     assert model.attached is not None
-    tensors, _ = sharded_export.gathered_adapter(model)
+    tensors, _ = gathered_adapter(model)
     if folder is not None:
         Path(folder).mkdir()
-        adapters.write(tensors, model.attached, Path(folder))
+        write_adapter_files(tensors, model.attached, Path(folder))
 
 
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:
     """Take part in the writing of a model that ranks hold together, on a rank that does not write it."""
     if model.attached is not None:
-        sharded_export.gathered_adapter(model)
+        gathered_adapter(model)
     elif model.mesh is not None:
-        for _ in sharded_export.gathered(model, dtype or model.stored_dtype or torch.float32):
+        for _ in gathered(model, dtype or model.stored_dtype or torch.float32):
             pass
 
 
 def _write_adapter(model: LanguageModel, attached: Attached, folder: Path, lineage: dict[str, Any]) -> None:
-    tensors, scalar = sharded_export.gathered_adapter(model)
-    adapters.write(tensors, attached, folder)
+    tensors, scalar = gathered_adapter(model)
+    write_adapter_files(tensors, attached, folder)
     if scalar is not None:
         save_file({"weight": scalar}, folder / SCALAR_FILE)
-    base = {"place": attached.base.place, "sha256": adapters.digest_of(attached.base.place)}
-    (folder / "lineage.json").write_text(json.dumps({**lineage, "base": base}, indent=2) + "\n", encoding="utf-8")
+    base = {"place": attached.base.place, "sha256": digest_of(attached.base.place)}
+    (folder / LINEAGE_FILE).write_text(json.dumps({**lineage, "base": base}, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(written: PreTrainedModel, folder: Path) -> None:
-    """The configuration files that ``save_pretrained`` would write."""
-    written.config.architectures = [type(written).__name__]
-    written.config.save_pretrained(folder)
-    written.generation_config.save_pretrained(folder)
-
-
-def write_merged(folder: str, place: str, out: Path) -> None:
-    """Write the model that an adapter in a local folder makes of its base, tensor by tensor, in the dtype of the base.
+def write_merged(place: str, out: Path) -> None:
+    """Write the model that the adapter at a place makes of its base, tensor by tensor, in the dtype of the base.
 
     What else the artifact has beside its weights is copied.
     """
-    config = read_config(folder, place)
-    causal = sharded.on_meta(config)
-    with sharded.open_sources(folder, place, causal) as found:
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else sharded.dtype_in_files(found)
-        config.dtype = dtype
-        written: Any = causal.to(dtype)  # type: ignore[arg-type]
-        files = sharded_export.WeightFiles(written, out)
+    with open_model(place) as stored:
+        config = stored.config()
+        causal = on_meta(config)
+        sources = open_sources(stored, causal)
+        config.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
+        written: Any = causal.to(config.dtype)  # type: ignore[arg-type]
+        files = WeightFiles(written, out)
         for name in files.names:
-            whole = found[name].read(tuple(slice(0, size) for size in found[name].shape))
-            files.add(name, whole.to(dtype) if whole.is_floating_point() else whole)
+            whole = read_whole(sources[name])
+            files.add(name, whole.to(config.dtype) if whole.is_floating_point() else whole)
         files.close()
-    _write_config(written, out)
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.name not in (adapters.CONFIG, adapters.WEIGHTS, storage.MARKER):
-            (out / path.name).write_bytes(path.read_bytes())
+        write_config(written, out)
+        for path in sorted(Path(stored.folder).iterdir()):
+            if path.is_file() and path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, storage.MARKER):
+                (out / path.name).write_bytes(path.read_bytes())
+
+
+def _weights(
+    model: LanguageModel, dtype: torch.dtype, merge: bool = True, scalar: bool = True
+) -> WholeWeights | DividedWeights:
+    """The weights of a model as they are to be written, with an adapter merged into them or without it."""
+    return (WholeWeights if model.mesh is None else DividedWeights)(model, dtype, merge, scalar)
+
+
+class WholeWeights:
+    """What is written of a model that this process has all of."""
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype, merge: bool, scalar: bool) -> None:
+        state = vocabulary.unpadded(model.causal, model.vocabulary)
+        if model.attached is not None:
+            state = dict(base_state(state, model.attached.config, merge))
+        self.state = _cast(state, dtype)
+        self.scalar = model.scalar.weight.detach().to("cpu", dtype) if scalar and model.scalar is not None else None
+
+    def write(self, written: PreTrainedModel, beside: Mapping[str, Tensor], folder: Path) -> None:
+        """As :meth:`DividedWeights.write`, of a model with its values."""
+        saved: Any = written
+        # Where ranks train together transformers would write on the first alone; each of them may have its own engine.
+        saved.should_save_on_this_rank = lambda is_main_process: True
+        with quiet():
+            saved.save_pretrained(folder)
+        if self.scalar is not None:
+            save_file({"weight": self.scalar}, folder / SCALAR_FILE)
+        if beside:
+            save_file(dict(beside), folder / LM_HEAD_FILE)
+
+
+def _causal(
+    model: LanguageModel, config: PreTrainedConfig, dtype: torch.dtype, state: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    """The language model to be written, with this state."""
+    written = _on_meta(AutoModelForCausalLM, model, config, dtype)
+    written.load_state_dict(state, strict=True, assign=True)
+    written.tie_weights()
+    return written
 
 
 def _on_meta(kind: Any, model: LanguageModel, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -229,10 +240,10 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _generation_config(
-    found: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    stored: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> GenerationConfig:
     """The model's own, that also stops at what the tokenizer calls the end, and at ``stop_ids``."""
-    config = copy.deepcopy(found)
+    config = copy.deepcopy(stored)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id, *stop_ids) if end is not None))
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None

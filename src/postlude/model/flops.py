@@ -16,7 +16,8 @@ from torch import nn
 
 from postlude.data.batch import PackedBatch
 from postlude.model.anatomy import decoder_of
-from postlude.model.language_model import LanguageModel, is_adapter_part
+from postlude.model.language_model import LanguageModel
+from postlude.model.places import is_adapter_part
 
 
 def packed_flops(

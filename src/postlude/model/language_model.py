@@ -24,22 +24,12 @@ from postlude.model import anatomy, attention, vocabulary
 from postlude.model.anatomy import Anatomy
 from postlude.model.attention import Documents
 from postlude.model.mesh import Mesh
+from postlude.model.places import is_adapter_part
 from postlude.model.recompute import checkpoint_arguments
 from postlude.model.tensor_parallel import VocabularyPart, local
 
 if TYPE_CHECKING:
-    from postlude.model.adapters import Attached
-
-SCALAR_FILE = "scalar_head.safetensors"
-"""Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
-
-LM_HEAD_FILE = "lm_head.safetensors"
-"""Holds the head that predicts tokens where the directory is a sequence classification, which has no such head."""
-
-
-def is_adapter_part(name: str) -> bool:
-    """Whether a parameter, by its name in a model, is one that an adapter has put in."""
-    return ".lora_" in name
+    from postlude.model.adapters.attached import Attached
 
 
 class HeadParameters(NamedTuple):
@@ -96,11 +86,6 @@ class LanguageModel(nn.Module):
     def config(self) -> PreTrainedConfig:
         """The transformers configuration; its vocabulary is the real one."""
         return self.causal.config
-
-    @property
-    def padded_vocabulary(self) -> int:
-        """How many rows the embedding has."""
-        return vocabulary.rows(self.causal)
 
     @property
     def hidden_size(self) -> int:
@@ -211,13 +196,13 @@ class LanguageModel(nn.Module):
 
     def layers(self) -> Sequence[nn.Module]:
         """The decoder layers, in order. ManifestError for an architecture that does not mark them."""
-        found = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not found:
+        layers = [module for module in self.causal.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
             raise ManifestError(
                 f"The architecture '{anatomy.name_of(self.causal)}' has no layers that can be recomputed or compiled "
                 "one by one. Set 'recompute: none' and 'compile: false'."
             )
-        return found
+        return layers
 
     def recompute_layers(self, kind: str = "layer") -> None:
         """Keep only each layer's input for the backward pass (``layer``), or its products and its attention, too

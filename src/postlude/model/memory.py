@@ -22,9 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.parallel import Shape
-from postlude.model import adapters, anatomy, attention, quantized, recompute, sharded, vocabulary
+from postlude.model import anatomy, attention, quantized, recompute, sharded, vocabulary
+from postlude.model.adapters.inject import inject, linear_layers, new_config
 from postlude.model.attention import Documents
-from postlude.model.language_model import is_adapter_part
+from postlude.model.places import is_adapter_part
 
 MIB = 2**20
 
@@ -115,12 +116,12 @@ def plan(config: PreTrainedConfig, setting: Setting, base_bytes: int = 0) -> Mem
     padding += sum(parameter.numel() for parameter in causal.parameters())
     linear_shapes = [
         tuple(causal.get_submodule(path).weight.shape)  # type: ignore[arg-type]
-        for paths in adapters.linear_layers(causal).values()
+        for paths in linear_layers(causal).values()
         for path in paths
     ]
     adapted: list[str] = []
     if setting.adapter is not None:
-        adapted = adapters.inject(causal, adapters.new_config(setting.adapter, causal))
+        adapted = inject(causal, new_config(setting.adapter, causal))
     with _unreal(causal):
         sizes = {name: parameter.numel() for name, parameter in causal.named_parameters()}
         own = {name for name in sizes if not adapted or is_adapter_part(name)}

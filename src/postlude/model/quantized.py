@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from postlude.manifest.adapter import Held
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters import linear_layers
-from postlude.model.language_model import is_adapter_part
+from postlude.model.adapters.inject import linear_layers
+from postlude.model.places import is_adapter_part
 
 NF4_BLOCK, NF4_SCALES = 64, 256
 """Weights that share a scale, and scales that share one of their own (Dettmers et al., 2023)."""
 
 
-class HeldLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer whose weight [out, in] is packed, and unpacked where it is used, in both passes."""
 
     def __init__(self, linear: nn.Linear, kind: Held, name: str) -> None:
@@ -49,7 +49,7 @@ class _Product(torch.autograd.Function):
         return gradient @ unpacked(ctx.weight).to(gradient.dtype), None, None
 
 
-def hold(causal: PreTrainedModel, kind: Held) -> None:
+def quantize(causal: PreTrainedModel, kind: Held) -> None:
     """Pack the weights of all linear layers inside the decoder layers but those of an adapter.
 
     ManifestError if torchao is not there, or a weight cannot be packed.
@@ -58,11 +58,11 @@ def hold(causal: PreTrainedModel, kind: Held) -> None:
     for path in paths:
         parent, _, name = path.rpartition(".")
         linear: Any = causal.get_submodule(path)
-        setattr(causal.get_submodule(parent), name, HeldLinear(linear, kind, path))
+        setattr(causal.get_submodule(parent), name, QuantizedLinear(linear, kind, path))
 
 
 def packed_weight(weight: Tensor, kind: Held, name: str) -> Tensor:
-    """A tensor of torchao. ManifestError as :func:`hold`."""
+    """A tensor of torchao. ManifestError as :func:`quantize`."""
     torchao = _torchao()
     if kind == "int8":
         linear = nn.Linear(1, 1, bias=False)

@@ -7,16 +7,13 @@ out of the files the parts that are its own. What of a rank's memory this takes 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -35,68 +32,77 @@ from transformers.core_model_loading import (
 
 from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
-from postlude.model import adapters, tensor_parallel
-from postlude.model.adapted import Start, sources_with_adapter, start_of
-from postlude.model.adapters import Asked
-from postlude.model.added_tokens import Grown, grown_config
+from postlude.model import tensor_parallel
+from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.adapters.merge import merged_sources
+from postlude.model.adapters.start import Start, start_of
+from postlude.model.adapters.stored import StoredModel
+from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
-from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, drawn_scalar
+from postlude.model.causal import incomplete
+from postlude.model.language_model import LanguageModel, drawn_scalar
 from postlude.model.mesh import Mesh
-from postlude.model.weights import Extended, InFile, InMemory, Joined, LazyTensor, Stacked, Transposed, tensors_in
+from postlude.model.places import SCALAR_FILE, local_folder
+from postlude.model.weights import (
+    Extended,
+    InMemory,
+    Joined,
+    LazyTensor,
+    Sources,
+    Stacked,
+    Transposed,
+    dtype_in_files,
+    open_checkpoint,
+)
 
 # The hidden states that a model returns may be a view of what it computed; nothing here writes into them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
-INDEX = "model.safetensors.index.json"
 SCALAR = "scalar.weight"
 """The name of the head ``scalar`` in a :class:`LanguageModel`."""
-Sources = Mapping[str, LazyTensor]
-"""Where the weights of a model come from, by the names that they have in it."""
 
 
 def load_sharded(
-    folder: str,
-    place: str,
+    stored: StoredModel,
     config: PreTrainedConfig,
     mesh: Mesh,
     device: torch.device,
     scalar_head: bool,
-    adapter: Asked | None = None,
+    adapter: AdapterRequest | None = None,
     new_tokens: NewTokens | None = None,
 ) -> LanguageModel:
-    """The model in a local folder, its weights fp32 and divided among the ranks of a mesh. All ranks call it.
+    """The model in files, its weights fp32 and divided among the ranks of a mesh. All ranks call it.
 
     It has a head ``scalar`` if one is stored, or if ``scalar_head`` asks for one.
 
     ManifestError, on every rank alike, for files that are missing, broken or incomplete, and for an architecture that
     cannot be divided.
     """
+    base, start = (stored, None) if adapter is None else start_of(stored, adapter)
     causal = on_meta(config)
-    with ExitStack() as stack:
-        start = stack.enter_context(start_of(folder, place, adapter)) if adapter else Start(folder, place, None)
-        found = stack.enter_context(open_sources(start.folder, start.place, causal))
-        _check_complete(found, causal, start.place)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(found)
-        if new_tokens is not None:
-            found = _with_rows_for(new_tokens, found, causal)
-            causal = on_meta(grown_config(config, new_tokens))
-        scalar = Path(folder, SCALAR_FILE)
-        if scalar.exists():
-            found[SCALAR] = InMemory(load_file(scalar)["weight"])
-        elif scalar_head:
-            found[SCALAR] = InMemory(drawn_scalar(config.get_text_config().hidden_size))
-        return _divided(causal, found, mesh, device, stored, start, adapter)
+    sources = open_sources(base, causal)
+    _check_complete(sources, causal, base.place)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
+    if new_tokens is not None:
+        sources = _with_rows_for(new_tokens, sources, causal)
+        causal = on_meta(config_with_tokens(config, new_tokens))
+    scalar = Path(stored.folder, SCALAR_FILE)
+    if scalar.exists():
+        sources[SCALAR] = InMemory(load_file(scalar)["weight"])
+    elif scalar_head:
+        sources[SCALAR] = InMemory(drawn_scalar(config.get_text_config().hidden_size))
+    return _divided(causal, sources, mesh, device, dtype, start)
 
 
 def shard_new(
-    causal: PreTrainedModel, mesh: Mesh, device: torch.device, scalar_head: bool, adapter: Asked | None = None
+    causal: PreTrainedModel, mesh: Mesh, device: torch.device, scalar_head: bool, adapter: AdapterRequest | None = None
 ) -> LanguageModel:
     """A model with weights of its own, equal on every rank, divided among the ranks of a mesh."""
-    found: dict[str, LazyTensor] = {name: InMemory(tensor.detach()) for name, tensor in causal.state_dict().items()}
+    sources: dict[str, LazyTensor] = {name: InMemory(tensor.detach()) for name, tensor in causal.state_dict().items()}
     if scalar_head:
-        found[SCALAR] = InMemory(drawn_scalar(causal.config.get_text_config().hidden_size))
-    start = Start("", f"new {causal.config.model_type}", None)
-    return _divided(on_meta(causal.config), found, mesh, device, None, start, adapter)
+        sources[SCALAR] = InMemory(drawn_scalar(causal.config.get_text_config().hidden_size))
+    start = None if adapter is None else Start(adapter, f"new {causal.config.model_type}")
+    return _divided(on_meta(causal.config), sources, mesh, device, None, start)
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -127,42 +133,14 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(folder: str, place: str) -> dict[str, LazyTensor]:
-    """The tensors of a local folder's safetensors files, by the names that they have there. ManifestError if a file is
-    missing or broken."""
-    index = Path(folder, INDEX)
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    if Path(folder, LM_HEAD_FILE).exists():
-        names.append(LM_HEAD_FILE)
-    tensors: dict[str, LazyTensor] = {}
-    for name in names:
-        try:
-            tensors |= tensors_in(Path(folder, name))
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise ManifestError(
-                f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
-                "are sharded are read from safetensors files; fetch or write the model anew."
-            ) from error
-    return tensors
-
-
-@contextmanager
-def open_sources(folder: str, place: str, causal: PreTrainedModel) -> Iterator[dict[str, LazyTensor]]:
-    """The weights of a model out of its files, by its own names for them; of an adapter those that it is merged to."""
-    if adapters.is_adapter(folder):
-        stored = adapters.StoredAdapter(folder, place)
-        with stored.base_folder() as base, open_sources(base, stored.base.place, causal) as found:
-            yield adapters.merged_sources(found, stored)
-    else:
-        yield named_as_in_the_model(open_checkpoint(folder, place), causal)
-
-
-def dtype_in_files(found: Sources) -> torch.dtype:
-    """The dtype of a checkpoint whose configuration does not say it."""
-    return next((tensor.dtype for tensor in found.values() if isinstance(tensor, InFile)), torch.float32)
+def open_sources(stored: StoredModel, causal: PreTrainedModel) -> dict[str, LazyTensor]:
+    """The weights of a model out of its files, by its own names for them, with the adapters on it merged into it.
+    ManifestError for files that are missing or broken, and for a conversion that is not known here."""
+    files = open_checkpoint(local_folder(stored.whole_folder), stored.whole_place)
+    sources = named_as_in_the_model(files, causal)
+    for adapter in stored.adapters:
+        sources = merged_sources(sources, adapter)
+    return sources
 
 
 def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
@@ -171,36 +149,36 @@ def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedMod
     ManifestError for a conversion that is not known here.
     """
     conversions = get_model_conversion_mapping(causal)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     wanted = causal.state_dict()
-    found: dict[str, LazyTensor] = {}
+    sources: dict[str, LazyTensor] = {}
     collected: dict[str, dict[str, list[LazyTensor]]] = {}
     for name in sorted(files, key=_natural):
         target, pattern = rename_source_key(name, renamings, converters, causal.base_model_prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if pattern is None:
-            found[target] = files[name]
+            sources[target] = files[name]
         elif target in wanted:
             collected.setdefault(target, {}).setdefault(pattern, []).append(files[name])
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
         ordered = [parts.get(pattern, []) for pattern in converter.source_patterns]
-        found[target] = _converted(ordered, converter.operations, target)
-    return found
+        sources[target] = _converted(ordered, converter.operations, target)
+    return sources
 
 
 def _converted(parts: list[list[LazyTensor]], operations: list[Any], target: str) -> LazyTensor:
     """What transformers' operations make of the tensors that each of a converter's patterns matched."""
     for operation in operations:
         if isinstance(operation, MergeModulelist):
-            parts = [[Stacked(each, operation.dim)] for each in parts]
+            parts = [[Stacked(matched, operation.dim)] for matched in parts]
         elif isinstance(operation, Concatenate):
-            parts = [[Joined([one for each in parts for one in each], operation.dim)]]
+            parts = [[Joined([tensor for matched in parts for tensor in matched], operation.dim)]]
         elif isinstance(operation, Transpose) and not operation.check_dims:
-            parts = [[Transposed(one, operation.dim0, operation.dim1) for one in each] for each in parts]
+            parts = [[Transposed(tensor, operation.dim0, operation.dim1) for tensor in matched] for matched in parts]
         else:
             raise ManifestError(
                 f"The tensor '{target}' is made of those in the files in a way that cannot be done in parts "
@@ -217,62 +195,58 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _check_complete(found: Sources, causal: PreTrainedModel, place: str) -> None:
+def _check_complete(sources: Sources, causal: PreTrainedModel, place: str) -> None:
     tied = set(getattr(causal, "all_tied_weights_keys", None) or ())
-    missing = sorted({name for name, _ in causal.named_parameters()} - set(found) - tied)
+    missing = sorted({name for name, _ in causal.named_parameters()} - set(sources) - tied)
     if missing:
-        raise ManifestError(
-            f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{name_of(causal)}' "
-            f"are not in its files, the first being '{missing[0]}'. Give a complete causal language model."
-        )
+        raise incomplete(place, name_of(causal), missing)
     for name, parameter in causal.named_parameters():
-        if name in found and tuple(found[name].shape) != tuple(parameter.shape):
+        if name in sources and tuple(sources[name].shape) != tuple(parameter.shape):
             raise ManifestError(
-                f"The model at '{place}' does not fit its configuration: '{name}' is {list(found[name].shape)} in its "
-                f"files, and {list(parameter.shape)} by config.json."
+                f"The model at '{place}' does not fit its configuration: '{name}' is {list(sources[name].shape)} in "
+                f"its files, and {list(parameter.shape)} by config.json."
             )
 
 
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def _with_rows_for(tokens: NewTokens, found: Sources, causal: PreTrainedModel) -> dict[str, LazyTensor]:
+def _with_rows_for(tokens: NewTokens, sources: Sources, causal: PreTrainedModel) -> dict[str, LazyTensor]:
     """The weights with rows for new tokens in the embedding and in the head."""
-    grown = dict(found)
+    extended = dict(sources)
     for module in (causal.get_input_embeddings(), causal.get_output_embeddings()):
         path = next(path for path, candidate in causal.named_modules() if candidate is module)
         for name in (f"{path}.weight", f"{path}.bias"):
-            if name in found:
-                grown[name] = Grown(found[name], tokens)
-    return grown
+            if name in sources:
+                extended[name] = WithTokens(sources[name], tokens)
+    return extended
 
 
 def _divided(
     causal: PreTrainedModel,
-    found: Sources,
+    sources: Sources,
     mesh: Mesh,
     device: torch.device,
     stored: torch.dtype | None,
-    start: Start,
-    adapter: Asked | None,
+    start: Start | None,
 ) -> LanguageModel:
     """A model without weights, divided among the ranks and given their parts, with an adapter if one is asked for."""
     attached, frozen = None, torch.float32
-    if adapter is not None:
-        found, attached = sources_with_adapter(start, causal, found, adapter)
-        frozen = adapter.hold(stored or torch.float32)
+    if start is not None:
+        sources, attached = start.sources(causal, sources)
+        frozen = start.request.frozen_dtype(stored or torch.float32)
 
     def divide(model: LanguageModel) -> None:
         model.attached = attached
-        if SCALAR in found:
+        if SCALAR in sources:
             model.add_scalar_head()
         if mesh.shape.tensor > 1:
             tensor_parallel.divide(causal, mesh)
             if model.scalar is not None:
                 tensor_parallel.Divided(model.scalar, mesh).place()
         _shard(model, mesh)
-        sources = {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in found.items()}
-        _fill(model, sources, device, frozen)
+        named = {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in sources.items()}
+        _fill(model, named, device, frozen)
 
     return LanguageModel(causal, stored, mesh, divide, _examined(causal.config))
 
@@ -293,10 +267,10 @@ def _examined(config: PreTrainedConfig) -> Anatomy:
         setattr(text, key, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = LanguageModel(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).anatomy
-    each = len(found.layers) // depth
+        examined = LanguageModel(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).anatomy
+    each = len(examined.layers) // depth
     firsts = [kinds.index(kind) * each for kind in kinds]
-    return replace(found, layers=tuple(layer for first in firsts for layer in found.layers[first : first + each]))
+    return replace(examined, layers=tuple(layer for first in firsts for layer in examined.layers[first : first + each]))
 
 
 def _shard(model: LanguageModel, mesh: Mesh) -> None:

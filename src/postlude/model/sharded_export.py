@@ -7,11 +7,8 @@ beforehand, since names and sizes are known before there is a value. Files and n
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors.torch import save_file
@@ -21,48 +18,33 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from postlude.manifest.problem import ManifestError
-from postlude.model import adapters
+from postlude.model.adapters.merge import base_state
 from postlude.model.anatomy import name_of
-from postlude.model.language_model import LM_HEAD_FILE, SCALAR_FILE, LanguageModel, is_adapter_part
+from postlude.model.language_model import LanguageModel
+from postlude.model.places import LM_HEAD_FILE, SCALAR_FILE, is_adapter_part
+from postlude.model.weights import WeightWriter
 
-FILE_BYTES = 4 * 2**30
-"""A file is closed before it grows beyond this."""
-INDEX = "model.safetensors.index.json"
 SCALAR = "scalar"
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+"""What :func:`gathered` calls the head so named."""
 
 
-def shapes(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of the model inside by name, without values, as they are to be written: tied ones are one tensor."""
-    made: dict[int, Tensor] = {}
-    state = model.causal.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        shape = (min(len(tensor), _rows(model, name)), *tensor.shape[1:]) if tensor.ndim else ()
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        made.setdefault(id(tensor), torch.empty(shape, dtype=kind, device="meta"))
-    return {name: made[id(tensor)] for name, tensor in state.items()}
-
-
-def gathered(model: LanguageModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model inside, and last the head ``scalar``, whole and on the CPU, tied ones once. All ranks
-    run through it together."""
-    yield from gathered_causal(model, dtype)
-    if model.scalar is not None:
-        yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
-
-
-def gathered_causal(model: LanguageModel, dtype: torch.dtype, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """As :func:`gathered`, without a head ``scalar``; of a model with an adapter the base, with that merged into it or
-    without it."""
+def gathered(
+    model: LanguageModel, dtype: torch.dtype, merge: bool = True, scalar: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model inside, and last the head ``scalar`` where it is asked for, whole and on the CPU, tied
+    ones once; of a model with an adapter the base, with that merged into it or without it. All ranks run through it
+    together."""
     once: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.causal.state_dict(keep_vars=True).items():
         once.setdefault(id(tensor), (name, tensor))
     state = dict(once.values())
     whole: Iterator[tuple[str, Tensor]] = ((name, _whole(tensor)) for name, tensor in state.items())
     if model.attached is not None:
-        whole = adapters.base_state(state, model.attached.config, merge, _whole)
+        whole = base_state(state, model.attached.config, merge, _whole)
     for name, tensor in whole:
         yield name, _as_written(tensor[: _rows(model, name)] if tensor.ndim else tensor, dtype)
+    if scalar and model.scalar is not None:
+        yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
 
 
 def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -72,27 +54,56 @@ def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | 
     return tensors, None if model.scalar is None else _whole(model.scalar.weight).to("cpu")
 
 
-def write(
-    written: PreTrainedModel, model: LanguageModel, beside: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
-) -> None:
-    """Write the weights of ``written``, a model without values, out of those that are gathered from all ranks.
+class DividedWeights:
+    """What is written of a model that ranks hold together: without values, until :meth:`write` gathers them, in which
+    the ranks that do not write take part by running through :func:`gathered`."""
 
-    Those named in ``beside`` have no place in it and go into a file of their own.
-    """
-    files = WeightFiles(written, folder)
-    kept: dict[str, Tensor] = {}
-    scores = [name for name in written.state_dict() if name not in model.causal.state_dict()]
-    for name, tensor in gathered(model, dtype):
-        target = scores[0] if name == SCALAR and scores else name
-        if target in files.names:
-            files.add(target, tensor)
-        elif target in beside:
-            kept[target] = tensor
-        if name == SCALAR:
-            save_file({"weight": tensor}, folder / SCALAR_FILE)
-    files.close()
-    if kept:
-        save_file(kept, folder / LM_HEAD_FILE)
+    def __init__(self, model: LanguageModel, dtype: torch.dtype, merge: bool, scalar: bool) -> None:
+        self._model, self._dtype, self._merge = model, dtype, merge
+        self.state = self._shapes()
+        if model.attached is not None:
+            self.state = dict(base_state(self.state, model.attached.config, False, lambda tensor: tensor))
+        self.scalar: Tensor | None = None
+        if scalar and model.scalar is not None:
+            self.scalar = torch.empty(model.scalar.weight.shape, dtype=dtype, device="meta")
+
+    def _shapes(self) -> dict[str, Tensor]:
+        """The tensors of the model inside by name, as they are to be written: tied ones are one tensor."""
+        shapes: dict[int, Tensor] = {}
+        state = self._model.causal.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            shape = (min(len(tensor), _rows(self._model, name)), *tensor.shape[1:]) if tensor.ndim else ()
+            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+            shapes.setdefault(id(tensor), torch.empty(shape, dtype=dtype, device="meta"))
+        return {name: shapes[id(tensor)] for name, tensor in state.items()}
+
+    def write(self, written: PreTrainedModel, beside: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the configuration and the weights of ``written``, a model without values that has them.
+
+        Those named in ``beside`` have no place in it and go into a file of their own, as the head ``scalar`` does.
+        """
+        write_config(written, folder)
+        files = WeightFiles(written, folder)
+        kept: dict[str, Tensor] = {}
+        scores = [name for name in written.state_dict() if name not in self.state]
+        for name, tensor in gathered(self._model, self._dtype, self._merge, self.scalar is not None):
+            target = scores[0] if name == SCALAR and scores else name
+            if target in files.names:
+                files.add(target, tensor)
+            elif target in beside:
+                kept[target] = tensor
+            if name == SCALAR:
+                save_file({"weight": tensor}, folder / SCALAR_FILE)
+        files.close()
+        if kept:
+            save_file(kept, folder / LM_HEAD_FILE)
+
+
+def write_config(written: PreTrainedModel, folder: Path) -> None:
+    """The configuration files that ``save_pretrained`` would write."""
+    written.config.architectures = [type(written).__name__]
+    written.config.save_pretrained(folder)
+    written.generation_config.save_pretrained(folder)
 
 
 class WeightFiles:
@@ -115,7 +126,7 @@ class WeightFiles:
                 f"The files of the architecture '{name_of(written)}' join tensors that the model has apart, which "
                 "cannot be written in parts. Set parallel.shard to false."
             )
-        self._files = _Files(folder, plans)
+        self._files = WeightWriter(folder, list(plans.values()))
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
@@ -128,63 +139,6 @@ class WeightFiles:
     def _renamed(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The tensors of a file that one of the model becomes."""
         return revert_weight_conversion(self._written, {name: tensor})
-
-
-class _Files:
-    """Safetensors files that are filled in order."""
-
-    def __init__(self, folder: Path, plans: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.folder = folder
-        self.contents: list[dict[str, Tensor]] = [{}]
-        size = 0
-        for plan in plans.values():
-            bytes_of_plan = sum(tensor.nbytes for tensor in plan.values())
-            if size and size + bytes_of_plan > FILE_BYTES:
-                self.contents.append({})
-                size = 0
-            self.contents[-1] |= plan
-            size += bytes_of_plan
-        count = len(self.contents)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        self.names = names if count > 1 else ["model.safetensors"]
-        self.expected = [name for content in self.contents for name in content]
-        self.open: BinaryIO | None = None
-        self.written = 0
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, which have to come in the order of the plan."""
-        for name, tensor in tensors.items():
-            assert self.expected[self.written] == name, f"{name} comes before {self.expected[self.written]}"
-            number = next(number for number, content in enumerate(self.contents) if name in content)
-            if name == next(iter(self.contents[number])):
-                self._begin(number)
-            assert self.open is not None
-            self.open.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self.written += 1
-
-    def _begin(self, number: int) -> None:
-        if self.open is not None:
-            self.open.close()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, tensor in self.contents[number].items():
-            end = start + tensor.nbytes
-            header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-            start = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.open = (self.folder / self.names[number]).open("wb")
-        self.open.write(struct.pack("<Q", len(text)) + text)
-
-    def close(self) -> None:
-        assert self.written == len(self.expected), "not every tensor was given"
-        if self.open is not None:
-            self.open.close()
-        if len(self.names) > 1:
-            total = sum(tensor.nbytes for content in self.contents for tensor in content.values())
-            where = {name: file for file, content in zip(self.names, self.contents, strict=True) for name in content}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors that are in files, or made of such, of which any part can be read without the rest.
+"""Weights in safetensors files: read tensor by tensor, or any part of one, and written tensor by tensor.
 
 A checkpoint's tensors are not always those of the model: experts that are one tensor in the model are one each in the
 file, a gate and an up projection are two. What transformers would do to whole tensors while loading is described here
@@ -10,14 +10,38 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from postlude.manifest.problem import ManifestError
+from postlude.model.places import LM_HEAD_FILE
+
+INDEX_FILE = "model.safetensors.index.json"
+"""Which file holds which tensor, where there are several."""
+FILE_BYTES = 4 * 2**30
+"""A file is closed before it grows beyond this."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""As safetensors names them."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Region = tuple[slice, ...]
 """A part of a tensor: one slice with a start and an end for each dimension."""
@@ -34,6 +58,10 @@ class LazyTensor(Protocol):
         ...
 
 
+Sources = Mapping[str, LazyTensor]
+"""Where the weights of a model come from, by name."""
+
+
 @dataclass(frozen=True)
 class InFile:
     """A tensor in a safetensors file. It is read, not mapped: pages of a mapped file would be memory of the rank."""
@@ -48,15 +76,19 @@ class InFile:
         rows = region[0] if region else slice(0, 1)
         below = self.shape[1:]
         row_bytes = math.prod(below) * self.dtype.itemsize
-        found = torch.empty((rows.stop - rows.start, *below), dtype=self.dtype)
-        if found.numel():
+        values = torch.empty((rows.stop - rows.start, *below), dtype=self.dtype)
+        if values.numel():
             with self.path.open("rb") as stream:
                 stream.seek(self.start + rows.start * row_bytes)
-                into: Any = found.reshape(-1).view(torch.uint8).numpy()
-                read = stream.readinto(memoryview(into))
-                if read != found.nbytes:
+                into: Any = values.reshape(-1).view(torch.uint8).numpy()
+                if stream.readinto(memoryview(into)) != values.nbytes:
                     raise OSError(f"{self.path} ends before the tensor at byte {self.start}")
-        return found[(slice(None), *region[1:])] if region else found[0]
+        return values[(slice(None), *region[1:])] if region else values[0]
+
+
+def read_whole(tensor: LazyTensor) -> Tensor:
+    """All of a tensor, as stored."""
+    return tensor.read(tuple(slice(0, size) for size in tensor.shape))
 
 
 def tensors_in(path: Path) -> dict[str, InFile]:
@@ -68,25 +100,101 @@ def tensors_in(path: Path) -> dict[str, InFile]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return {
-        name: InFile(path, _DTYPES[said["dtype"]], tuple(said["shape"]), 8 + length + said["data_offsets"][0])
-        for name, said in header.items()
+        name: InFile(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
     }
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""As safetensors names them."""
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights of the model in a local folder, there or not."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def open_checkpoint(folder: Path, place: str) -> dict[str, InFile]:
+    """The tensors of a local folder's safetensors files, by the names that they have there. ManifestError if a file is
+    missing or broken."""
+    head = [LM_HEAD_FILE] if (folder / LM_HEAD_FILE).exists() else []
+    tensors: dict[str, InFile] = {}
+    for name in (*weight_files(folder), *head):
+        try:
+            tensors |= tensors_in(folder / name)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise ManifestError(
+                f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
+                "are sharded are read from safetensors files; fetch or write the model anew."
+            ) from error
+    return tensors
+
+
+def dtype_in_files(sources: Sources) -> torch.dtype:
+    """The dtype of a checkpoint whose configuration does not say it."""
+    return next((tensor.dtype for tensor in sources.values() if isinstance(tensor, InFile)), torch.float32)
+
+
+class WeightWriter:
+    """The safetensors files of a model in a folder, filled in order; with an index, where they are several.
+
+    ``groups`` has all that is to come, in order and without values; the members of a group are written to one file.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[Mapping[str, Tensor]]) -> None:
+        self._folder = folder
+        self._contents: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for group in groups:
+            group_bytes = sum(tensor.nbytes for tensor in group.values())
+            if size and size + group_bytes > FILE_BYTES:
+                self._contents.append({})
+                size = 0
+            self._contents[-1] |= group
+            size += group_bytes
+        count = len(self._contents)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        self._names = names if count > 1 else ["model.safetensors"]
+        self._pending = [(name, number) for number, content in enumerate(self._contents) for name in content]
+        self._pending.reverse()
+        self._open: BinaryIO | None = None
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, on the CPU, which have to come in the order of the plan."""
+        for name, tensor in tensors.items():
+            expected, number = self._pending.pop()
+            assert expected == name, f"{name} comes before {expected}"
+            if name == next(iter(self._contents[number])):
+                self._begin(number)
+            assert self._open is not None
+            self._open.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _begin(self, number: int) -> None:
+        if self._open is not None:
+            self._open.close()
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name, tensor in self._contents[number].items():
+            end = start + tensor.nbytes
+            header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._open = (self._folder / self._names[number]).open("wb")
+        self._open.write(struct.pack("<Q", len(text)) + text)
+
+    def close(self) -> None:
+        """Finish the last file, and write the index where there are several."""
+        assert not self._pending, "not every tensor was given"
+        if self._open is not None:
+            self._open.close()
+        if len(self._names) > 1:
+            total = sum(tensor.nbytes for content in self._contents for tensor in content.values())
+            places = {name: file for file, content in zip(self._names, self._contents) for name in content}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+# --- tensors made of others ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,16 +225,16 @@ class Joined:
         return tuple(shape)
 
     def read(self, region: Region) -> Tensor:
-        wanted, found, begin = region[self.dimension], [], 0
+        wanted, pieces, begin = region[self.dimension], [], 0
         for part in self.parts:
             size = part.shape[self.dimension]
             start, stop = max(wanted.start - begin, 0), min(wanted.stop - begin, size)
             if start < stop:
-                found.append(part.read(_replaced(region, self.dimension, slice(start, stop))))
+                pieces.append(part.read(_replaced(region, self.dimension, slice(start, stop))))
             begin += size
-        if not found:
+        if not pieces:
             return self.parts[0].read(_replaced(region, self.dimension, slice(0, 0)))
-        return found[0] if len(found) == 1 else torch.cat(found, self.dimension)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dimension)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from postlude.errors import UserError
-from postlude.model.load import local_files, read_causal, read_config
+from postlude.model.adapters.merge import read_merged
+from postlude.model.adapters.stored import open_model
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.prompts import Prompt, PromptEncoder
@@ -29,9 +30,9 @@ def talk(
     template, and continued as it stands where there is none. Temperature 0 takes
     the likeliest token. ManifestError if there is no model; UserError if there is no template for messages.
     """
-    with local_files(place) as folder:
-        causal = read_causal(folder, place, read_config(folder, place), "auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with open_model(place) as stored:
+        causal = read_merged(stored, stored.config(), "auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(stored.folder)
     if isinstance(prompt, str) and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
     if torch.cuda.is_available():

@@ -10,15 +10,9 @@ from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
-from postlude.model.language_model import SCALAR_FILE
-from postlude.model.load import (
-    configuration,
-    configuration_keys,
-    count_parameters,
-    load_causal,
-    load_model,
-    with_weights_in,
-)
+from postlude.model.causal import with_weights_in
+from postlude.model.load import configuration, count_parameters, load_causal, load_model
+from postlude.model.places import SCALAR_FILE, configuration_keys
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.reward import Reward
 from postlude.rollout.reward_model import Judge

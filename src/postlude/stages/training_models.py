@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.schema import ModelPlace
-from postlude.model.adapters import Asked, WithoutAdapter
-from postlude.model.added_tokens import grown_config
+from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.adapters.inject import WithoutAdapter
+from postlude.model.added_tokens import config_with_tokens
 from postlude.model.load import configuration, load_divided, load_model
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.models import stand_in_for
@@ -35,7 +36,7 @@ class TrainingModels:
         it is the model that training starts from."""
         root = self.parts.root(start)
         config = configuration(root, self.parts.place_of(root), self.data.tokenizer)
-        return grown_config(config, self.data.new_tokens) if start == self.config.model else config
+        return config_with_tokens(config, self.data.new_tokens) if start == self.config.model else config
 
     def vocabulary(self, start: ModelPlace) -> int:
         """How many tokens a model has, without loading it."""
@@ -57,7 +58,7 @@ class TrainingModels:
         place, device = parts.place_of(source), parts.workers.device
         keys: dict[str, Any] = {"seed": parts.manifest.seed, "adapter": None}
         if adapter is not None:
-            keys["adapter"] = Asked(adapter, parts.manifest.seed, self._frozen_dtype)
+            keys["adapter"] = AdapterRequest(adapter, parts.manifest.seed, self._frozen_dtype)
         if start == self.config.model:
             keys["new_tokens"] = self.data.new_tokens
         if mesh is None:

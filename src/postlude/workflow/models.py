@@ -62,10 +62,9 @@ def export(place: str, out: str, merge: bool = False) -> None:
 
 def _export_merged(artifact: str, out: str) -> None:
     from postlude.model.export import write_merged
-    from postlude.model.load import local_files
 
-    with storage.new_folder(out) as folder, local_files(artifact) as source:
-        write_merged(source, artifact, Path(storage.local_path(folder)))
+    with storage.new_folder(out) as folder:
+        write_merged(artifact, Path(storage.local_path(folder)))
 
 
 def _check_base_is_whole(artifact: str) -> None:

@@ -6,6 +6,7 @@ no more than a few large ones.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import uuid
@@ -16,10 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
+from postlude.model.weights import InFile, read_whole, tensors_in
 from postlude.rollout.serving.within_vllm.postlude_within_vllm import FROM_SENDER, group_of
 
 PACK_BYTES = 64 * 2**20
@@ -61,7 +61,7 @@ class Sender:
         answers = self._threads.submit(self._call_workers, "receive", packs=packs)
         tensors = _tensors(folder)
         for layouts in packs:
-            bytes_of_each = [next(tensors)[1].reshape(-1).view(torch.uint8) for _ in layouts]
+            bytes_of_each = [read_whole(next(tensors)[1]).reshape(-1).view(torch.uint8) for _ in layouts]
             _await(self._group.broadcast([torch.cat(bytes_of_each).to(self._device)], FROM_SENDER), answers)
         answers.result()
 
@@ -72,19 +72,18 @@ def pack(folder: Path) -> list[list[Layout]]:
     packs: list[list[Layout]] = []
     size, dtype = 0, None
     for name, tensor in _tensors(folder):
-        if tensor.dtype != dtype or size + tensor.nbytes > PACK_BYTES:
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if tensor.dtype != dtype or size + nbytes > PACK_BYTES:
             packs.append([])
             size, dtype = 0, tensor.dtype
-        size += tensor.nbytes
+        size += nbytes
         packs[-1].append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
     return packs
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, InFile]]:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+        yield from sorted(tensors_in(file).items())
 
 
 def _await(work: Any, answers: Future[Any]) -> None:

@@ -1,0 +1,185 @@
+"""Adapters in files, in PEFT's format, and what of a model's files are adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from postlude import storage
+from postlude.manifest.problem import ManifestError
+from postlude.model.adapters.attached import ADAPTER_NAME, Attached, Base
+from postlude.model.places import ADAPTER_CONFIG_FILE, ADAPTER_FILE, LINEAGE_FILE, local_files, one_line, read_config
+
+PREFIX = "base_model.model."
+"""Before the name of every tensor in PEFT's files."""
+_PLAIN: dict[str, Any] = {
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "fan_in_fan_out": False,
+}
+"""What PEFT's further settings are where none of them is used."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The files of a model: those of a whole one, and of the adapters on it, each trained on what comes before it."""
+
+    whole_folder: str
+    """A local folder, or a hub name."""
+    whole_place: str
+    adapters: tuple[StoredAdapter, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """What stands at the place of the model."""
+        return self.adapters[-1].folder if self.adapters else self.whole_folder
+
+    @property
+    def place(self) -> str:
+        return self.adapters[-1].place if self.adapters else self.whole_place
+
+    @property
+    def without_last(self) -> StoredModel:
+        """The model that the last adapter belongs to."""
+        return replace(self, adapters=self.adapters[:-1])
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the whole model."""
+        return read_config(self.whole_folder, self.whole_place)
+
+
+@contextmanager
+def open_model(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[StoredModel]:
+    """The files of the model at a place, a Hugging Face directory (a path or URI), an adapter, or a hub name; of what
+    is remote those with these endings are fetched.
+
+    ManifestError for an adapter of another kind, or whose base is not there or not the one that was adapted.
+    """
+    with local_files(place, endings) as folder:
+        is_adapter = Path(folder, ADAPTER_CONFIG_FILE).exists() and not Path(folder, "config.json").exists()
+        if not is_adapter:
+            yield StoredModel(folder, place)
+            return
+        adapter = StoredAdapter(folder, place)
+        adapter.check_base()
+        with open_model(adapter.base.place, endings) as base:
+            yield replace(base, adapters=(*base.adapters, adapter))
+
+
+class StoredAdapter:
+    """An adapter in a local folder, in PEFT's format. ManifestError if it cannot be read, or is of another kind."""
+
+    def __init__(self, folder: str, place: str) -> None:
+        self.folder, self.place = folder, place
+        with self._readable():
+            self.config: LoraConfig = LoraConfig.from_pretrained(folder)
+        unknown = [key for key, plain in _PLAIN.items() if (getattr(self.config, key, plain) or plain) != plain]
+        if unknown:
+            raise ManifestError(
+                f"The adapter at '{place}' uses {', '.join(unknown)} of PEFT, which is not known here. Merge it into "
+                "its base with PEFT, and give the merged model."
+            )
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ManifestError(f"The adapter at '{self.place}' cannot be read: {one_line(error)}") from error
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        with self._readable():
+            return load_file(Path(self.folder, ADAPTER_FILE))
+
+    @cached_property
+    def base(self) -> Base:
+        """The model that it belongs to, as its lineage or PEFT's file says."""
+        lineage = Path(self.folder, LINEAGE_FILE)
+        entry = json.loads(lineage.read_text(encoding="utf-8")).get("base") if lineage.exists() else None
+        place = entry["place"] if entry else self.config.base_model_name_or_path
+        if not place:
+            raise ManifestError(f"The adapter at '{self.place}' does not say which model it belongs to.")
+        return Base(place, entry["sha256"] if entry else None)
+
+    def check_base(self) -> None:
+        """ManifestError if the base is not there, or not the one that was adapted."""
+        base = self.base
+        if base.place.startswith(("/", "file:")) and not storage.exists(base.place):
+            raise ManifestError(
+                f"The adapter at '{self.place}' belongs to the model at '{base.place}', which is not there. Put it "
+                "back, or give a merged model."
+            )
+        if base.digest is not None and (digest := digest_of(base.place)) != base.digest:
+            raise ManifestError(
+                f"The adapter at '{self.place}' was trained on a model at '{base.place}' whose files had the hash "
+                f"{base.digest[:12]}, and the files there have {digest[:12]} now. An adapter only fits the weights "
+                "that it was trained on: bring these back, or train it anew."
+            )
+
+    def named_in_model(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have in a model with the adapter in it."""
+        return {_name_in_model(name.removeprefix(PREFIX)): tensor.float() for name, tensor in self.tensors.items()}
+
+
+def digest_of(place: str) -> str:
+    """One hash over the weights and the configuration at a place; of a hub name that of its commit."""
+    if storage.is_committed(place):
+        files = {name: digest.sha256 for name, digest in storage.read_marker(place).files.items()}
+    elif storage.is_directory(place):
+        uris = {name: storage.join(place, name) for name in storage.list_directory(place) if _counts(name)}
+        files = {name: _sha256(uri, storage.modified_fingerprint(uri)) for name, uri in uris.items()}
+    else:
+        commit = getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+        return hashlib.sha256(f"{place}@{commit}".encode()).hexdigest()
+    listed = "".join(f"{files[name]}  {name}\n" for name in sorted(files) if _counts(name))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _counts(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin")) or name in ("config.json", ADAPTER_CONFIG_FILE)
+
+
+@cache
+def _sha256(uri: str, stamp: str) -> str:
+    """Of a file that has not changed since it had this stamp."""
+    with storage.open_file(uri, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def write_adapter_files(tensors: Mapping[str, Tensor], attached: Attached, folder: Path) -> None:
+    """Write an adapter as PEFT does. ``tensors`` are by their names in the model, whole."""
+    config = replace(attached.config, inference_mode=True, base_model_name_or_path=attached.base.place)
+    config.save_pretrained(str(folder))
+    named = {f"{PREFIX}{_name_in_file(name)}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def _name_in_file(name: str) -> str:
+    """A tensor's name in PEFT's files: without the adapter's own name."""
+    name = name.replace(f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector")
+    return name.replace(f".{ADAPTER_NAME}.", ".")
+
+
+def _name_in_model(name: str) -> str:
+    if name.endswith(".lora_magnitude_vector"):
+        return f"{name}.{ADAPTER_NAME}.weight"
+    path, dot, last = name.rpartition(".")
+    return f"{path}.{ADAPTER_NAME}{dot}{last}"

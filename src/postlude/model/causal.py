@@ -1,0 +1,67 @@
+"""Transformers' causal language models: out of their files, every weight of them, or with random weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from postlude.manifest.problem import ManifestError
+from postlude.model.places import LM_HEAD_FILE, config_errors, one_line, quiet
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def read_causal(
+    folder: str, place: str, config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"]
+) -> PreTrainedModel:
+    """A transformers model from its files, every weight of it. ManifestError if files are broken or incomplete."""
+    try:
+        with quiet() if Path(folder).exists() else nullcontext():  # a download shows how far it is
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ManifestError(f"The model at '{place}' cannot be loaded: {one_line(error)}") from error
+    causal, report = loaded
+    beside = Path(folder) / LM_HEAD_FILE
+    head = load_file(beside) if beside.exists() else {}
+    causal.load_state_dict(head, strict=False)
+    missing = sorted(set(report["missing_keys"]) - set(head))
+    if missing:
+        raise incomplete(place, config.model_type, missing)
+    return causal
+
+
+def incomplete(place: str, architecture: str, missing: list[str]) -> ManifestError:
+    """The error for a model whose files lack weights."""
+    return ManifestError(
+        f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{architecture}' are not "
+        f"in its files, the first being '{missing[0]}'. Give a complete causal language model."
+    )
+
+
+def random_causal(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model whose random fp32 weights follow from a seed. ManifestError as :func:`construct_causal`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return construct_causal(config)
+
+
+def construct_causal(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a configuration in fp32, as torch draws it. ManifestError if none can be made."""
+    with config_errors(f"model.new: no '{config.model_type}' can be made of this configuration"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def with_weights_in(model: Model, dtype: torch.dtype) -> Model:
+    """The model with its weights in another dtype. Buffers keep theirs: of rotary frequencies in bf16 come wrong
+    positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
