@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from postlude import storage
-from postlude.nearest import suggestion
 from postlude.manifest.problem import ManifestError
+from postlude.nearest import suggestion
 
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter, as PEFT names them."""
