@@ -71,8 +71,8 @@ class Dataset:
 
     def __init__(self, name: str, config: DatasetConfig, cache: str, sample: int | None = None) -> None:
         self.name, self._on_bad_record, self._key = name, config.on_bad_record, config.key
-        self._format = cast(Format, config.format)
-        self._records = cast(Source, config.source).open(cache)
+        self._format = Format.of(config.format)
+        self._records = Source.of(config.source).open(cache)
         self.files: Sequence[Sequence[int]] = self._records.files
         """The groups of each file."""
         self.seekable: bool = self._records.seekable
@@ -253,10 +253,10 @@ def _resolve(entry: str | Component) -> str | Filter:
     """A filter as it is meant: a bare name of a registered one is that filter, any other text a predicate."""
     if isinstance(entry, str) and entry in names("filters"):
         try:
-            return cast(Filter, lookup("filters", entry).model_validate({}))
+            return Filter.of(lookup("filters", entry).model_validate({}))
         except ValidationError as error:
             raise ManifestError(f"The filter '{entry}' needs keys of its own: {error.errors()[0]['msg']}.") from error
-    return entry if isinstance(entry, str) else cast(Filter, entry)
+    return entry if isinstance(entry, str) else Filter.of(entry)
 
 
 def _code_of(component: Component) -> str:

@@ -83,13 +83,13 @@ class Component(Config):
     """The name it is registered under; set by the registry."""
 
     @classmethod
-    def of(cls, component: Component) -> Self:
+    def of(cls, component: object) -> Self:
         """A field's component as one of this class, the base of its kind: ``Schedule.of(config.schedule)``.
 
         The manifest knows no kind from inside. TypeError for a component that does not derive from its kind's base.
         """
         if not isinstance(component, cls):
-            raise TypeError(f"'{component.component_name}' ({type(component).__qualname__}) is no {cls.__qualname__}")
+            raise TypeError(f"{component!r} is no {cls.__qualname__}")
         return component
 
 

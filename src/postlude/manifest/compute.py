@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Component, Config, Named
+from postlude.manifest.component import Component, Config, Named, default_name
 from postlude.manifest.types import Name, Positive
 
 
@@ -119,9 +119,7 @@ class ProviderConfig(Component):
 class Compute(Config):
     """Where the processes run."""
 
-    provider: Annotated[
-        ProviderConfig, Named("providers", default="local", bare=True), Field(validate_default=True)
-    ] = "local"  # type: ignore[assignment]
+    provider: Annotated[ProviderConfig, Named("providers", default="local", bare=True)] = default_name("local")
     """Where the machines come from: ``local`` is this one, ``ray`` a cluster that is there."""
     address: str | None = None
     """Of the cluster with ``provider: ray``, host:port of its head; by default what RAY_ADDRESS says."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named
+from postlude.manifest.component import Config, Named, default_name
 from postlude.manifest.types import Positive
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
@@ -31,7 +31,7 @@ class Rewarding(Config):
 class Answering(Rewarding):
     """How prompts are answered."""
 
-    engine: Annotated[EngineChoice, Named("engines", default="native"), Field(validate_default=True)] = "native"  # type: ignore
+    engine: Annotated[EngineChoice, Named("engines", default="native")] = default_name("native")
     """What answers: ``native`` is the model itself, in the process of the stage or (``apart: true``) in one of its own;
     ``vllm`` a server of vLLM."""
     engine_seconds: Seconds = 600

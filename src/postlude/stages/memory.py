@@ -15,6 +15,7 @@ from postlude.model.memory import MIB, MemoryPlan
 from postlude.objectives.logits import Limits
 from postlude.stages.training_models import TrainingModels
 from postlude.telemetry import hardware
+from postlude.training.optimizers import Optimizer
 from postlude.training.precision import Precision
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _setting(models: TrainingModels, config: PreTrainedConfig) -> memory.Setting
         if stage.adapter is None or not stage.adapter.continue_
         else Adapter(base=stage.adapter.base),
         shape=shape_of(stage.parallel, pool.most),
-        states_per_parameter=stage.optimizer.state_per_parameter,  # type: ignore[attr-defined]
+        states_per_parameter=Optimizer.of(stage.optimizer).state_per_parameter,
         computed=Precision.choose(stage.precision, device, stored, stage.half).dtype,
         stored=stored,
         frozen_models=len(beside),

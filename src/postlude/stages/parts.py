@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from postlude.data.dataset import Dataset, NothingLeft
+from postlude.data.example import Format
 from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import DataError
@@ -212,7 +213,7 @@ def devices_of(task: StageTask) -> tuple[float, Callable[[int], Shape | None]]:
 
 def shapes_of(config: DatasetConfig) -> tuple[type, ...]:
     """The shapes of examples that a data set's format makes."""
-    produces = config.format.produces  # type: ignore[attr-defined]
+    produces = Format.of(config.format).produces
     return get_args(produces) or (produces,)
 
 

@@ -6,14 +6,13 @@ What follows is the story of every stage; what a kind of stage does in it is tol
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from postlude.stages.parts import StageTask, devices_of
 from postlude.stages.stage import open_stage
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
+from postlude.telemetry.sinks.sink import Sink
 from postlude.training.interruption import Interruption
 from postlude.training.summary import Summary
 from postlude.training.workers import Workers
@@ -34,7 +33,7 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
         stage = open_stage(task, workers)
         parts = stage.parts
         shown = display if workers.leads else None  # the others would show the same
-        sinks: Any = parts.manifest.sinks
+        sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
         with Recorder(parts.run, task.stage, sinks, workers.rank, shown) as recorder:
             return stage.run(recorder, stop)
     finally:

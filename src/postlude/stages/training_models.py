@@ -14,6 +14,7 @@ from postlude.model.load import configuration, load_divided, load_model
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.models import stand_in_for
 from postlude.stages.training_data import TrainingData
+from postlude.training.optimizers import Optimizer
 from postlude.training.precision import Precision
 from postlude.training.program import Program, Role
 
@@ -91,7 +92,7 @@ class TrainingModels:
             return self.model(start, mesh, "scalar" in objective.heads.get(name, ()), adapter)
 
         policy = load(config.model, "policy", adapter)
-        roles = {"policy": Role(policy, config.optimizer)}  # type: ignore[arg-type]
+        roles = {"policy": Role(policy, Optimizer.of(config.optimizer))}
         for name, companion in config.companions().items():
             self.check_same_tokens(name, companion.start)
             is_base = companion.start == config.model and companion.optimizer is None

@@ -25,8 +25,10 @@ from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
 from postlude.training.checkpoint import Checkpointer
 from postlude.training.meters import Meters
+from postlude.training.optimizers import Optimizer
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program
+from postlude.training.schedules import Schedule
 from postlude.training.state import restore_optimizers, trained_state
 from postlude.training.step import Executor, StepResult
 from postlude.training.summary import Summary
@@ -216,12 +218,13 @@ class Trainer:
 
     def _update(self, result: StepResult) -> float:
         """Clip and step every optimiser, unless a gradient is not finite. Returns the policy's learning rate."""
-        factor = self.config.schedule.factor(self.step, self.progress)  # type: ignore[attr-defined]
+        factor = Schedule.of(self.config.schedule).factor(self.step, self.progress)
+        policy = Optimizer.of(self.config.optimizer)
         for name, optimizers in self.optimizers.items():
-            component = self.config.optimizer if name == "policy" else self.program.roles[name].optimizer
+            component = policy if name == "policy" else Optimizer.of(self.program.roles[name].optimizer)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = component.rate(group["role"]) * factor  # type: ignore[union-attr]
-                group["weight_decay"] = component.decay(group["role"])  # type: ignore[union-attr]
+                group["lr"] = component.rate(group["role"]) * factor
+                group["weight_decay"] = component.decay(group["role"])
         if result.finite:
             self.executor.clip(result.grad_norms, self.config.max_grad_norm)
             for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
@@ -229,7 +232,7 @@ class Trainer:
             self.skipped_in_a_row = 0
         for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
             optimizer.zero_grad(set_to_none=True)
-        return self.config.optimizer.rate("matrices") * factor  # type: ignore[attr-defined]
+        return policy.rate("matrices") * factor
 
     def _skip(self, result: StepResult) -> None:
         if not self.scale.may_shrink:  # an overflow that a smaller scale may mend is no sign of divergence
