@@ -39,7 +39,7 @@ def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
         "from postlude.manifest import load, explain, lock, json_schema, catalogue\n"
         "from postlude.manifest.starter import starter\n"
         "resolved = load.load(starter('sft', 'x').text, 'x.yaml', ['sft.steps=3'])\n"
-        "explain.explain(resolved, 'sft.steps'); lock.lock_text(resolved)\n"
+        "explain.explain(resolved, 'sft.steps'); lock.dump_lock(lock.lock(resolved))\n"
         "list(catalogue.catalogue()); json_schema.schema()\n"
     )
     assert "pydantic" in imported

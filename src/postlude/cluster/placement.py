@@ -69,6 +69,11 @@ def nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def is_alive(node: str) -> bool:
+    """Whether the node of this id is alive."""
+    return any(each["NodeID"] == node for each in nodes())
+
+
 def describe_nodes() -> str:
     """What the nodes of the cluster have, in words."""
     descriptions = []

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +111,13 @@ class Supervisor:
 
     # --- one group ------------------------------------------------------------------------------------------
 
-    def _form(self) -> Any:
+    def _form(self) -> AbstractContextManager[WorkerGroup | None]:
         """A group of as many workers as find room, at least as many as are enough."""
         job = self._job
         with waiting(f"room for {_count(job)} of {job.name}"):
             size, room = self._place()
         if room is None:
-            return _Nothing()
+            return nullcontext()
         if self._told_to_yield and size <= self._size_before:
             self._grow_at = time.monotonic() + CONTENT_SECONDS
         self._told_to_stop = self._told_to_yield = self._told_to_leave = False
@@ -205,15 +206,6 @@ class Supervisor:
         pause = 0.0 if self._spent[budget] == 1 else pause
         self._tell("recovery", attempt=self._spent[budget], pause_seconds=pause)
         self._stop.wait(max(pause, self._safe_at - time.monotonic()))
-
-
-class _Nothing:
-    """In place of a group where none stands."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _final(failure: Failure) -> Exception:

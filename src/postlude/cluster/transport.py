@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 
 from postlude import storage
@@ -169,11 +169,11 @@ def _certificates(transport: Transport) -> Certificates | None:
     return Certificates(certificate=paths["SERVER_CERT"], key=paths["SERVER_KEY"], authority=paths["CA_CERT"])
 
 
-def _token(transport: Transport, environment: Mapping[str, str] = os.environ) -> str | None:
+def _token(transport: Transport) -> str | None:
     """The token of the manifest's file, or of the environment."""
-    path = transport.token or environment.get("RAY_AUTH_TOKEN_PATH")
-    if transport.token is None and environment.get("RAY_AUTH_TOKEN"):
-        return environment["RAY_AUTH_TOKEN"]
+    path = transport.token or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if transport.token is None and os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
     if path is None:
         return None
     try:

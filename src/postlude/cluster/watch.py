@@ -71,8 +71,8 @@ class Watch:
 
     def leases_end(self, lost: int | None) -> float:
         """When, at the latest, the worker ``lost`` and those on nodes that are gone have ended, though not killed."""
-        there = {node["NodeID"] for node in placement.nodes()}
-        ranks = {rank for rank, address in enumerate(self._group.addresses) if address.node not in there} | {lost}
+        addresses = enumerate(self._group.addresses)
+        ranks = {rank for rank, address in addresses if not placement.is_alive(address.node)} | {lost}
         answered = [self._answered[rank] for rank in ranks if rank is not None]
         return max(answered, default=0.0) + self._limits.silence_seconds + LEASE_MARGIN_SECONDS
 
@@ -126,7 +126,7 @@ class Watch:
         try:
             return ray.get(reference)
         except ray.exceptions.RayActorError as error:
-            gone = self._group.addresses[rank].node not in {node["NodeID"] for node in placement.nodes()}
+            gone = not placement.is_alive(self._group.addresses[rank].node)
             kind = Kind.NODE if gone else Kind.PROCESS
             return Outcome(rank, kind=kind, reason=_why_died(error, gone), host=host)
         except ray.exceptions.RayError as error:  # such as a result that cannot be sent
@@ -171,9 +171,9 @@ class Watch:
             self._end(rank, self._hung(rank, f"makes no progress for {seconds:.0f} seconds, in '{doing}'", shown))
 
     def _hung(self, rank: int, reason: str, trace: str = "") -> Outcome:
-        gone = self._group.addresses[rank].node not in {node["NodeID"] for node in placement.nodes()}
-        host = self._group.addresses[rank].host
-        return Outcome(rank, kind=Kind.NODE if gone else Kind.HANG, reason=reason, trace=trace, host=host)
+        address = self._group.addresses[rank]
+        kind = Kind.HANG if placement.is_alive(address.node) else Kind.NODE
+        return Outcome(rank, kind=kind, reason=reason, trace=trace, host=address.host)
 
 
 def _why_died(error: ray.exceptions.RayActorError, node_is_gone: bool) -> str:

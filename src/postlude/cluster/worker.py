@@ -129,7 +129,7 @@ class Worker:
     def work(self, function: str, task: Any, lease_seconds: float) -> Outcome:
         """Call ``function`` ("module:name") with the task, the request to stop and a display, to its end."""
         host = socket.gethostname()
-        with self._lease.held(lease_seconds):
+        with self._lease.hold(lease_seconds):
             try:
                 return Outcome(self._rank, load_function(function)(task, self._stop, self._relay), host=host)
             except BaseException as error:
@@ -179,17 +179,17 @@ class Lease:
         self._renewed = time.monotonic()
 
     @contextlib.contextmanager
-    def held(self, seconds: float) -> Iterator[None]:
+    def hold(self, seconds: float) -> Iterator[None]:
         """Hold it, for so long after each renewal."""
         self.renew()
         self._over.clear()
-        threading.Thread(target=self._hold, args=(seconds,), name="lease", daemon=True).start()
+        threading.Thread(target=self._watch, args=(seconds,), name="lease", daemon=True).start()
         try:
             yield
         finally:
             self._over.set()
 
-    def _hold(self, seconds: float) -> None:
+    def _watch(self, seconds: float) -> None:
         while not self._over.wait(min(0.5, seconds / 4)):
             if time.monotonic() - self._renewed > seconds:
                 os._exit(1)

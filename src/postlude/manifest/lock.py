@@ -80,13 +80,6 @@ def lock(
     return Lock(manifest_hash(resolved.tree), versions(), stages, resolved.tree)
 
 
-def lock_text(
-    resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
-) -> str:
-    """:func:`lock` as the text of the file."""
-    return dump_lock(lock(resolved, threads, fingerprints))
-
-
 def dump_lock(locked: Lock) -> str:
     """A lock as YAML, which :func:`read_lock` reads."""
     document = {

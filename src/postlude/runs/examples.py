@@ -43,17 +43,8 @@ class ExamplesWriter:
             return
         import pyarrow as pa
 
-        table = pa.table(
-            {
-                "step": [step for step, _, rows in self._steps for _ in rows],
-                "epoch": [epoch for _, epoch, rows in self._steps for _ in rows],
-                "example_id": [row[0] for _, _, rows in self._steps for row in rows],
-                "source": [row[1] for _, _, rows in self._steps for row in rows],
-                "loss": [row[2] for _, _, rows in self._steps for row in rows],
-                "tokens": [row[3] for _, _, rows in self._steps for row in rows],
-            },
-            schema=_schema(),
-        )
+        rows = [(step, epoch, *row) for step, epoch, step_rows in self._steps for row in step_rows]
+        table = pa.table(list(map(list, zip(*rows, strict=True))), schema=_schema())
         name = f"part-{self._steps[0][0]:08d}-{self._rank:04d}.parquet"
         _write(storage.join(self._uri, name), table)
         self._steps, self._rows = [], 0

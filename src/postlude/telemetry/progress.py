@@ -72,7 +72,7 @@ class StageProgress:
 
     def __enter__(self) -> StageProgress:
         if self._may_be_live and console().is_terminal:
-            self._live = Live(console=console(), get_renderable=self._rendered, refresh_per_second=4, transient=True)
+            self._live = Live(console=console(), get_renderable=self._render, refresh_per_second=4, transient=True)
             self._live.start()
         return self
 
@@ -127,7 +127,7 @@ class StageProgress:
             parts.append(duration(time.monotonic() - self._begin))
         return ", ".join(parts)
 
-    def _rendered(self) -> Table | Text:
+    def _render(self) -> Table | Text:
         if not self._line and self._prepared is None:
             return Text(f"{self._stage}: starting, {duration(time.monotonic() - self._begin)}")
         text, share = self._prepared or ("", 0.0)

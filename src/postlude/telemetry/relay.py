@@ -36,8 +36,9 @@ class Relayed:
             display.update(self.line)
 
 
-class Relay:
-    """Stands where a :class:`StageProgress` stands that has a terminal. Any thread may tell it something."""
+class Relay(io.TextIOBase):
+    """Stands where a :class:`StageProgress` stands that has a terminal, and takes the text that is printed there. Any
+    thread may tell it something."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -48,7 +49,7 @@ class Relay:
 
     def take_console(self) -> None:
         """From now on keep what this process prints on the console."""
-        console().file = _Text(self)  # type: ignore[assignment]
+        console().file = self  # type: ignore[assignment]
         console().width = WIDTH
 
     def update(self, line: Mapping[str, Any]) -> None:
@@ -66,10 +67,10 @@ class Relay:
         with self._turn:
             self._events.append(event)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         """Text that was printed."""
         with self._turn:
-            self._text.write(text)
+            return self._text.write(text)
 
     def take(self) -> Relayed:
         """What came since the last call."""
@@ -77,14 +78,3 @@ class Relay:
             taken = Relayed(self._line, self._prepared, self._events, self._text.getvalue())
             self._line, self._prepared, self._events, self._text = None, None, [], io.StringIO()
         return taken
-
-
-class _Text(io.TextIOBase):
-    """A file whose text goes to a relay."""
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
-
-    def write(self, text: str) -> int:
-        self._relay.write(text)
-        return len(text)

@@ -47,7 +47,7 @@ class Identifier:
         for stage in self.run.stages():
             identity = stage.identity()
             if identity is not None:
-                contents = {uri: content for found in identity.files.values() for uri, content in found.items()}
+                contents = {uri: content for files in identity.files.values() for uri, content in files.items()}
                 stamps = identity.stamps
                 self._known |= {uri: (stamps[uri], contents[uri]) for uri in contents if uri in stamps}
 
@@ -56,7 +56,7 @@ class Identifier:
         of theirs those are. UserError if a file that it reads is not there."""
         config = self.resolved.manifest.stages[stage]
         files = {what: {uri: self._content(uri) for uri in uris} for what, uris in self._files(stage, config)}
-        read = {uri for found in files.values() for uri in found}
+        read = {uri for contents in files.values() for uri in contents}
         return Identity(
             config=bearing(self.resolved, stage),
             inputs=dict(inputs),
@@ -77,8 +77,8 @@ class Identifier:
             if dataset.template is not None and dataset.template.endswith(".jinja"):
                 yield f"data.{name}.template", _existing(dataset.template)
         for key, path in _places(config, f"stages.{stage}"):
-            if found := _model_files(path):
-                yield key, found
+            if model_files := _model_files(path):
+                yield key, model_files
 
     def _content(self, uri: str) -> str:
         """A text that stands for what is in a file."""
@@ -95,7 +95,7 @@ class Identifier:
     def _code(self, stage: str, config: StageConfig) -> Iterator[tuple[str, str]]:
         yield f"the recipe {config.recipe}", str(config.version)
         data = [self.resolved.manifest.data[name] for name in datasets_used(config).values()]
-        for component in (found for part in (config, *data) for found in _components(part)):
+        for component in (component for part in (config, *data) for component in _components(part)):
             source = _foreign_source(type(component))
             if source is not None:
                 name = component.component_name or type(component).__name__
@@ -139,8 +139,8 @@ def _model_files(path: str) -> list[str]:
     if not storage.is_directory(place):
         return _existing(place) if storage.is_local(place) else []
     left = {LINEAGE, storage.MARKER}
-    found = storage.expand(storage.join(glob.escape(place), "**"))
-    return [uri for uri in found if not storage.is_directory(uri) and storage.name(uri) not in left]
+    below = storage.expand(storage.join(glob.escape(place), "**"))
+    return [uri for uri in below if not storage.is_directory(uri) and storage.name(uri) not in left]
 
 
 def _foreign_source(component: type) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.manifest.load import Resolved, load
-from postlude.manifest.lock import lock_text, read_lock
+from postlude.manifest.lock import dump_lock, lock, read_lock
 from postlude.manifest.schema import Manifest
 from postlude.runs import Run
 from postlude.telemetry import events
@@ -166,4 +166,4 @@ def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     known = read_lock(before, run.manifest_lock).stages if before is not None else {}
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
     fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
-    run.write_manifest_lock(lock_text(resolved, threads, fingerprints))
+    run.write_manifest_lock(dump_lock(lock(resolved, threads, fingerprints)))
