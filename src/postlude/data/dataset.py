@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.filters.filter import Filter, content_of
-from postlude.data.filters.sieve import Sieve
+from postlude.data.filters.sieve import Sieve, places_in
 from postlude.data.records import Unreadable, digest, record_json
 from postlude.data.sources.cache import make_once
 from postlude.data.sources.source import Source
@@ -200,7 +200,7 @@ class Dataset:
         kept = [array("q") for _ in self._kept]
         for group, rows, records in self._batches():
             readable = [row for row, record in zip(rows, records, strict=True) if not isinstance(record, Unreadable)]
-            verdicts = iter(sieve(_readable(records), partial(self._where_of, group, readable)))
+            verdicts = iter(sieve(_readable(records), places_in(partial(self._records.where, group), readable)))
             for row, record in zip(rows, records, strict=True):
                 verdict = BadRecord(record.reason) if isinstance(record, Unreadable) else next(verdicts)
                 if verdict is None:
@@ -210,9 +210,6 @@ class Dataset:
                 else:
                     self._drop(verdict, partial(self._shown, group, row, cast(Record, record)))
         return [np.array(rows) for rows in kept]
-
-    def _where_of(self, group: int, rows: Sequence[int], place: int) -> str:
-        return self._records.where(group, rows[place])
 
     def _batches(self) -> Iterator[tuple[int, list[int], list[Record | Unreadable]]]:
         """The chosen rows, in file order."""

@@ -32,20 +32,9 @@ class EncodedDataset:
         on_bad_record: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.dataset, self.encoder = dataset, encoder
+        self.groups, self.files, self.seekable = dataset.groups, dataset.files, dataset.seekable
         self._units, self._on_bad_record = units, on_bad_record
         self.statistics = SourceStatistics(dataset.name, dataset.rows, filtered=self._left_out())
-
-    @property
-    def groups(self) -> Sequence[int]:
-        return self.dataset.groups
-
-    @property
-    def files(self) -> Sequence[Sequence[int]]:
-        return self.dataset.files
-
-    @property
-    def seekable(self) -> bool:
-        return self.dataset.seekable
 
     def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
         """The units of these rows of a group: one tuple for each position, empty where the record was dropped."""
