@@ -85,13 +85,13 @@ class Dataset:
         """What was left out so far, by reason: what the filters dropped, and bad records met."""
         self._known_bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        self._kept = _chosen(self._records.groups, config.limit, sample)
+        self._kept = _choose(self._records.groups, config.limit, sample)
         chosen = sum(map(len, self._kept))
         if config.filters:
             self._filter(config, cache, str(sample))
         self.groups: Sequence[int] = [len(rows) for rows in self._kept]
         """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
-        whole = sum(map(len, _chosen(self._records.groups, config.limit, None)))
+        whole = sum(map(len, _choose(self._records.groups, config.limit, None)))
         self.rows: int = round(whole * sum(self.groups) / chosen) if chosen else 0
         """How many rows are used; where this is a sample, about how many would be without."""
 
@@ -157,7 +157,7 @@ class Dataset:
         if len(left_out.examples) < _SHOWN:
             left_out.examples.append(example())
 
-    def _shown(self, group: int, row: int, record: Record) -> tuple[str, str]:
+    def _describe(self, group: int, row: int, record: Record) -> tuple[str, str]:
         try:
             identity, text = self.identity(record), content_of(self._format.parse(record)).text
         except BadRecord:
@@ -208,7 +208,7 @@ class Dataset:
                 elif isinstance(verdict, BadRecord):
                     self._set_aside(group, row, record, verdict)
                 else:
-                    self._drop(verdict, partial(self._shown, group, row, cast(Record, record)))
+                    self._drop(verdict, partial(self._describe, group, row, cast(Record, record)))
         return [np.array(rows) for rows in kept]
 
     def _batches(self) -> Iterator[tuple[int, list[int], list[Record | Unreadable]]]:
@@ -231,7 +231,7 @@ def _readable(records: Sequence[Record | Unreadable]) -> list[Record]:
     return [record for record in records if not isinstance(record, Unreadable)]
 
 
-def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> list[Rows]:
+def _choose(groups: Sequence[int], limit: int | None, sample: int | None) -> list[Rows]:
     """The rows of each group that are used, before filters."""
     left = sum(groups) if limit is None else limit
     chosen: list[Rows] = []
@@ -243,7 +243,7 @@ def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> lis
     if len(chosen) == 1:
         rows = len(chosen[0])
         return [np.unique(np.linspace(0, rows - 1, min(sample, rows)).astype(np.int64))]
-    return _chosen([len(rows) for rows in chosen], sample, None)
+    return _choose([len(rows) for rows in chosen], sample, None)
 
 
 def _resolve(entry: str | Component) -> str | Filter:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from postlude.data.dataset import Dataset
 from postlude.data.document import Document, Unit
+from postlude.data.encode import Encoded, Encoder
 from postlude.data.statistics import Dropped, SourceStatistics
 from postlude.errors import DataError
-
-if TYPE_CHECKING:
-    from postlude.data.dataset import Dataset
-    from postlude.data.encode import Encoded, Encoder
 
 UNUSABLE = "cannot be rendered or tokenised"
 """Why an example is dropped that the encoder refused, where bad records are skipped."""

@@ -43,11 +43,9 @@ class Layout(Protocol):
 
     def pieces(self, stream: IO[bytes]) -> Iterator[Piece]:
         """The pieces of a file, from its start. DataError where it cannot be cut any further."""
-        ...
 
     def decode(self, raw: bytes) -> Record | Unreadable:
         """The record in a piece."""
-        ...
 
 
 def layout_of(uri: str, kind: str, stream: IO[bytes]) -> Layout:
