@@ -71,7 +71,7 @@ class Dataset:
 
     def __init__(self, name: str, config: DatasetConfig, cache: str, sample: int | None = None) -> None:
         self.name, self._on_bad_record, self._key = name, config.on_bad_record, config.key
-        self._format = cast(Format, config.format)
+        self.format: Format = cast(Format, config.format)
         self._records = cast(Source, config.source).open(cache)
         self.files: Sequence[Sequence[int]] = self._records.files
         """The groups of each file."""
@@ -124,7 +124,7 @@ class Dataset:
         try:
             if isinstance(record, Unreadable):
                 raise BadRecord(record.reason)
-            identity, examples = self.identity(record), self._format.parse(record)
+            identity, examples = self.identity(record), self.format.parse(record)
         except BadRecord as error:
             self._set_aside(group, row, record, error)
             return []
@@ -159,7 +159,7 @@ class Dataset:
 
     def _describe(self, group: int, row: int, record: Record) -> tuple[str, str]:
         try:
-            identity, text = self.identity(record), content_of(self._format.parse(record)).text
+            identity, text = self.identity(record), content_of(self.format.parse(record)).text
         except BadRecord:
             identity, text = self._records.where(group, row), record_json(record)
         text = " ".join(text.split())
@@ -169,7 +169,7 @@ class Dataset:
 
     def _filter(self, config: DatasetConfig, cache: str, sample: str) -> None:
         filters = [_resolve(entry) for entry in config.filters]
-        components = [self._format, *(entry for entry in filters if isinstance(entry, Filter))]
+        components = [self.format, *(entry for entry in filters if isinstance(entry, Filter))]
         keys = config.model_dump_json(by_alias=True, exclude={"source", "template", "train_on", "truncate"})
         judged = self.name, self._records.fingerprint, keys, sample
         what = digest(*judged, version("postlude"), *map(_code_of, components))
@@ -196,7 +196,7 @@ class Dataset:
 
     def _pass(self, filters: Sequence[str | Filter]) -> list[np.ndarray]:
         """Judge all the rows once; the rows kept of each group."""
-        sieve = Sieve(filters, self._format, lambda: (_readable(records) for _, _, records in self._batches()))
+        sieve = Sieve(filters, self.format, lambda: (_readable(records) for _, _, records in self._batches()))
         kept = [array("q") for _ in self._kept]
         for group, rows, records in self._batches():
             readable = [row for row, record in zip(rows, records, strict=True) if not isinstance(record, Unreadable)]

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from postlude.data.dataset import Dataset, NothingLeft
+from postlude.data.example import Format
 from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import DataError
@@ -212,7 +213,7 @@ def devices_of(task: StageTask) -> tuple[float, Callable[[int], Shape | None]]:
 
 def shapes_of(config: DatasetConfig) -> tuple[type, ...]:
     """The shapes of examples that a data set's format makes."""
-    produces = config.format.produces  # type: ignore[attr-defined]
+    produces = cast(Format, config.format).produces
     return get_args(produces) or (produces,)
 
 
