@@ -216,7 +216,7 @@ def test_the_code_of_a_plugin_is_part_of_what_is_remembered(tmp_path: Path, monk
         sys.modules.pop("postlude_test_plugin", None)
         importlib.invalidate_caches()
         short = importlib.import_module("postlude_test_plugin").Short
-        config = make(tmp_path, rows)._format  # a component is taken as it is, where one is built in Python
+        config = make(tmp_path, rows).format  # a component is taken as it is, where one is built in Python
         built = DatasetConfig.model_construct(
             source=DatasetConfig.model_validate(
                 {"source": {"path": str(tmp_path / "a.jsonl")}, "format": "text"}

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from postlude.data.example import BadRecord, Example, Format, Record
 from postlude.data.filters.filter import Filter, content_of
-from postlude.data.filters.sieve import Sieve
+from postlude.data.filters.sieve import Sieve, places_in
 from postlude.data.records import Unreadable, digest, record_json
 from postlude.data.sources.cache import make_once
 from postlude.data.sources.source import Source
@@ -71,7 +71,7 @@ class Dataset:
 
     def __init__(self, name: str, config: DatasetConfig, cache: str, sample: int | None = None) -> None:
         self.name, self._on_bad_record, self._key = name, config.on_bad_record, config.key
-        self._format = Format.of(config.format)
+        self.format = Format.of(config.format)
         self._records = Source.of(config.source).open(cache)
         self.files: Sequence[Sequence[int]] = self._records.files
         """The groups of each file."""
@@ -85,13 +85,13 @@ class Dataset:
         """What was left out so far, by reason: what the filters dropped, and bad records met."""
         self._known_bad: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
-        self._kept = _chosen(self._records.groups, config.limit, sample)
+        self._kept = _choose(self._records.groups, config.limit, sample)
         chosen = sum(map(len, self._kept))
         if config.filters:
             self._filter(config, cache, str(sample))
         self.groups: Sequence[int] = [len(rows) for rows in self._kept]
         """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
-        whole = sum(map(len, _chosen(self._records.groups, config.limit, None)))
+        whole = sum(map(len, _choose(self._records.groups, config.limit, None)))
         self.rows: int = round(whole * sum(self.groups) / chosen) if chosen else 0
         """How many rows are used; where this is a sample, about how many would be without."""
 
@@ -124,7 +124,7 @@ class Dataset:
         try:
             if isinstance(record, Unreadable):
                 raise BadRecord(record.reason)
-            identity, examples = self.identity(record), self._format.parse(record)
+            identity, examples = self.identity(record), self.format.parse(record)
         except BadRecord as error:
             self._set_aside(group, row, record, error)
             return []
@@ -157,9 +157,9 @@ class Dataset:
         if len(left_out.examples) < _SHOWN:
             left_out.examples.append(example())
 
-    def _shown(self, group: int, row: int, record: Record) -> tuple[str, str]:
+    def _describe(self, group: int, row: int, record: Record) -> tuple[str, str]:
         try:
-            identity, text = self.identity(record), content_of(self._format.parse(record)).text
+            identity, text = self.identity(record), content_of(self.format.parse(record)).text
         except BadRecord:
             identity, text = self._records.where(group, row), record_json(record)
         text = " ".join(text.split())
@@ -169,7 +169,7 @@ class Dataset:
 
     def _filter(self, config: DatasetConfig, cache: str, sample: str) -> None:
         filters = [_resolve(entry) for entry in config.filters]
-        components = [self._format, *(entry for entry in filters if isinstance(entry, Filter))]
+        components = [self.format, *(entry for entry in filters if isinstance(entry, Filter))]
         keys = config.model_dump_json(by_alias=True, exclude={"source", "template", "train_on", "truncate"})
         judged = self.name, self._records.fingerprint, keys, sample
         what = digest(*judged, version("postlude"), *map(_code_of, components))
@@ -196,11 +196,11 @@ class Dataset:
 
     def _pass(self, filters: Sequence[str | Filter]) -> list[np.ndarray]:
         """Judge all the rows once; the rows kept of each group."""
-        sieve = Sieve(filters, self._format, lambda: (_readable(records) for _, _, records in self._batches()))
+        sieve = Sieve(filters, self.format, lambda: (_readable(records) for _, _, records in self._batches()))
         kept = [array("q") for _ in self._kept]
         for group, rows, records in self._batches():
             readable = [row for row, record in zip(rows, records, strict=True) if not isinstance(record, Unreadable)]
-            verdicts = iter(sieve(_readable(records), partial(self._where_of, group, readable)))
+            verdicts = iter(sieve(_readable(records), places_in(partial(self._records.where, group), readable)))
             for row, record in zip(rows, records, strict=True):
                 verdict = BadRecord(record.reason) if isinstance(record, Unreadable) else next(verdicts)
                 if verdict is None:
@@ -208,11 +208,8 @@ class Dataset:
                 elif isinstance(verdict, BadRecord):
                     self._set_aside(group, row, record, verdict)
                 else:
-                    self._drop(verdict, partial(self._shown, group, row, cast(Record, record)))
+                    self._drop(verdict, partial(self._describe, group, row, cast(Record, record)))
         return [np.array(rows) for rows in kept]
-
-    def _where_of(self, group: int, rows: Sequence[int], place: int) -> str:
-        return self._records.where(group, rows[place])
 
     def _batches(self) -> Iterator[tuple[int, list[int], list[Record | Unreadable]]]:
         """The chosen rows, in file order."""
@@ -234,7 +231,7 @@ def _readable(records: Sequence[Record | Unreadable]) -> list[Record]:
     return [record for record in records if not isinstance(record, Unreadable)]
 
 
-def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> list[Rows]:
+def _choose(groups: Sequence[int], limit: int | None, sample: int | None) -> list[Rows]:
     """The rows of each group that are used, before filters."""
     left = sum(groups) if limit is None else limit
     chosen: list[Rows] = []
@@ -246,7 +243,7 @@ def _chosen(groups: Sequence[int], limit: int | None, sample: int | None) -> lis
     if len(chosen) == 1:
         rows = len(chosen[0])
         return [np.unique(np.linspace(0, rows - 1, min(sample, rows)).astype(np.int64))]
-    return _chosen([len(rows) for rows in chosen], sample, None)
+    return _choose([len(rows) for rows in chosen], sample, None)
 
 
 def _resolve(entry: str | Component) -> str | Filter:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from postlude.data.dataset import Dataset
 from postlude.data.document import Document, Unit
+from postlude.data.encode import Encoded, Encoder
 from postlude.data.statistics import Dropped, SourceStatistics
 from postlude.errors import DataError
-
-if TYPE_CHECKING:
-    from postlude.data.dataset import Dataset
-    from postlude.data.encode import Encoded, Encoder
 
 UNUSABLE = "cannot be rendered or tokenised"
 """Why an example is dropped that the encoder refused, where bad records are skipped."""
@@ -32,20 +30,9 @@ class EncodedDataset:
         on_bad_record: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.dataset, self.encoder = dataset, encoder
+        self.groups, self.files, self.seekable = dataset.groups, dataset.files, dataset.seekable
         self._units, self._on_bad_record = units, on_bad_record
         self.statistics = SourceStatistics(dataset.name, dataset.rows, filtered=self._left_out())
-
-    @property
-    def groups(self) -> Sequence[int]:
-        return self.dataset.groups
-
-    @property
-    def files(self) -> Sequence[Sequence[int]]:
-        return self.dataset.files
-
-    @property
-    def seekable(self) -> bool:
-        return self.dataset.seekable
 
     def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
         """The units of these rows of a group: one tuple for each position, empty where the record was dropped."""

@@ -76,7 +76,9 @@ class Masker:
             return self._mask_all(chat, weights)
         counts = {i: weights[i] for i in self._turns(chat) if weights[i]}
         spans: list[WeightedSpan] = []
-        own = [i for i in counts if self._is_assistant(chat, i)] if self._renderer.has_marks(chat) else []
+        own = (
+            [i for i in counts if chat.messages[i].get("role") == "assistant"] if self._renderer.has_marks(chat) else []
+        )
         proven = [i for i in counts if i not in own]
         text = ""
         if own:
@@ -86,9 +88,6 @@ class Masker:
             text, turns = self._turn_spans(chat, proven)
             spans += [(*span, counts[i]) for i in proven for span in turns[i]]
         return Masked(text, sorted(spans))
-
-    def _is_assistant(self, chat: Chat, index: int) -> bool:
-        return chat.messages[index].get("role") == "assistant"
 
     def _turns(self, chat: Chat) -> list[int]:
         """The messages that ``train_on`` selects."""
@@ -113,7 +112,7 @@ class Masker:
     def _weighted_marks(
         self, chat: Chat, text: str, marks: list[Span], counts: dict[int, float], own: list[int]
     ) -> list[WeightedSpan]:
-        assistants = [i for i in range(len(chat.messages)) if self._is_assistant(chat, i)]
+        assistants = [i for i, message in enumerate(chat.messages) if message.get("role") == "assistant"]
         if own == assistants and len({counts[i] for i in own}) == 1:
             return [(*mark, counts[own[0]]) for mark in marks]
         owners = self._owners(chat, text, marks, assistants)

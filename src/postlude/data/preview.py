@@ -151,6 +151,5 @@ def _visible(text: str) -> str:
 
 
 def _token_html(token: PreviewToken) -> str:
-    kind = "t" if token.trained else "u"
-    part = "" if token.text else " part"
-    return f'<span class="{kind}{part}" title="{token.id}">{html.escape(_visible(token.text))}</span>'
+    kind = ("t" if token.trained else "u") + ("" if token.text else " part")
+    return f'<span class="{kind}" title="{token.id}">{html.escape(_visible(token.text))}</span>'

@@ -160,7 +160,7 @@ class Marked:
         """
         texts = (self._text, *(part.text for part, _, _ in marks))
         used = set().union(*texts) if any(map(_ANY_PRIVATE.search, texts)) else set()
-        characters = _unused(used)
+        characters = _unused_characters(used)
         sentinels = {part: (next(characters), next(characters)) for part, _, _ in marks}
         chat = self._chat
         for part, lead, trail in marks:
@@ -227,6 +227,6 @@ def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
             yield from _texts(item, (*path, index))
 
 
-def _unused(used: set[str]) -> Iterator[str]:
+def _unused_characters(used: set[str]) -> Iterator[str]:
     private = (chr(code) for first, last in _PRIVATE for code in range(first, last + 1))
     return (character for character in private if character not in used)

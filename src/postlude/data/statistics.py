@@ -156,8 +156,7 @@ class Statistics:
             for reason, dropped in reasons.items()
         ]
         if lost:
-            table = Table("source", "reason", title="Left out", title_justify="left")
-            table.add_column("how many", justify="right")
+            table = _table("Left out", ["source", "reason"], ["how many"])
             table.add_column("such as", overflow="fold")
             for source, what, reason, dropped in lost:
                 examples = Text(", ".join(dropped.examples))
@@ -166,9 +165,8 @@ class Statistics:
         return shown
 
     def _sources_table(self) -> Table:
-        table = Table("source", title="Data", title_justify="left")
-        for column in ("records", "tokens", "trained", "median", "p99", "longest", "lengths", "truncated", "passes"):
-            table.add_column(column, justify="right")
+        lengths = ("median", "p99", "longest", "lengths")
+        table = _table("Data", ["source"], ["records", "tokens", "trained", *lengths, "truncated", "passes"])
         for name, source in self.sources.items():
             table.add_row(
                 Text(name),
@@ -186,9 +184,7 @@ class Statistics:
 
     def _packing_table(self) -> Table:
         about = "about " if self.sampled else ""
-        table = Table(title="One epoch, packed", title_justify="left")
-        for column in ("records", "tokens", f"blocks of {self.block:,}", "fill"):
-            table.add_column(column, justify="right")
+        table = _table("One epoch, packed", [], ["records", "tokens", f"blocks of {self.block:,}", "fill"])
         table.add_row(
             f"{self.records_per_epoch:,}",
             f"{about}{self.tokens_per_epoch:,}",
@@ -196,6 +192,14 @@ class Statistics:
             f"{self.fill:.2%}",
         )
         return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table with columns of texts, then columns of numbers."""
+    table = Table(*texts, title=title, title_justify="left")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -197,7 +197,7 @@ class Turns:
         if there is None:
             return None
         start = previous[-1].end
-        shared = _shared(self.text[start:], prompt[there.end :])
+        shared = _common_beginning(self.text[start:], prompt[there.end :])
         if there.end + len(shared) == len(prompt):
             return _Begin(start + len(shared), exact=is_there)
         return _Begin(start + len(_whole_tags(shared)), exact=False)
@@ -249,7 +249,7 @@ class Turns:
                 continue
             compared = True
             other_rest = rendered[there.end :]
-            shared = _shared(rest, other_rest)
+            shared = _common_beginning(rest, other_rest)
             if len(shared) < len(other_rest if ends else rest):
                 shared = _whole_tags(shared)
                 if not all(self._begins_anew(text[len(shared) :], elsewhere) for text in (rest, other_rest)):
@@ -302,7 +302,7 @@ class Turns:
         )
 
 
-def _shared(text: str, other: str) -> str:
+def _common_beginning(text: str, other: str) -> str:
     """The longest beginning that both have."""
     low, high = 0, min(len(text), len(other))
     while low < high:

@@ -28,26 +28,21 @@ class UnitSource(Protocol):
     @property
     def groups(self) -> Sequence[int]:
         """The rows of each group."""
-        ...
 
     @property
     def files(self) -> Sequence[Sequence[int]]:
         """The groups of each file."""
-        ...
 
     @property
     def seekable(self) -> bool:
         """Whether the groups of a file can be taken in any order."""
-        ...
 
     @property
     def statistics(self) -> SourceStatistics:
         """What the source has yielded so far, and what it dropped for which reason."""
-        ...
 
     def units(self, group: int, positions: Sequence[int]) -> list[tuple[Unit, ...]]:
         """The units of these rows of a group: one tuple for each position, empty where the record was dropped."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,9 @@ class Training:
         this machine's CPU, with a model of the same architecture made small."""
         manifest, sources = self.parts.manifest, self.data.sources
         for name, source in sources.items() if synthetic else ():
-            format: Any = manifest.data[name].format
-            report.synthetic[name] = try_synthetic(format, source.encoder.encode, synthetic or 0, manifest.seed)
+            report.synthetic[name] = try_synthetic(
+                source.dataset.format, source.encoder.encode, synthetic or 0, manifest.seed
+            )
         try:
             report.statistics = measure(
                 sources,

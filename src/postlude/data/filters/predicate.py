@@ -87,11 +87,11 @@ class Predicates:
         return [row in true for row in range(len(records))]
 
     def _texts(self, records: Sequence[Record]) -> pa.Array:
-        return pa.array([record_json(self._needed(record)) for record in records], pa.string())
-
-    def _needed(self, record: Record) -> Record:
-        """The columns whose names stand in a predicate: the others would only cost time."""
-        return {name: value for name, value in record.items() if name.casefold() in self._mentioned}
+        """The JSON of the columns whose names stand in a predicate: the others would only cost time."""
+        mentioned = [
+            {name: value for name, value in record.items() if name.casefold() in self._mentioned} for record in records
+        ]
+        return pa.array(map(record_json, mentioned), pa.string())
 
     def _first_that_fails(self, predicate: str, records: Sequence[Record]) -> int:
         low, high = 0, len(records)

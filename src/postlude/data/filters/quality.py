@@ -62,13 +62,13 @@ class Quality(ContentFilter):
         if kinds["letter"] < self.min_letters * visible:
             return "few letters"
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if _repeated(lines, _ENOUGH_LINES) > self.max_repeated_lines:
+        if _share_repeated(lines, _ENOUGH_LINES) > self.max_repeated_lines:
             return "repeated lines"
         text_words = words(text)
         if visible > self.max_mean_word * len(text_words):
             return "long words"
         ngrams = list(zip(*(text_words[i:] for i in range(self.ngram)), strict=False))
-        if _repeated(ngrams, _ENOUGH_NGRAMS) > self.max_repeated_ngrams:
+        if _share_repeated(ngrams, _ENOUGH_NGRAMS) > self.max_repeated_ngrams:
             return "repeated sequences of words"
         return None
 
@@ -85,6 +85,6 @@ def _kind(character: str) -> str:
     return {"L": "letter", "M": "letter", "N": "digit"}.get(category[0], "symbol")
 
 
-def _repeated(items: Sequence[object], enough: int) -> float:
+def _share_repeated(items: Sequence[object], enough: int) -> float:
     """The share of the items that occurred before."""
     return 1 - len(set(items)) / len(items) if len(items) >= enough else 0.0

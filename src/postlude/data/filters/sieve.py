@@ -43,7 +43,7 @@ class Sieve:
             left = [place for place, verdict in enumerate(verdicts) if verdict is None]
             if isinstance(judge, str):
                 assert self._predicates is not None
-                keeps = self._predicates.keeps(judge, [records[place] for place in left], _in_whole(where, left))
+                keeps = self._predicates.keeps(judge, [records[place] for place in left], places_in(where, left))
                 for place, keep in zip(left, keeps, strict=True):
                     verdicts[place] = None if keep else judge
                 continue
@@ -58,8 +58,8 @@ class Sieve:
         return verdicts
 
 
-def _in_whole(where: Callable[[int], str], places: Sequence[int]) -> Callable[[int], str]:
-    """Where the record at a place of a part stands, that holds the records at these ``places``."""
+def places_in(where: Callable[[int], str], places: Sequence[int]) -> Callable[[int], str]:
+    """Tells where the record at a place stands among some of the records, those at ``places``."""
     return lambda place: where(places[place])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations, takewhile
 from typing import Any
 
 from postlude.data.example import Answer, BadRecord, Conversation, Text
@@ -24,7 +25,8 @@ def answers(
 ) -> list[Answer]:
     """Each of ``sides`` (what it is called, and its value) as an answer to ``prompt``; None for one in their beginning.
 
-    :class:`BadRecord` for a side that is empty, of another kind than the prompt, or an answer to something else.
+    :class:`BadRecord` for a side that is empty, of another kind than the prompt, or an answer to something else, and
+    for two that are equal.
     """
     kinds = {what: _kind(value, what) for what, value in sides.items()}
     kind = kinds[next(iter(kinds))] if prompt is None else _kind(prompt, "its prompt")
@@ -32,17 +34,16 @@ def answers(
         if own_kind is not kind:
             beside = "its prompt" if prompt is not None else next(iter(kinds))
             raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
-    if kind is str:
-        return _texts(prompt, sides, separator)
-    return _conversations(prompt, sides, tools, roles)
+    texts = _texts(prompt, sides, separator) if kind is str else _conversations(prompt, sides, tools, roles)
+    check_different(texts, list(sides))
+    return texts
 
 
 def check_different(several: Sequence[Answer], names: Sequence[str]) -> None:
     """:class:`BadRecord` if two of the answers are equal."""
-    for later, answer in enumerate(several):
-        for earlier in range(later):
-            if several[earlier] == answer:
-                raise BadRecord(f"{names[earlier]} and {names[later]} are equal, so neither is preferred")
+    for (name, answer), (other_name, other) in combinations(zip(names, several, strict=True), 2):
+        if answer == other:
+            raise BadRecord(f"{name} and {other_name} are equal, so neither is preferred")
 
 
 def answer_after(whole: Conversation, prompt: int, what: str) -> Conversation:
@@ -142,12 +143,8 @@ def _conversations(prompt: Any, sides: Mapping[str, Any], tools: Any, roles: Rol
 
 def _shared_messages(several: Sequence[Conversation]) -> int:
     """How many messages the conversations have in common at their beginning."""
-    shared = 0
-    for together in zip(*(side.messages for side in several), strict=False):
-        if any(message != together[0] for message in together):
-            break
-        shared += 1
-    return shared
+    together = zip(*(side.messages for side in several), strict=False)
+    return sum(1 for _ in takewhile(lambda messages: all(each == messages[0] for each in messages), together))
 
 
 def _check_prompts(whole: Mapping[str, Conversation], shared: int) -> None:

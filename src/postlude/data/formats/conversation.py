@@ -145,7 +145,7 @@ def _message(message: Any, what: str) -> dict[str, Any]:
     calls = [*calls, read.pop("function_call")] if "function_call" in read else list(calls)
     content = read.get("content")
     if isinstance(content, list | tuple):
-        content, reasoning, called = _joined(content, what)
+        content, reasoning, called = _join(content, what)
         if reasoning:
             read.setdefault("reasoning_content", reasoning)
         calls += called
@@ -172,7 +172,7 @@ def weight(value: Any, what: str) -> float:
     return float(value)
 
 
-def _joined(parts: Sequence[Any], what: str) -> tuple[str, str, list[Any]]:
+def _join(parts: Sequence[Any], what: str) -> tuple[str, str, list[Any]]:
     """The text of the parts, what they say was thought, and the calls among them."""
     texts, thoughts, calls = [], [], []
     for part in parts:

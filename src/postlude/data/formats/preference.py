@@ -42,11 +42,9 @@ class Preference(Format):
     """Where they are messages: ``any`` allows roles of other names and in any order."""
 
     def parse(self, record: Record) -> list[Example]:
-        names = [f"its '{name}'" for name in (self.chosen, self.rejected)]
-        sides = dict(zip(names, (column(record, self.chosen), column(record, self.rejected)), strict=True))
+        sides = {f"its '{name}'": column(record, name) for name in (self.chosen, self.rejected)}
         prompt, tools = record.get(self.prompt), record.get(self.tools_field)
         pair = answers(prompt, sides, separator=self.separator, tools=tools, roles=self.roles)
-        check_different(pair, names)
         return [Ranked(pair, _scores(record, self.margin))]
 
     def example_record(self, conversation: Conversation) -> Record | None:
@@ -84,9 +82,8 @@ class ShareGPTPreference(Format):
     def parse(self, record: Record) -> list[Example]:
         if not list_column(record, self.field):
             raise BadRecord(f"its '{self.field}' has no turn")
-        names = [f"its '{name}'" for name in (self.chosen, self.rejected)]
         pair = [self._side(record, name) for name in (self.chosen, self.rejected)]
-        check_different(pair, names)
+        check_different(pair, [f"its '{name}'" for name in (self.chosen, self.rejected)])
         return [Ranked(pair, _scores(record, self.margin))]
 
     def example_record(self, conversation: Conversation) -> Record | None:

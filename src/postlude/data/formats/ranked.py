@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import model_validator
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Ranked, Record
-from postlude.data.formats.answers import answers, check_different, ends_with_answer, example_sides, number
+from postlude.data.formats.answers import answers, ends_with_answer, example_sides, number
 from postlude.data.formats.columns import list_column
 from postlude.data.formats.conversation import Roles
 
@@ -48,14 +48,9 @@ class RankedAnswers(Format):
         if len(sides) < 2:
             raise BadRecord(f"its '{self.answers}' has {len(sides)} entries: to rank takes two answers at least")
         names = [f"answer {place}" for place in range(1, len(sides) + 1)]
-        several = answers(
-            record.get(self.prompt),
-            dict(zip(names, sides, strict=True)),
-            separator=self.separator,
-            tools=record.get(self.tools_field),
-            roles=self.roles,
-        )
-        check_different(several, names)
+        prompt, tools = record.get(self.prompt), record.get(self.tools_field)
+        named = dict(zip(names, sides, strict=True))
+        several = answers(prompt, named, separator=self.separator, tools=tools, roles=self.roles)
         if self.scores is not None:
             scores = _numbers(record, self.scores, names)
             if len(set(scores)) == 1:

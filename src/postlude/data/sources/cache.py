@@ -29,10 +29,9 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     path = os.path.join(folder, name)
     if os.path.exists(path):
         return path
-    lock = _wait_for_lock(f"{path}.lock", name)
-    try:
+    unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
+    with _wait_for_lock(f"{path}.lock", name):
         if not os.path.exists(path):
-            unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
             try:
                 with writing(path):
                     make(unfinished)
@@ -40,8 +39,6 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
             finally:
                 if os.path.exists(unfinished):
                     os.remove(unfinished)
-    finally:
-        lock.release()
     return path
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import glob
-from typing import TYPE_CHECKING
 
+from postlude.data.records import Records
 from postlude.data.sources.source import Source
-
-if TYPE_CHECKING:
-    from postlude.data.records import Records
 
 
 class Hub(Source):

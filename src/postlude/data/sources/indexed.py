@@ -28,7 +28,7 @@ class Indexed(Records):
         self._uri, self._layout, self._name, self._group_rows = uri, layout, name, group_rows
         index = f"index-{digest(uri, fingerprint, type(layout).__name__)}"
         self._index = make_once(cache, index, self._write_index)
-        self._spans = _mapped(self._index)
+        self._spans = _map_spans(self._index)
         rows = len(self._spans)
         super().__init__([rows] if group_rows is None else groups_of(rows, group_rows), fingerprint)
         self._block = LastRead(self._read_group)
@@ -84,10 +84,10 @@ class Indexed(Records):
         return {**self.__dict__, "_spans": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _spans=_mapped(state["_index"]))
+        self.__dict__.update(state, _spans=_map_spans(state["_index"]))
 
 
-def _mapped(path: str) -> np.ndarray:
+def _map_spans(path: str) -> np.ndarray:
     """[rows, 2] int64: where the bytes of each row begin and end."""
     if not os.path.getsize(path):  # nothing cannot be mapped
         return np.empty((0, 2), np.int64)

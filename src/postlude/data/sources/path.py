@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
+from postlude.data.records import Records
 from postlude.data.sources.source import Source
-
-if TYPE_CHECKING:
-    from postlude.data.records import Records
 
 
 class Path(Source):

@@ -12,13 +12,9 @@ history a user.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from postlude.data.records import Records
 from postlude.data.sources.query_table import Table
 from postlude.data.sources.source import Source
-
-if TYPE_CHECKING:
-    from postlude.data.records import Records
 
 
 class Query(Source):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from postlude.data.records import Records
 from postlude.manifest.component import Component
-
-if TYPE_CHECKING:
-    from postlude.data.records import Records
 
 
 class Source(Component):

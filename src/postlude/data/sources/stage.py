@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from postlude import storage
+from postlude.data.records import Records
 from postlude.data.sources.path import Path
 from postlude.data.sources.source import Source
-
-if TYPE_CHECKING:
-    from postlude.data.records import Records
 
 RECORDS = "data.jsonl"
 """The file in the artifact of a stage that makes records."""

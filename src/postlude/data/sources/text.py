@@ -43,11 +43,9 @@ class Layout(Protocol):
 
     def pieces(self, stream: IO[bytes]) -> Iterator[Piece]:
         """The pieces of a file, from its start. DataError where it cannot be cut any further."""
-        ...
 
     def decode(self, raw: bytes) -> Record | Unreadable:
         """The record in a piece."""
-        ...
 
 
 def layout_of(uri: str, kind: str, stream: IO[bytes]) -> Layout:
@@ -55,13 +53,9 @@ def layout_of(uri: str, kind: str, stream: IO[bytes]) -> Layout:
     if kind == "jsonl":
         return JsonLines()
     if kind == "json":
-        return JsonArray(uri) if _first_visible(stream) == b"[" else JsonLines()
+        begin = stream.read(2**16).removeprefix(_BYTE_ORDER_MARK.encode()).lstrip(_BLANK)
+        return JsonArray(uri) if begin.startswith(b"[") else JsonLines()
     return Csv(uri, stream, "\t" if kind == "tsv" else ",")
-
-
-def _first_visible(stream: IO[bytes]) -> bytes:
-    begin = stream.read(2**16).removeprefix(_BYTE_ORDER_MARK.encode())
-    return begin.lstrip(_BLANK)[:1]
 
 
 class JsonLines:
@@ -107,19 +101,14 @@ class JsonArray(JsonLines):
         window.skip_blank(_BYTE_ORDER_MARK.encode().decode("latin-1"))
         window.expect("[")
         number = 0
-        if window.next_is("]"):
-            window.expect("]")
-        else:
-            while True:
-                number += 1
-                yield Piece(*window.value(number))
-                if window.next_is("]"):
-                    window.expect("]")
-                    break
+        while not window.next_is("]"):
+            if number:
                 window.expect(",")
-        if window.next_is(""):
-            return
-        window.fail("expected nothing after the array")
+            number += 1
+            yield Piece(*window.value(number))
+        window.expect("]")
+        if not window.next_is(""):
+            window.fail("expected nothing after the array")
 
 
 class _Window:
