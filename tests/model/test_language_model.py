@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from postlude.errors import DataError
-from postlude.model import recompute
+from postlude.model import recompute, vocabulary
 
 LENGTHS = (7, 1, 24)
 
@@ -156,7 +156,7 @@ def test_a_document_longer_than_the_positions_is_refused(tiny, pack, architectur
 
 def test_padding_of_the_vocabulary_is_only_inside(tiny, pack):
     model = tiny("llama", vocab_size=100, tie_word_embeddings=False)
-    assert (model.vocabulary, model.padded_vocabulary, model.config.vocab_size) == (100, 128, 100)
+    assert (model.vocabulary, vocabulary.rows(model.causal), model.config.vocab_size) == (100, 128, 100)
     head = model.lm_head_parameters()
     assert head.weight.shape == (128, 64)
     assert head.vocabulary == 100

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher
+from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher, divergence
 from postlude.objectives.head import FusedHead
 from postlude.objectives.logits import Limits
 
@@ -107,7 +107,7 @@ def test_gradients_are_the_derivatives(kind, transform, k):
 
     def loss(hidden, weight, bias):
         head = FusedHead(weight, bias, vocabulary=p.student, limits=Limits(2 * 9 * 8 * 2, 3, 64), **transform)
-        return head.divergence(hidden, p.targets, p.weights, teacher, measure)[0]
+        return divergence(head, hidden, p.targets, p.weights, teacher, measure)[0]
 
     assert torch.autograd.gradcheck(loss, p.leaves)
 
@@ -127,7 +127,7 @@ def test_gradients_are_the_derivatives(kind, transform, k):
 def test_any_cut_equals_full_logits(measure, rows, student, teacher, chunk, tile, transform, seed):
     p = Problem(rows, student, teacher, seed=seed, **transform)
     limits = Limits(chunk_bytes=2 * chunk * student * 8, chunk_rows=chunk, tile_bytes=chunk * tile * 8)
-    loss, found = p.head(limits).divergence(p.hidden, p.targets, p.weights, p.live(), measure)
+    loss, found = divergence(p.head(limits), p.hidden, p.targets, p.weights, p.live(), measure)
     each, distance = expected(p, measure)
     torch.testing.assert_close(found.loss, each.detach())
     torch.testing.assert_close(found.divergence, distance.detach())
@@ -149,7 +149,7 @@ def test_a_promised_factor_shares_the_gradient_of_the_weight_among_micro_batches
     for part in torch.arange(8).split(3):
         teacher = LiveTeacher(live.head, live.hidden[part])
         head = p.head(upstream=4.0)
-        loss, _ = head.divergence(p.hidden[part], p.targets[part], p.weights[part], teacher, measure)
+        loss, _ = divergence(head, p.hidden[part], p.targets[part], p.weights[part], teacher, measure)
         (loss * 4).backward()
     torch.testing.assert_close([leaf.grad for leaf in p.leaves], list(wanted))
 
@@ -159,7 +159,7 @@ def test_a_promised_factor_shares_the_gradient_of_the_weight_among_micro_batches
 def test_the_error_of_a_stored_teacher_is_within_the_bound_of_the_rest(measure, k, spread, seed):
     p = Problem(seed=seed, spread=spread)
     stored = p.stored(k, measure.temperature)
-    _, found = p.head().divergence(p.hidden, p.targets, p.weights, stored, measure)
+    _, found = divergence(p.head(), p.hidden, p.targets, p.weights, stored, measure)
     ours, theirs = (torch.log_softmax(logits.detach() / measure.temperature, -1) for logits in p.logits())
     error = formula(theirs, ours, measure) - found.divergence
     rest = torch.ones_like(ours).scatter_(1, stored.ids, 0.0)
@@ -180,7 +180,7 @@ def test_a_teacher_stored_whole_is_the_live_one(kind):
     p, measure = Problem(), Measure(kind, 0.3, 1.5, 0.2)
     results = []
     for teacher in (p.live(), p.stored(p.teacher, 1.5)):
-        loss, found = p.head().divergence(p.hidden, p.targets, p.weights, teacher, measure)
+        loss, found = divergence(p.head(), p.hidden, p.targets, p.weights, teacher, measure)
         results.append((loss.detach(), found, torch.autograd.grad(loss, p.leaves)))
     torch.testing.assert_close(*results)
 
@@ -191,7 +191,7 @@ def test_the_meaning_of_beta_is_that_of_trl(beta):
     p = Problem(dtype=torch.float32)
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
     weights = torch.ones(6)
-    loss, _ = p.head().divergence(p.hidden, p.targets, weights, p.live(), Measure(kind, beta, 2.0))
+    loss, _ = divergence(p.head(), p.hidden, p.targets, weights, p.live(), Measure(kind, beta, 2.0))
     theirs = gkd.GKDTrainer.generalized_jsd_loss(*p.logits(), beta=beta, temperature=2.0, reduction="sum")
     assert float(loss.detach()) == pytest.approx(4 * float(theirs.detach()), rel=1e-4)
     torch.testing.assert_close(
@@ -220,7 +220,7 @@ def test_nothing_larger_than_a_chunk_of_rows_is_made(kind, k):
     limits = Limits(chunk_bytes=(1 if k else 2) * 20 * 400 * 8, chunk_rows=20, tile_bytes=20 * 50 * 8)
     teacher, measure = p.stored(k, 2.0) if k else p.live(), Measure(kind, 0.5, 2.0, 0.3)
     with Largest() as seen:
-        p.head(limits).divergence(p.hidden, p.targets, p.weights, teacher, measure)[0].backward()
+        divergence(p.head(limits), p.hidden, p.targets, p.weights, teacher, measure)[0].backward()
     assert seen.elements == 20 * 400
 
 
@@ -228,14 +228,14 @@ def test_extreme_logits_stay_finite_in_single_precision():
     for kind in KINDS:
         p = Problem(dtype=torch.float32, spread=12.0)
         for teacher in (p.live(), p.stored(3, 1.0)):
-            loss, found = p.head().divergence(p.hidden, p.targets, p.weights, teacher, Measure(kind))
+            loss, found = divergence(p.head(), p.hidden, p.targets, p.weights, teacher, Measure(kind))
             assert all(bool(g.isfinite().all()) for g in (*torch.autograd.grad(loss, p.leaves), found.divergence))
 
 
 def test_what_cannot_be_is_refused():
     p = Problem()
     with pytest.raises(ValueError, match="no gradient"):
-        p.head().divergence(p.hidden, p.targets, p.weights.requires_grad_(), p.live(), Measure())
+        divergence(p.head(), p.hidden, p.targets, p.weights.requires_grad_(), p.live(), Measure())
     for k in (0, 10):
         with pytest.raises(ValueError, match="cannot be taken"):
             p.stored(k, 1.0)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel
+from postlude.model import vocabulary
 from postlude.model.load import load_causal, load_model
 from postlude.rollout.engine import Completion, Request, Sampling
 from postlude.rollout.native import NativeEngine
@@ -133,7 +134,7 @@ def test_a_context_ends_a_completion_and_refuses_a_prompt_that_fills_it():
 def test_a_model_in_training_is_asked_without_its_padding_and_goes_on_training():
     config = {**SHAPE, "vocab_size": 500, "attention_dropout": 0.5}
     model = load_model(ModelFrom(new=NewModel(architecture="llama", config=config)), None, None, seed=0).train()
-    assert model.padded_vocabulary > model.vocabulary
+    assert vocabulary.rows(model.causal) > model.vocabulary
     sampling = Sampling(16, frozenset(), temperature=50.0, seed=1)  # almost even over the vocabulary
     with model.plain() as causal:
         engine = NativeEngine(causal, model.vocabulary)

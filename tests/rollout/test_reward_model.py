@@ -1,19 +1,16 @@
-"""A reward model scores the conversation as transformers renders it; likelihoods are those of transformers."""
+"""A reward model scores the conversation as transformers renders it."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from postlude.data.document import WEIGHT, Document
 from postlude.data.example import Conversation, Text
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel, TokenizerFrom
 from postlude.model.load import load_model
-from postlude.rollout.likelihood import likelihoods
-from postlude.rollout.reward_model import Judge
+from postlude.rollout.reward_model import RewardModel
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -37,9 +34,9 @@ def conversation(number: int) -> Conversation:
 @torch.no_grad()
 def test_a_score_is_the_scalar_head_at_the_last_token(model, tokenizer):
     model.add_scalar_head(seed=5)
-    judge = Judge(model, tokenizer, "judge", block=100)
+    reward_model = RewardModel(model, tokenizer, "judge", block=100)
     answers = [(str(n), conversation(n)) for n in range(1, 12)]
-    scores = judge.score(answers)
+    scores = reward_model.score(answers)
     for (_, answer), score in zip(answers, scores, strict=True):
         ids = tokenizer.apply_chat_template(list(answer.messages), return_tensors="pt", return_dict=True).input_ids
         with model.plain() as causal:
@@ -51,7 +48,7 @@ def test_a_score_is_the_scalar_head_at_the_last_token(model, tokenizer):
 @torch.no_grad()
 def test_a_text_ends_with_its_end_of_sequence(model, tokenizer):
     model.add_scalar_head()
-    (score,) = Judge(model, tokenizer, "judge", block=100).score([("a", Text([("Once ", 0.0), ("upon", 1.0)]))])
+    (score,) = RewardModel(model, tokenizer, "judge", block=100).score([("a", Text([("Once ", 0.0), ("upon", 1.0)]))])
     ids = torch.tensor([[*tokenizer("Once upon").input_ids, tokenizer.eos_token_id]])
     with model.plain() as causal:
         hidden = causal.model(ids).last_hidden_state[0, -1]
@@ -60,22 +57,4 @@ def test_a_text_ends_with_its_end_of_sequence(model, tokenizer):
 
 def test_a_model_without_a_head_cannot_judge(model, tokenizer):
     with pytest.raises(ManifestError, match="'sft' has no head that scores"):
-        Judge(model, tokenizer, "sft", block=100)
-
-
-@torch.no_grad()
-def test_likelihoods_are_those_of_transformers(model):
-    generator = np.random.default_rng(0)
-    documents = []
-    for length in (7, 30, 2, 64, 11):
-        weights = (generator.random(length) < 0.6).astype(np.float32)
-        weights[[0, -1]] = 0, 1
-        documents.append(Document(str(length), "s", generator.integers(0, 256, length), {WEIGHT.name: weights}))
-    for document, found in zip(documents, likelihoods(model, documents, block=48), strict=True):
-        ids = torch.from_numpy(document.tokens)[None]
-        with model.plain() as causal:
-            rows = causal(ids).logits[0, :, : model.vocabulary].log_softmax(-1)
-        each = rows[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        weights = torch.from_numpy(document.streams[WEIGHT.name])[1:]
-        assert found.log_probability == pytest.approx(float((each * weights).sum()), abs=1e-4)
-        assert found.tokens == found.weight == int(weights.sum())
+        RewardModel(model, tokenizer, "sft", block=100)

@@ -198,6 +198,44 @@ def test_smoothed_labels_are_the_formula_in_float64(manifest, models, tmp_path):
     assert line["divergence"] > 0
 
 
+@pytest.mark.capability("Preference losses of a user's own, found by name")
+@pytest.mark.parametrize(
+    ("keys", "ceiling"),
+    [
+        ({"loss": "exponential", "beta": 0.5}, 10.0),
+        ({"loss": {"name": "exponential", "beta": 0.5, "ceiling": 1.0}}, 1.0),
+    ],
+)
+def test_a_loss_from_another_package(manifest, models, tmp_path, keys, ceiling):
+    line, assembly, documents = first_step(changed(manifest, **keys), tmp_path)
+    policy, reference = (causal(models[name]).double() for name in ("policy", "reference"))
+    ours, _ = log_probabilities(policy, documents)
+    with torch.no_grad():
+        theirs, _ = log_probabilities(reference, documents)
+    ratios = ours - theirs
+    h = 0.5 * (ratios[::2] - ratios[1::2])
+    loss = torch.exp(-h).clamp(max=ceiling).mean()
+    loss.backward()
+    assert set(assembly.program.roles) == {"policy", "reference"}
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(norm_of(policy), rel=1e-4)
+    assert line["margin"] == pytest.approx(float(h.detach().mean()), rel=1e-3, abs=1e-5)
+
+
+def test_the_keys_of_a_loss_stand_beside_it_or_in_it(manifest):
+    beside = changed(json.loads(json.dumps(manifest)), loss="simpo", reference=None, beta=2.0, gamma=0.7)
+    within = changed(manifest, loss={"name": "simpo", "beta": 2.0, "gamma": 0.7}, reference=None)
+    resolved = [load(json.dumps(tree), "whole.yaml") for tree in (beside, within)]
+    assert [read.tree["stages"]["dpo"]["loss"] for read in resolved] == [
+        "simpo",
+        {"name": "simpo", "beta": 2.0, "label_smoothing": 0.0, "gamma": 0.7},
+    ]
+    objectives = [read.manifest.stages["dpo"].objective() for read in resolved]
+    assert objectives[0] == objectives[1]
+    again = load(json.dumps(resolved[1].tree), "whole.yaml")
+    assert again.manifest.stages["dpo"].objective() == objectives[1]
+
+
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_losses_without_a_reference_are_those_of_trl(manifest, models, tmp_path, loss):
     pytest.importorskip("trl")
@@ -379,6 +417,9 @@ def test_the_starter_runs_and_pairs_it_has_not_seen_are_told_apart(tmp_path, mon
         ({"loss": "simpo"}, "'loss: simpo' does not read 'reference'"),
         ({"gamma": 1.0}, "'loss: sigmoid' does not read 'gamma': it belongs to simpo"),
         ({"loss": "robust"}, "'loss: robust' needs 'label_smoothing'"),
+        ({"loss": {"name": "hinge", "beta": 0.2}, "beta": 0.5}, "'loss' is a mapping here: 'beta'"),
+        ({"loss": {"name": "hinge", "gamma": 0.2}}, "gamma"),
+        ({"loss": "sigmoidal"}, "Did you mean 'sigmoid'"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"recipe": "reward", "reference": None, "margins": True, "order": "plackett_luce"}, "'margins' belongs to"),
     ],

@@ -29,6 +29,7 @@ from postlude.nearest import suggestion_or_list
 KINDS = (
     "recipes",
     "objectives",
+    "preference_losses",
     "sources",
     "formats",
     "filters",

@@ -38,7 +38,7 @@ class AtPlaces:
     """[rows, n] the logits there."""
 
 
-class Found(NamedTuple):
+class Distances(NamedTuple):
     """What the first pass finds out about a chunk of rows."""
 
     divergence: Tensor
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 class Comparison(Protocol):
     """One chunk of rows at a time: :meth:`measure` first, then :meth:`gradient` for each tile."""
 
-    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Found:
+    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Distances:
         """Compare; ``logits`` [rows, vocabulary] become ``exp(logits - peak)`` in place, but for what is set apart."""
         ...
 
@@ -72,7 +72,7 @@ class LiveComparison:
         self.kind, self.beta, self.shared = kind, beta, shared
         self._teacher, self._hidden = teacher, hidden
 
-    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Found:
+    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Distances:
         self._theirs, their_peak = self._teacher.compute(self._hidden[rows].to(self._teacher.product))
         likeliest = self._theirs.argmax(1, keepdim=True)
         agrees = logits.gather(1, likeliest) == peak
@@ -96,11 +96,11 @@ class LiveComparison:
         logits[:, self.shared :].sub_(peak).exp_()
         normalizers = self._total.log() - self._their_total.log()
         if self.kind == "forward_kl":
-            return Found(crossed / self._their_total + normalizers, agrees)
+            return Distances(crossed / self._their_total + normalizers, agrees)
         if self.kind == "reverse_kl":
             self._mean = crossed / self._total
-            return Found(self._mean - normalizers, agrees)
-        return Found(self._mixture(logits, tiles), agrees)
+            return Distances(self._mean - normalizers, agrees)
+        return Distances(self._mixture(logits, tiles), agrees)
 
     def _mixture(self, logits: Tensor, tiles: Sequence[slice]) -> Tensor:
         """The divergence from the mixture; leaves log(q / m) in the teacher's buffer."""
@@ -151,7 +151,7 @@ class StoredComparison:
     def __init__(self, kind: Kind, beta: float, ids: Tensor, logp: Tensor) -> None:
         self.kind, self.beta, self._ids, self._logp = kind, beta, ids.long(), logp
 
-    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Found:
+    def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Distances:
         tiny = torch.finfo(logits.dtype).tiny
         self._places = self._ids[rows]
         self._kept = logits.gather(1, self._places)
@@ -180,7 +180,7 @@ class StoredComparison:
             divergence = self.beta * to_theirs + (1 - self.beta) * to_ours
             self._slope = (1 - self.beta) * (log_q - log_m)
         self._slope = self._slope - (self._q * self._slope).sum(1, keepdim=True)
-        return Found(divergence, agrees, AtPlaces(self._places, kept, self._kept))
+        return Distances(divergence, agrees, AtPlaces(self._places, kept, self._kept))
 
     def gradient(self, tile: slice, part: Tensor, share: Tensor) -> None:
         part.mul_(share * self._slope[:, -1:] / self._total)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from postlude.data.batch import PackedBatch
 from postlude.data.document import define_stream
-from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher
+from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher, divergence
 from postlude.objectives.nll import WeightedLikelihood
 from postlude.objectives.objective import Outcome, Step
 
@@ -56,18 +56,18 @@ class Distillation:
         weights = self.weighting.weights(step, rows)
         before = step.hidden().index_select(0, rows - 1)
         teacher = self._teacher(step, rows)
-        loss, found = step.head("lm").divergence(before, batch.tokens[rows], weights, teacher, self.divergence)
+        loss, divergences = divergence(step.head("lm"), before, batch.tokens[rows], weights, teacher, self.divergence)
         trained = float(len(rows))
         metrics = {
-            "divergence": (found.divergence.sum(), trained),
-            "agreement": (found.agrees.sum(), trained),
+            "divergence": (divergences.divergence.sum(), trained),
+            "agreement": (divergences.agrees.sum(), trained),
         }
-        if found.likelihood is not None:
-            metrics["hard_loss"] = (found.likelihood.sum(), trained)
+        if divergences.likelihood is not None:
+            metrics["hard_loss"] = (divergences.likelihood.sum(), trained)
         return Outcome(
             loss=loss,
             metrics=metrics,
-            example_loss=batch.per_document(found.loss, rows),
+            example_loss=batch.per_document(divergences.loss, rows),
             example_tokens=batch.per_document(rows.new_ones(rows.shape), rows),
         )
 

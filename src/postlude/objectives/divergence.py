@@ -12,7 +12,7 @@ when T changes. TRL's GKD leaves it out. For D see :mod:`postlude.objectives.com
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from postlude.objectives.comparison import AtPlaces, Comparison, Kind, LiveComparison, StoredComparison
 from postlude.objectives.forward_gradients import ForwardGradients, add_at, scaled
+from postlude.objectives.head import FusedHead
 from postlude.objectives.logits import LogitChunks, Projection
-
-if TYPE_CHECKING:
-    from postlude.objectives.head import FusedHead
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,16 @@ def divergence(
     teacher: LiveTeacher | StoredTeacher,
     measure: Measure,
 ) -> tuple[Tensor, Divergences]:
-    """:meth:`postlude.objectives.objective.LanguageHead.divergence` of a head."""
+    """The weighted sum of the rows' losses of distillation, a scalar to differentiate, and what each row has, detached.
+
+    As :meth:`FusedHead.negative_log_likelihood`, with the same promise: weights that need a gradient are a ValueError.
+    A live teacher's vocabulary may be larger or smaller: the distributions are those over the tokens that both have.
+    """
     if weights.requires_grad:
         raise ValueError("The weights of the rows of a divergence are known beforehand: they need no gradient.")
+    head = head.whole()
+    if isinstance(teacher, LiveTeacher):
+        teacher = replace(teacher, head=teacher.head.whole())
     # A live teacher's logits take a buffer of their own: together they are as large as the one of the likelihood.
     halved = replace(head.limits, chunk_bytes=head.limits.chunk_bytes // 2)
     limits = halved if isinstance(teacher, LiveTeacher) else head.limits
@@ -139,14 +144,14 @@ class _Divergence(torch.autograd.Function):
             own, target = hidden[rows].to(chunks.product), task.targets[rows].unsqueeze(1)
             logits, peak = chunks.compute(own)
             at_target = logits.gather(1, target) if likelihood is not None else None
-            found = compared.measure(rows, logits, peak, chunks.tiles)
-            distance[rows], agrees[rows] = found.divergence.squeeze(1), found.agrees.squeeze(1).to(agrees)
+            distances = compared.measure(rows, logits, peak, chunks.tiles)
+            distance[rows], agrees[rows] = distances.divergence.squeeze(1), distances.agrees.squeeze(1).to(agrees)
             total = torch.zeros_like(peak)
             if likelihood is not None and at_target is not None:
                 for tile in chunks.tiles:
                     total += _at_temperature_one(logits[:, tile], temperature).sum(1, keepdim=True)
-                if found.apart is not None:
-                    total += _at_temperature_one(found.apart.values, temperature).sum(1, keepdim=True)
+                if distances.apart is not None:
+                    total += _at_temperature_one(distances.apart.values, temperature).sum(1, keepdim=True)
                 likelihood[rows] = (total.log() + temperature * (peak - at_target)).squeeze(1)
             if not gradients.wanted:
                 continue
@@ -162,13 +167,13 @@ class _Divergence(torch.autograd.Function):
                 if slope is not None:
                     part.mul_(slope)
             apart = [compared.gradient_apart(soft)]
-            if share and found.apart is not None:
-                likely = _at_temperature_one(found.apart.values, temperature) * (hard / total)
-                apart.append(replace(found.apart, values=likely))
+            if share and distances.apart is not None:
+                likely = _at_temperature_one(distances.apart.values, temperature) * (hard / total)
+                apart.append(replace(distances.apart, values=likely))
             if share and at_target is not None:
                 apart.append(AtPlaces(target, -hard, at_target))
-            for one in filter(None, apart):
-                add_at(one.places, logits, one.values, chunks.slope(one.logits))
+            for places in filter(None, apart):
+                add_at(places.places, logits, places.values, chunks.slope(places.logits))
             for tile in chunks.tiles:
                 gradients.add(rows, own, tile, logits[:, tile])
         gradients.keep(ctx)

@@ -14,7 +14,6 @@ Notable:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.model.tensor_parallel import VocabularyPart
-from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher, divergence
 from postlude.objectives.forward_gradients import (
     ForwardGradients,
     collects,
@@ -51,7 +49,8 @@ class FusedHead:
     ``in_place`` does the same for the backward pass of :meth:`log_probabilities`, where nothing need be promised.
 
     With a ``part``, ``weight`` and ``bias`` are this rank's rows of the head, and all ranks call with the same hidden
-    states. :meth:`divergence` and :meth:`top_log_probabilities` then gather the rows of all.
+    states. :func:`postlude.objectives.divergence.divergence` and :meth:`top_log_probabilities` then gather the rows of
+    all.
     """
 
     def __init__(
@@ -110,23 +109,6 @@ class FusedHead:
         with torch.autocast(hidden.device.type, enabled=False):
             own = self.softmax.enter(hidden)
             return _LogProbabilities.apply(own, self.weight, self.bias, targets, self, projection, entropy)
-
-    def divergence(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        teacher: LiveTeacher | StoredTeacher,
-        measure: Measure,
-    ) -> tuple[Tensor, Divergences]:
-        """The weighted sum of the rows' losses of distillation, a scalar to differentiate, and what each row has.
-
-        As :meth:`negative_log_likelihood`, with the same promise. A live teacher's vocabulary may be larger or smaller:
-        the distributions are those over the tokens that both have.
-        """
-        if isinstance(teacher, LiveTeacher):
-            teacher = replace(teacher, head=teacher.head.whole())
-        return divergence(self.whole(), hidden, targets, weights, teacher, measure)
 
     @torch.no_grad()
     def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

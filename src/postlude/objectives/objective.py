@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from postlude.data.batch import PackedBatch
-    from postlude.objectives.divergence import Divergences, LiveTeacher, Measure, StoredTeacher
 
 
 class Head(Protocol):
@@ -42,19 +41,6 @@ class LanguageHead(Head, Protocol):
         self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [rows], and the entropy [rows] on request; differentiable in both."""
-        ...
-
-    def divergence(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        teacher: LiveTeacher | StoredTeacher,
-        measure: Measure,
-    ) -> tuple[Tensor, Divergences]:
-        """The weighted sum of the rows' divergences from a teacher, with a share of the negative log-likelihood mixed
-        in, and what each row has, detached. The weights must be known as for :meth:`negative_log_likelihood`.
-        """
         ...
 
     def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from postlude.data.example import Judged, Ranked
+from postlude.manifest.component import Component, Named, lookup, names
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
+from postlude.objectives.preference import PreferenceLoss
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
     from postlude.objectives.objective import Objective
     from postlude.training.program import Annotation, Companion
 
-USED: dict[str, tuple[str, ...]] = {
-    "sigmoid": ("label_smoothing", "reference", "precompute_reference"),
-    "sigmoid_norm": ("label_smoothing", "reference", "precompute_reference"),
-    "robust": ("label_smoothing", "reference", "precompute_reference"),
-    "ipo": ("reference", "precompute_reference"),
-    "hinge": ("reference", "precompute_reference"),
-    "simpo": ("gamma", "label_smoothing"),
-    "orpo": (),
-    "kto": ("desirable_weight", "undesirable_weight", "reference"),
-}
-"""The keys that each loss reads beside ``beta``."""
+LOSSES = "preference_losses"
+
+
+class LossByName(Named):
+    """A loss as its bare name, whose keys stand beside it in the stage, or as a mapping with all of its keys."""
+
+    def _validate(self, value: Any) -> Component:
+        name = value if isinstance(value, str) else value.get("name") if isinstance(value, dict) else None
+        if isinstance(name, str) and name in names(self.kind) and not (isinstance(value, dict) and len(value) > 1):
+            return lookup(self.kind, name).model_construct()
+        return super()._validate(value)
+
+    def _serialize(self, value: Component) -> Any:
+        return super()._serialize(value) if value.model_fields_set else value.component_name
 
 
 class DPO(TrainingRecipe):
@@ -40,9 +44,9 @@ class DPO(TrainingRecipe):
     )
 
     recipe: Literal["dpo"]
-    loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo", "kto"] = "sigmoid"
+    loss: Annotated[PreferenceLoss, LossByName(LOSSES), Field(validate_default=True)] = "sigmoid"  # type: ignore
     """``sigmoid`` is DPO itself, with ``label_smoothing`` conservative DPO; ``kto`` takes judged answers, all others
-    take pairs. ``simpo`` and ``orpo`` have no reference."""
+    take pairs. ``simpo`` and ``orpo`` have no reference. A mapping gives the name and all keys of a loss."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How much a difference in log-probability counts; in ``orpo`` the odds ratio beside the likelihood."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
@@ -61,42 +65,55 @@ class DPO(TrainingRecipe):
 
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
-        for key in dict.fromkeys(key for keys in USED.values() for key in keys):
-            value = getattr(self, key)
-            if value is not None and value is not False and key not in USED[self.loss]:
-                losses = ", ".join(loss for loss, keys in USED.items() if key in keys)
-                raise ValueError(f"'loss: {self.loss}' does not read '{key}': it belongs to {losses}")
-        if self.loss == "robust" and not self.label_smoothing:
-            raise ValueError("'loss: robust' needs 'label_smoothing', the share of pairs whose sides are exchanged")
+        name, kind = self.loss.component_name, type(self.loss)
+        for key in self._keys():
+            if self.loss.model_fields_set and key in kind.model_fields:
+                raise ValueError(f"'loss' is a mapping here: '{key}' of the loss '{name}' belongs into it")
+            if not _reads(kind, key):
+                losses = ", ".join(loss for loss in names(LOSSES) if _reads(lookup(LOSSES, loss), key))
+                raise ValueError(f"'loss: {name}' does not read '{key}': it belongs to {losses}")
+        try:
+            self._complete_loss()
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(str(cause or f"'loss: {name}' and its key '{key}': {first['msg']}")) from error
         return self
+
+    def _keys(self) -> dict[str, Any]:
+        """The keys that belong to losses, as far as they are given."""
+        optional = ("label_smoothing", "gamma", "desirable_weight", "undesirable_weight", "reference")
+        given = {key: value for key in optional if (value := getattr(self, key)) is not None}
+        if self.precompute_reference:
+            given["precompute_reference"] = True
+        return given if self.beta == type(self).model_fields["beta"].default else {"beta": self.beta, **given}
+
+    def _complete_loss(self) -> PreferenceLoss:
+        """The loss with all of its keys."""
+        if self.loss.model_fields_set:
+            return self.loss
+        kind = type(self.loss)
+        keys = {"beta": self.beta, **self._keys()}
+        return kind.model_validate({key: value for key, value in keys.items() if key in kind.model_fields})
 
     @property
     def accepts(self) -> tuple[type, ...]:
-        return (Judged,) if self.loss == "kto" else (Ranked,)
+        return self.loss.accepts
 
     def units(self, documents: Sequence[Document]) -> tuple[Unit, ...]:
-        """A pair; of a longer list the best answer and the worst."""
+        """A pair, or a single answer; of a longer list the best answer and the worst."""
         from postlude.data.document import Unit
 
-        if self.loss == "kto" or len(documents) == 2:
-            return (Unit(tuple(documents)),)
-        return (Unit((documents[0], documents[-1])),)
+        return (Unit(tuple(documents) if len(documents) <= 2 else (documents[0], documents[-1])),)
 
     def objective(self) -> Objective:
-        if self.loss == "kto":
-            from postlude.objectives.kto import KahnemanTversky
-
-            given = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-            return KahnemanTversky(self.beta, **_given(given))
-        from postlude.objectives.preference import PreferenceOptimisation, Settings
-
-        settings = Settings(self.beta, **_given({"label_smoothing": self.label_smoothing, "gamma": self.gamma}))
-        return PreferenceOptimisation(self.loss, settings, stored_reference=self.precompute_reference)
+        return self._complete_loss().objective(self.precompute_reference)
 
     def companions(self) -> Mapping[str, Companion]:
         from postlude.training.program import Companion
 
-        if "reference" not in USED[self.loss] or self.precompute_reference:
+        if not self.loss.needs_reference or self.precompute_reference:
             return {}
         return {"reference": Companion(self.reference or self.model)}
 
@@ -109,5 +126,11 @@ class DPO(TrainingRecipe):
         return {"reference": Annotation(self.reference or self.model, TokenLikelihood())}
 
 
-def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in keys.items() if value is not None}
+def _reads(loss: type[Component], key: str) -> bool:
+    """Whether a loss has a use for a key of the recipe."""
+    assert issubclass(loss, PreferenceLoss)
+    if key == "reference":
+        return loss.needs_reference
+    if key == "precompute_reference":
+        return loss.needs_reference and loss.stores_reference
+    return key in loss.model_fields

@@ -12,10 +12,10 @@ from postlude.objectives.actor_critic import VALUE
 from postlude.objectives.policy import BEHAVIOUR_LOGP, CORRECTION, OLD_LOGP
 from postlude.rollout.algorithm import Algorithm, Scored
 from postlude.rollout.answers import Group
-from postlude.rollout.assess import Assessor
 from postlude.rollout.engine import EngineLost
 from postlude.rollout.scoring import Score
 from postlude.rollout.trajectory import Trajectory
+from postlude.training.frozen import Assessor
 
 
 class Assessment:

@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from postlude.data.batch import collate
+from postlude.data.batch import PackedBatch
 from postlude.data.chat import Chat, ChatRenderer
-from postlude.data.document import Document, Unit
+from postlude.data.document import Document
 from postlude.data.example import Answer, Conversation, Text
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.likelihood import packed
+from postlude.training.frozen import batches_of, over_packs, packs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Judge:
+class RewardModel:
     """Scores answers with a model that has a head ``scalar``.
 
     Conversations are rendered with the reward model's own template. ``block`` is how many tokens go through it at
@@ -37,18 +36,16 @@ class Judge:
         self._model, self._tokenizer, self._name, self._block = model.eval(), tokenizer, name, block
         self._renderer: ChatRenderer | None = None
 
-    @torch.no_grad()
     def score(self, answers: Sequence[tuple[str, Answer]]) -> list[float]:
         """The score of each answer, which come with their example ids. DataError for one that is too long."""
         documents = [self._document(example_id, answer) for example_id, answer in answers]
-        scores = [0.0] * len(documents)
-        for places in packed(documents, self._block):
-            batch = collate([tuple(Unit((documents[place],)) for place in places)]).to(self._model.device)
-            last = batch.lengths.cumsum(0).long() - 1
-            values = self._model.head("scalar")(self._model.hidden(batch)[last])
-            for place, value in zip(places, values[: batch.documents].tolist(), strict=True):
-                scores[place] = value
-        return scores
+        batches = batches_of(packs_of(documents, self._block))
+        scores = over_packs(documents, batches, self._last_values, self._model.device)
+        return [scores[place] for place in range(len(documents))]
+
+    def _last_values(self, batch: PackedBatch) -> list[float]:
+        last = batch.lengths.cumsum(0).long() - 1
+        return self._model.head("scalar")(self._model.hidden(batch)[last])[: batch.documents].tolist()
 
     def _document(self, example_id: str, answer: Answer) -> Document:
         if isinstance(answer, Conversation):

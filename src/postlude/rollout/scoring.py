@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from postlude.errors import DataError
 from postlude.rollout.prompts import Prompt
 from postlude.rollout.reward import Reward, part_names
-from postlude.rollout.reward_model import Judge
+from postlude.rollout.reward_model import RewardModel
 from postlude.rollout.reward_pool import RewardPool, Unscored
 
 
@@ -29,10 +29,10 @@ class Scorer:
     ManifestError if a function is not there.
     """
 
-    def __init__(self, rewards: Sequence[Reward], model_of: Callable[[Reward], Judge], pool: RewardPool) -> None:
+    def __init__(self, rewards: Sequence[Reward], model_of: Callable[[Reward], RewardModel], pool: RewardPool) -> None:
         self._parts = list(zip(part_names(rewards), rewards, strict=True))
         self._model_of, self.pool = model_of, pool
-        self._models: dict[str, Judge] = {}
+        self._models: dict[str, RewardModel] = {}
         for _, reward in self._parts:
             if reward.function is not None:
                 reward.function.check()

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import gc
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from postlude import __version__, storage
-from postlude.data.annotations import AnnotationFiles, StoredStreams, Values, document_key, with_values
-from postlude.data.batch import collate
-from postlude.data.document import Block, Document, Unit
+from postlude.data.annotations import AnnotationFiles, StoredStreams, document_key, with_values
+from postlude.data.document import Block, Unit
 from postlude.data.encoded_dataset import EncodedDataset
-from postlude.data.packing import best_fit
 from postlude.data.records import digest, record_json
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
@@ -32,8 +30,8 @@ from postlude.stages.parts import Parts
 from postlude.stages.training_models import TrainingModels
 from postlude.telemetry.progress import waiting
 from postlude.telemetry.recorder import Recorder
+from postlude.training.frozen import FrozenModel
 from postlude.training.program import Annotation
-from postlude.training.step import language_head
 
 ROWS = 256
 """Records in a part."""
@@ -77,50 +75,24 @@ def annotated(models: TrainingModels, block: Block) -> Block:
     """A block with all streams, computed at once and not stored."""
     for annotation in models.config.annotations().values():
         documents = [document for unit in block for document in unit.documents]
-        values = iter(FrozenModel(models, annotation).values(documents))
+        values = iter(_frozen(models, annotation).values(documents))
         block = tuple(Unit(tuple(with_values(one, next(values)) for one in unit.documents)) for unit in block)
     return block
 
 
-class FrozenModel:
-    """A model that is asked, on this rank's device, in the precision of the stage."""
-
-    def __init__(self, models: TrainingModels, annotation: Annotation) -> None:
-        self._models, self._annotator = models, annotation.annotator
-        self._model = models.model(annotation.start)
-        self._model.requires_grad_(False).eval()
-        policy = models.program.roles["policy"].model
-        tokens = self._annotator.vocabulary(self._model.vocabulary, policy.vocabulary)
-        self._head = language_head(self._model, vocabulary=tokens)
-
-    def values(self, documents: Sequence[Document]) -> list[Values]:
-        """What it says of each document, in packed batches of the size of the trainer's."""
-        batch = self._models.config.batch
-        together = (batch.micro or batch.block) // batch.block
-        packed = best_fit([len(document) for document in documents], batch.block)
-        found: dict[int, Values] = {}
-        for first in range(0, len(packed), together):
-            blocks = packed[first : first + together]
-            places = [place for block in blocks for place in block]
-            said = self._said([tuple(Unit((documents[place],)) for place in block) for block in blocks])
-            found.update(zip(places, said, strict=True))
-        return [found[place] for place in range(len(documents))]
-
-    @torch.no_grad()
-    def _said(self, blocks: Sequence[Block]) -> list[Values]:
-        """What it says of each document of these blocks, in order."""
-        config, device = self._models.config, self._models.parts.workers.device
-        pad_to = (config.batch.micro or config.batch.block) if config.compile else None
-        batch = collate(blocks, pad_to=pad_to).to(device)
-        rows = batch.trained_rows()
-        with self._models.precision.autocast(device):
-            before = self._model.hidden(batch).index_select(0, rows - 1)
-            streams = [values.cpu().numpy() for values in self._annotator(self._head, before, batch.tokens[rows])]
-        ends = torch.bincount(batch.document[rows], minlength=batch.documents).cumsum(0).tolist()
-        return [
-            {name: values[start:end] for name, values in zip(self._annotator.streams, streams, strict=True)}
-            for start, end in zip([0, *ends[:-1]], ends, strict=True)
-        ]
+def _frozen(models: TrainingModels, annotation: Annotation) -> FrozenModel:
+    """The model of an annotation, on this rank's device, in the precision of the stage."""
+    model, batch = models.model(annotation.start), models.config.batch
+    return FrozenModel(
+        model.requires_grad_(False).eval(),
+        annotation.annotator,
+        policy_vocabulary=models.program.roles["policy"].model.vocabulary,
+        device=models.parts.workers.device,
+        precision=models.precision,
+        block=batch.block,
+        micro=batch.micro or batch.block,
+        pads=models.config.compile,
+    )
 
 
 class _Pass:
@@ -147,7 +119,7 @@ class _Pass:
         missing = [number for number in range(len(self._spans)) if number not in done]
         own = [number for number in done if number % workers.world == workers.rank]
         digests = {number: self.parts.digest(number) for number in own}
-        model = FrozenModel(self._models, self._annotation) if missing else None
+        model = _frozen(self._models, self._annotation) if missing else None
         for first in range(0, len(missing), workers.world):
             recorder.preparing(f"the {self._name} reads the data", 1 - (len(missing) - first) / len(self._spans))
             if workers.sum_numbers({"stop": float(stop())})["stop"]:

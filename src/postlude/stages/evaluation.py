@@ -17,7 +17,6 @@ from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
 from postlude.recipes.evaluate import Evaluate
-from postlude.rollout.likelihood import Likelihood, likelihoods
 from postlude.rollout.prompts import PROMPTING
 from postlude.rollout.scoring import passes
 from postlude.stages.asking import Asking, score_of
@@ -25,6 +24,7 @@ from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
 from postlude.stages.work import Entry, Tell, Work, read_rows
+from postlude.training.frozen import DocumentLikelihood, likelihoods
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,7 +168,9 @@ class Evaluation(Work):
                 raise DataError(f"The example '{example_id}' cannot be used: {one.error}") from one.error
         return [(example_id, one) for (example_id, _), one in zip(examples, encoded, strict=True)]
 
-    def _likelihoods(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[tuple[str, Encoded, list[Likelihood]]]:
+    def _likelihoods(
+        self, piece: _Piece, rows: Sequence[Row]
+    ) -> Iterator[tuple[str, Encoded, list[DocumentLikelihood]]]:
         encoded = self._encoded(piece, rows)
         model, _ = self._language_model(piece.model, piece.dataset)
         documents = [document for _, one in encoded for document in one.documents]

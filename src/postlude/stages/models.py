@@ -15,7 +15,7 @@ from postlude.model.load import configuration, count_parameters, load_causal, lo
 from postlude.model.places import SCALAR_FILE, configuration_keys
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.reward import Reward
-from postlude.rollout.reward_model import Judge
+from postlude.rollout.reward_model import RewardModel
 from postlude.stages.parts import Parts
 from postlude.training.precision import DTYPES
 
@@ -62,14 +62,14 @@ class Models:
         model.eval().requires_grad_(False)
         return model, tokenizer
 
-    def reward_model(self, reward: Reward) -> Judge:
+    def reward_model(self, reward: Reward) -> RewardModel:
         """The model of a part of the reward."""
         start = reward.model
         assert start is not None
         model, tokenizer = self.language_model(start)
         if self.parts.mode.small and self._has_scalar_head(start):
             model.add_scalar_head()
-        return Judge(model, tokenizer, start.from_ or start.path or "", REWARD_TOKENS)
+        return RewardModel(model, tokenizer, start.from_ or start.path or "", REWARD_TOKENS)
 
     def _has_scalar_head(self, start: ModelPlace) -> bool:
         """Whether a model scores; that of a stage, or of a hub, is believed to."""

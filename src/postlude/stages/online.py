@@ -15,7 +15,6 @@ from postlude.data.preview import Preview
 from postlude.errors import DataError
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.answers import Answerer
-from postlude.rollout.assess import Assessor
 from postlude.rollout.assessment import Assessment
 from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
@@ -32,6 +31,7 @@ from postlude.stages.rehearsal import rehearse
 from postlude.stages.report import StageReport, Trial
 from postlude.stages.training import Supply, Training
 from postlude.telemetry.recorder import Recorder
+from postlude.training.frozen import Assessor
 from postlude.training.interruption import Interruption
 from postlude.training.summary import Summary
 from postlude.training.timing import Phases
