@@ -14,7 +14,7 @@ import numpy as np
 from postlude.data.document import REFERENCE_LOGP
 from postlude.objectives.actor_critic import RETURN, VALUE
 from postlude.objectives.policy import ADVANTAGE, OLD_LOGP
-from postlude.rollout.advantages import Baseline, Scale, generalized, relative, whitened
+from postlude.rollout.advantages import Baseline, Scale, generalized, relative, whiten
 
 Streams = Mapping[str, np.ndarray]
 
@@ -67,9 +67,9 @@ class Relative:
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         rewards = np.asarray(scored.rewards, np.float64)
         if self.kl_in_reward:
-            rewards = rewards - self.kl_in_reward * np.array([drift(one).sum() for one in scored.streams])
+            rewards = rewards - self.kl_in_reward * np.array([drift(streams).sum() for streams in scored.streams])
         advantages = relative(rewards.tolist(), scored.groups, self.baseline, self.scale)
-        sizes = [len(one[OLD_LOGP.name]) for one in scored.streams]
+        sizes = [len(streams[OLD_LOGP.name]) for streams in scored.streams]
         return [{ADVANTAGE.name: np.full(n, a)} for n, a in zip(sizes, advantages.tolist(), strict=True)], {}
 
     def state(self) -> dict[str, Any]:
@@ -98,21 +98,22 @@ class Generalized:
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         advantages, returns, drifts = [], [], []
         for reward, streams in zip(scored.rewards, scored.streams, strict=True):
-            apart = drift(streams) if REFERENCE_LOGP.name in streams else np.zeros(len(streams[VALUE.name]))
-            tokens = -self.kl_coefficient * apart
+            divergence = drift(streams) if REFERENCE_LOGP.name in streams else np.zeros(len(streams[VALUE.name]))
+            tokens = -self.kl_coefficient * divergence
             tokens[-1] += reward
             advantage, expected = generalized(tokens, streams[VALUE.name].astype(np.float64), self.gamma, self.lam)
             advantages.append(advantage)
             returns.append(expected)
-            drifts.append(apart.sum())
+            drifts.append(divergence.sum())
         metrics = {"return": float(np.concatenate(returns).mean())} if returns else {}
         if self.kl_target is not None:
             metrics["kl_coefficient"] = self.kl_coefficient
             error = float(np.clip(np.mean(drifts) / self.kl_target - 1, -0.2, 0.2))
             self.kl_coefficient *= 1 + error * len(drifts) / self.kl_horizon
-        white = whitened(advantages)
+        white = whiten(advantages)
         return [
-            {ADVANTAGE.name: one, RETURN.name: expected} for one, expected in zip(white, returns, strict=True)
+            {ADVANTAGE.name: advantage, RETURN.name: expected}
+            for advantage, expected in zip(white, returns, strict=True)
         ], metrics
 
     def state(self) -> dict[str, Any]:

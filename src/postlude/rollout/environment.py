@@ -81,34 +81,34 @@ def play(
     key: tuple[str, int],
     prompt: str | Messages,
     record: Mapping[str, Any],
-    said: Sequence[str],
+    turns: Sequence[str],
 ) -> Reply:
     """The environment's answer to the last of the policy's turns, in the episode that ``key`` stands for.
 
     DataError, naming the record, if it raises or answers nothing that can be used.
     """
 
-    async def played() -> Reply:
-        had, episode = _episodes.pop(key, ((), None))
-        if episode is None or had != said[:-1]:
+    async def answer() -> Reply:
+        played, episode = _episodes.pop(key, ((), None))
+        if episode is None or played != turns[:-1]:
             episode = await environment.reset(prompt, record)
-            for before in said[:-1]:
-                await episode.step(before)
-        reply: Any = await episode.step(said[-1])
+            for turn in turns[:-1]:
+                await episode.step(turn)
+        reply: Any = await episode.step(turns[-1])
         if isinstance(reply, Reply) and not reply.done:
             if len(_episodes) >= _MOST_EPISODES:
                 _episodes.clear()
-            _episodes[key] = said, episode
+            _episodes[key] = turns, episode
         return reply
 
     try:
-        reply = asyncio.run(played())
+        reply = asyncio.run(answer())
     except UserError:
         raise
     except Exception as error:  # somebody else's code: whatever it raises is told with the record that it met
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
-            f"The environment '{name}' failed at the record '{example_id}', in turn {len(said)}: "
+            f"The environment '{name}' failed at the record '{example_id}', in turn {len(turns)}: "
             f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})."
         ) from error
     if not isinstance(reply, Reply) or (not reply.done and not reply.messages):

@@ -68,8 +68,8 @@ class Trajectory:
         self.logp += completion.log_probabilities
         self.versions += completion.versions or [0] * count
         self.ended = completion.ended
-        given = next((place for place in reversed(range(len(self.sampled))) if not self.sampled[place]), -1)
-        self.turns.append(text(self.tokens[given + 1 :]))
+        last_given = next((place for place in reversed(range(len(self.sampled))) if not self.sampled[place]), -1)
+        self.turns.append(text(self.tokens[last_given + 1 :]))
 
     def give(self, tokens: Sequence[int], reply: Messages | str) -> None:
         """Append what somebody else said: a tool, an environment."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.types import Positive
 from postlude.rollout.reward import RewardFunction
-from postlude.rollout.sandbox import Limits, NotIsolated, passes
+from postlude.rollout.sandbox import NotIsolated, SandboxLimits, passes
 
 _FENCED = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 
@@ -63,5 +63,5 @@ class Code(RewardFunction):
         return all(passes(program, str(test), self._limits) for test in tests)
 
     @property
-    def _limits(self) -> Limits:
-        return Limits(float(self.seconds), self.memory_mib * 2**20, self.isolated)
+    def _limits(self) -> SandboxLimits:
+        return SandboxLimits(float(self.seconds), self.memory_mib * 2**20, self.isolated)

@@ -29,10 +29,10 @@ class JsonSchema(RewardFunction):
     ) -> float | bool:
         blocks = _FENCED.findall(completion)
         try:
-            said = json.loads(blocks[-1] if blocks else completion)
+            value = json.loads(blocks[-1] if blocks else completion)
         except ValueError:
             return False
-        return self._validator().is_valid(said)
+        return self._validator().is_valid(value)
 
     def _validator(self) -> Any:
         try:

@@ -23,11 +23,11 @@ class Mathematics(ReferenceReward):
         self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
     ) -> float | bool:
         library = _math_verify()
-        right = [self._read(library, answer) for answer in self.answers(record)]
+        right = [self._read(library, text) for text in self.answers(record)]
         if not all(right):
             raise ValueError(f"the answer in '{self.answer}' has no expression")
-        said = library.parse(completion, parsing_timeout=None)
-        return any(library.verify(one, said, timeout_seconds=None) for one in right)
+        answer = library.parse(completion, parsing_timeout=None)
+        return any(library.verify(expression, answer, timeout_seconds=None) for expression in right)
 
     @staticmethod
     def _read(library: Any, answer: str) -> Any:
