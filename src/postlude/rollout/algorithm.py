@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,27 +30,28 @@ class Scored:
     """What models said of the tokens: ``old_logp``, ``reference_logp``, ``value``, as far as it was asked for."""
 
 
-class Algorithm(Protocol):
+class Algorithm:
     """Turns rewards into streams."""
 
     @property
     def least(self) -> int:
         """Samples of one prompt that there must be with a reward."""
-        ...
+        return 1
 
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         """More streams of each sample's tokens, and numbers for the metrics of the round."""
-        ...
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """What it has learned, as JSON."""
-        ...
+        return {}
 
-    def load(self, state: Mapping[str, Any]) -> None: ...
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on with what it had learned."""
 
 
 @dataclass
-class Relative:
+class Relative(Algorithm):
     """Every sampled token has the advantage of its sample: its reward against a baseline.
 
     ``kl_in_reward`` times the divergence from the reference, summed over a sample's tokens, is taken from its reward.
@@ -72,14 +73,9 @@ class Relative:
         sizes = [len(streams[OLD_LOGP.name]) for streams in scored.streams]
         return [{ADVANTAGE.name: np.full(n, a)} for n, a in zip(sizes, advantages.tolist(), strict=True)], {}
 
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None: ...
-
 
 @dataclass
-class Generalized:
+class Generalized(Algorithm):
     """Every sampled token has its own advantage over what a critic expected (PPO, Schulman et al., 2017).
 
     Each token is charged ``kl_coefficient`` times its divergence from the reference; the reward comes with the last.
@@ -93,7 +89,6 @@ class Generalized:
     kl_target: float | None = None
     kl_horizon: float = 10_000.0
     """Samples over which the coefficient is adapted."""
-    least = 1
 
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         advantages, returns, drifts = [], [], []
@@ -123,19 +118,15 @@ class Generalized:
         self.kl_coefficient = state["kl_coefficient"]
 
 
-@dataclass
-class NoAdvantages:
+class NoAdvantages(Algorithm):
     """For an objective that reads none: it compares the tokens with those of another model."""
 
-    least = 0
+    @property
+    def least(self) -> int:
+        return 0
 
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         return [{} for _ in scored.streams], {}
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
 def drift(streams: Streams) -> np.ndarray:

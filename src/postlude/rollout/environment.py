@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from postlude.data.example import Record
 from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component
-
-Messages = Sequence[Mapping[str, Any]]
+from postlude.rollout.reward import Asked
 
 
 @dataclass(frozen=True)
 class Reply:
     """What an environment answers to a turn of the policy."""
 
-    messages: Messages | str = ()
+    messages: Asked = ()
     """What is said to the policy; a text where the prompt is one. Nothing is said where it is done."""
     done: bool = False
     """Whether the episode is over."""
@@ -63,7 +63,7 @@ class Environment(Component):
         """Descriptions of tools for the chat template, if it has some: as JSON schemas of functions."""
         return None
 
-    async def reset(self, prompt: str | Messages, record: Mapping[str, Any]) -> Episode:
+    async def reset(self, prompt: Asked, record: Record) -> Episode:
         """Begin an episode. ``prompt`` is what the policy was asked; ``record`` is the whole record, where
         ``reference`` is what the data answer."""
         raise NotImplementedError
@@ -79,8 +79,8 @@ def play(
     name: str,
     example_id: str,
     key: tuple[str, int],
-    prompt: str | Messages,
-    record: Mapping[str, Any],
+    prompt: Asked,
+    record: Record,
     turns: Sequence[str],
 ) -> Reply:
     """The environment's answer to the last of the policy's turns, in the episode that ``key`` stands for.

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.environment import Environment, Messages, Reply
+from postlude.rollout.environment import Environment, Reply
+from postlude.rollout.reward import Asked
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -42,7 +44,7 @@ class Tools(Environment):
                 raise ManifestError(f"The tool '{name}' cannot be described to a model: {error}") from error
         return schemas
 
-    async def reset(self, prompt: str | Messages, record: Mapping[str, Any]) -> Calls:
+    async def reset(self, prompt: Asked, record: Record) -> Calls:
         return Calls(self._functions())
 
     def _functions(self) -> dict[str, Callable[..., Any]]:

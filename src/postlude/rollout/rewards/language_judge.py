@@ -8,13 +8,14 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.reward import REFERENCE, RewardFunction
+from postlude.rollout.reward import REFERENCE, Asked, RewardFunction
 
 TRIES = 3
 ANSWERS_SECONDS = 120.0
@@ -65,9 +66,7 @@ class LanguageJudge(RewardFunction):
                 f"The judge at {self.address} has no model '{self.model}'. It has: {', '.join(map(str, served))}."
             )
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         question = (
             prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.reward import ReferenceReward
+from postlude.rollout.reward import Asked, ReferenceReward
 
 
 class Mathematics(ReferenceReward):
@@ -19,9 +19,7 @@ class Mathematics(ReferenceReward):
     def check(self) -> None:
         _math_verify()
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         library = _math_verify()
         right = [self._read(library, text) for text in self.answers(record)]
         if not all(right):

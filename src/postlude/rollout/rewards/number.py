@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from postlude.rollout.reward import ReferenceReward
+from postlude.data.example import Record
+from postlude.rollout.reward import Asked, ReferenceReward
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(
@@ -32,9 +32,7 @@ class Number(ReferenceReward):
     must_mark: bool = False
     """Only a number after ``####`` or in ``\\boxed{}`` counts in the completion."""
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         right = [number_in(answer) for answer in self.answers(record)]
         if None in right:
             raise ValueError(f"the answer in '{self.answer}' has no number")
