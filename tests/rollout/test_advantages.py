@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postlude.rollout.advantages import generalized, relative, whitened
+from postlude.rollout.advantages import generalized, relative, whiten
 
 numbers = st.floats(-10, 10, allow_nan=False, width=32)
 
@@ -60,7 +60,7 @@ def test_without_discount_and_with_lambda_one_the_return_is_the_reward_to_come()
 
 
 def test_white_advantages_have_no_mean_and_deviation_one():
-    white = np.concatenate(whitened([np.array([1.0, 2.0]), np.array([9.0, -4.0, 0.0])]))
+    white = np.concatenate(whiten([np.array([1.0, 2.0]), np.array([9.0, -4.0, 0.0])]))
     assert abs(white.mean()) < 1e-12
     assert white.std() == pytest.approx(1, rel=1e-5)
-    assert whitened([]) == []
+    assert whiten([]) == []

@@ -37,20 +37,21 @@ def test_every_draw_is_settled_once_whatever_is_lost(seed):
     calm = ledger()
     drawn = {issue.number: issue for issue in calm.issue(1000)}
     assert list(drawn) == list(range(len(drawn)))
-    now, settled = ledger(), {}
+    now, settled, waiting = ledger(), {}, {}
     saved = exact_json.dump(now.state()), {}
-    while not (now.exhausted and not now._open):
+    while not now.exhausted or waiting:
         issued = now.issue(rng.randint(1, 4))
         assert all(issue == drawn[issue.number] for issue in issued)
-        for issue in list(now._open.values())[: rng.randint(0, 5)]:
+        waiting |= {issue.number: issue for issue in issued}
+        for issue in list(waiting.values())[: rng.randint(0, 5)]:
             reason = rng.choice([None, "too long"])
-            now.settle(issue, reason)
+            now.settle(waiting.pop(issue.number), reason)
             assert issue.number not in settled
             settled[issue.number] = reason
         if rng.random() < 0.5:
             saved = exact_json.dump(now.state()), dict(settled)
         if rng.random() < 0.25:  # killed
-            now, settled = ledger(), dict(saved[1])
+            now, settled, waiting = ledger(), dict(saved[1]), {}
             now.load(exact_json.load(saved[0]))
     assert settled.keys() == drawn.keys()
     assert now.trained == sum(reason is None for reason in settled.values())

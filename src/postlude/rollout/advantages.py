@@ -65,10 +65,10 @@ def generalized(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: floa
     return advantages, advantages + values
 
 
-def whitened(advantages: Sequence[np.ndarray]) -> list[np.ndarray]:
+def whiten(advantages: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Advantages of several documents' tokens, shifted and scaled so that all together have mean 0 and deviation 1."""
     if not advantages:
         return []
     together = np.concatenate(advantages)
     mean, deviation = together.mean(), together.std()
-    return [(one - mean) / (deviation + SMALLEST) for one in advantages]
+    return [(advantage - mean) / (deviation + SMALLEST) for advantage in advantages]

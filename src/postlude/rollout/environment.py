@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from postlude.data.example import Record
 from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component
-
-Messages = Sequence[Mapping[str, Any]]
+from postlude.rollout.reward import Asked
 
 
 @dataclass(frozen=True)
 class Reply:
     """What an environment answers to a turn of the policy."""
 
-    messages: Messages | str = ()
+    messages: Asked = ()
     """What is said to the policy; a text where the prompt is one. Nothing is said where it is done."""
     done: bool = False
     """Whether the episode is over."""
@@ -63,7 +63,7 @@ class Environment(Component):
         """Descriptions of tools for the chat template, if it has some: as JSON schemas of functions."""
         return None
 
-    async def reset(self, prompt: str | Messages, record: Mapping[str, Any]) -> Episode:
+    async def reset(self, prompt: Asked, record: Record) -> Episode:
         """Begin an episode. ``prompt`` is what the policy was asked; ``record`` is the whole record, where
         ``reference`` is what the data answer."""
         raise NotImplementedError
@@ -79,36 +79,36 @@ def play(
     name: str,
     example_id: str,
     key: tuple[str, int],
-    prompt: str | Messages,
-    record: Mapping[str, Any],
-    said: Sequence[str],
+    prompt: Asked,
+    record: Record,
+    turns: Sequence[str],
 ) -> Reply:
     """The environment's answer to the last of the policy's turns, in the episode that ``key`` stands for.
 
     DataError, naming the record, if it raises or answers nothing that can be used.
     """
 
-    async def played() -> Reply:
-        had, episode = _episodes.pop(key, ((), None))
-        if episode is None or had != said[:-1]:
+    async def answer() -> Reply:
+        played, episode = _episodes.pop(key, ((), None))
+        if episode is None or played != turns[:-1]:
             episode = await environment.reset(prompt, record)
-            for before in said[:-1]:
-                await episode.step(before)
-        reply: Any = await episode.step(said[-1])
+            for turn in turns[:-1]:
+                await episode.step(turn)
+        reply: Any = await episode.step(turns[-1])
         if isinstance(reply, Reply) and not reply.done:
             if len(_episodes) >= _MOST_EPISODES:
                 _episodes.clear()
-            _episodes[key] = said, episode
+            _episodes[key] = turns, episode
         return reply
 
     try:
-        reply = asyncio.run(played())
+        reply = asyncio.run(answer())
     except UserError:
         raise
     except Exception as error:  # somebody else's code: whatever it raises is told with the record that it met
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise DataError(
-            f"The environment '{name}' failed at the record '{example_id}', in turn {len(said)}: "
+            f"The environment '{name}' failed at the record '{example_id}', in turn {len(turns)}: "
             f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})."
         ) from error
     if not isinstance(reply, Reply) or (not reply.done and not reply.messages):

@@ -20,7 +20,7 @@ from postlude.data.order import SourceOrder
 from postlude.errors import DataError
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """What is drawn from: rows in groups in files."""
 
     @property
@@ -54,7 +54,7 @@ class Ledger:
     """
 
     def __init__(
-        self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int, epochs: int | None
+        self, sources: Mapping[str, RowSource], weights: Mapping[str, float], seed: int, epochs: int | None
     ) -> None:
         self.rows = {name: sum(source.groups) for name, source in sources.items()}
         for name, rows in self.rows.items():

@@ -11,7 +11,7 @@ from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
 from postlude.errors import DataError
-from postlude.rollout.reward import REFERENCE
+from postlude.rollout.reward import REFERENCE, Asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 PROMPTING = (Conversation, Text, Ranked, Judged)
 """The shapes of examples that have a prompt."""
 EMPTY = "the prompt is empty"
-
-Asked = str | Sequence[Mapping[str, Any]]
-"""A text to be continued, or the messages that an assistant's turn answers."""
 
 
 _TURN = "\ue000turn\ue001"

@@ -19,10 +19,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.schema import ModelPlace
 
+Asked = str | Sequence[Mapping[str, Any]]
+"""A text to be continued, or the messages that an assistant's turn answers."""
 REFERENCE = "reference"
 """Under this name a record tells what the data answer, unless it has a column of the name."""
 
@@ -33,9 +36,7 @@ class RewardFunction(Component):
     def check(self) -> None:
         """:class:`~postlude.errors.ManifestError` if it cannot be used: what it names is not there."""
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         """The reward. ``prompt`` is the messages, or the text, that was asked; ``record`` is the whole record, where
         ``reference`` is what the data answer."""
         raise NotImplementedError
@@ -48,7 +49,7 @@ class ReferenceReward(RewardFunction):
     """The column of the right answer, a text, a number or a list of which one is enough; by default the turn or
     completion of the data that takes the prompt up."""
 
-    def answers(self, record: Mapping[str, Any]) -> list[str]:
+    def answers(self, record: Record) -> list[str]:
         """The right answers. ValueError if the record has none."""
         found = record.get(self.answer)
         if found is None:
@@ -112,9 +113,9 @@ def call(
     function: RewardFunction,
     name: str,
     example_id: str,
-    asked: str | Sequence[Mapping[str, Any]],
+    asked: Asked,
     completion: str,
-    record: Mapping[str, Any],
+    record: Record,
 ) -> float:
     """What a function says of a completion. DataError, naming the record, if it raises or returns no number."""
     try:

@@ -71,17 +71,18 @@ class RewardPool:
         return self.run(call, function, name, tasks, f"the reward '{name}'")
 
     def run(
-        self, what: Callable[..., Any], of: Component, name: str, tasks: Sequence[Task], whose: str
+        self, function: Callable[..., Any], component: Component, name: str, tasks: Sequence[Task], subject: str
     ) -> list[Any | Unscored]:
-        """``what(of, name, example_id, *arguments)`` for each task, or why it gave nothing; ``whose`` is in that."""
-        asked = [(what, (of, name, task.example_id, *task.arguments)) for task in tasks]
-        found: dict[int, Any | Unscored] = {}
+        """``function(component, name, example_id, *arguments)`` for each task, or why it gave nothing, a sentence about
+        the ``subject``."""
+        calls = [(function, (component, name, task.example_id, *task.arguments)) for task in tasks]
+        results: dict[int, Any | Unscored] = {}
         waiting = deque(range(len(tasks)))
         deaths = [0] * len(tasks)
-        for process in [one for one in self._processes if one.task is not None]:
+        for process in [process for process in self._processes if process.task is not None]:
             self._remove(process)  # it is still at work on what a call asked that was broken off
-        while len(found) < len(tasks):
-            self._give(waiting, asked)
+        while len(results) < len(tasks):
+            self._give(waiting, calls)
             busy = {process.connection: process for process in self._processes if process.task is not None}
             left = min(process.deadline for process in busy.values()) - time.monotonic()
             for connection in wait(list(busy), max(left, 0.0)):
@@ -95,19 +96,19 @@ class RewardPool:
                     if deaths[place] < TRIES:
                         waiting.appendleft(place)
                     else:
-                        found[place] = _unscored(f"{whose} ended its process", tasks[place])
+                        results[place] = _unscored(f"{subject} ended its process", tasks[place])
                     continue
                 if kind == "stands":
                     process.stands, process.deadline = True, time.monotonic() + self._seconds
                     continue
                 process.task = None
-                found[place] = value if kind == "value" else Unscored(f"{whose} failed", value)
+                results[place] = value if kind == "value" else Unscored(f"{subject} failed", value)
             for process in busy.values():
                 if time.monotonic() > process.deadline:
-                    late = f"{whose} took longer than {self._seconds:g} seconds"
-                    found[process.task] = _unscored(late, tasks[process.task])  # type: ignore[index]
+                    late = f"{subject} took longer than {self._seconds:g} seconds"
+                    results[process.task] = _unscored(late, tasks[process.task])  # type: ignore[index]
                     self._remove(process)
-        return [found[place] for place in range(len(tasks))]
+        return [results[place] for place in range(len(tasks))]
 
     def close(self) -> None:
         """Kill what is at work, and wait until it is gone."""
@@ -120,21 +121,21 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _give(self, waiting: deque[int], tasks: Sequence[Any]) -> None:
+    def _give(self, waiting: deque[int], calls: Sequence[Any]) -> None:
         """Give every process that has nothing to do something to do."""
         while waiting and len(self._processes) < min(self._workers, len(waiting)):
             self._processes.append(_Process())
         for process in list(self._processes):
             if waiting and process.task is None:
                 try:
-                    process.connection.send(tasks[waiting[0]])
+                    process.connection.send(calls[waiting[0]])
                 except OSError:  # it died while it had nothing to do
                     self._remove(process)
                     continue
                 process.task = waiting.popleft()
                 process.deadline = time.monotonic() + (self._seconds if process.stands else START_SECONDS)
         if waiting and not self._processes:
-            self._give(waiting, tasks)
+            self._give(waiting, calls)
 
     def _remove(self, process: _Process) -> None:
         self._processes.remove(process)
@@ -175,11 +176,10 @@ def _serve(connection: Connection, parent: int) -> None:
     connection.send(("stands", None))
     while True:
         try:
-            task = connection.recv()
+            function, arguments = connection.recv()
         except EOFError:
             return
         try:
-            function, arguments = task
             answer: tuple[str, Any] = ("value", function(*arguments))
         except UserError as error:
             answer = ("failed", str(error))

@@ -168,9 +168,9 @@ class Rounds:
                 self.answerer.begin(issue, prompt, self.rules.group) if isinstance(prompt, Prompt) else prompt
                 for prompt in prompts
             ]
-            asked = [group for group in begun if not isinstance(group, str)]
-            groups += asked
-            if not asked:
+            trajectories = [group for group in begun if not isinstance(group, str)]
+            groups += trajectories
+            if not trajectories:
                 reasons = ["the record has no prompt", *map(str, begun)]
                 self._drop(issue, reasons[-1], [{"issue": issue.number, "epoch": issue.epoch}])
         return groups

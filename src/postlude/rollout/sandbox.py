@@ -31,7 +31,7 @@ REFUSED = 77
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What the code may have."""
 
     seconds: float
@@ -43,14 +43,14 @@ class NotIsolated(RuntimeError):
     """The kernel gives this user no namespaces, or is older than Linux 5.12."""
 
 
-def passes(program: str, test: str, limits: Limits) -> bool:
+def passes(program: str, test: str, limits: SandboxLimits) -> bool:
     """Whether a program runs, and the test after it, to the end of both without an exception. What ends the process
     before has not passed.
 
     :class:`NotIsolated` where it shall be and cannot be.
     """
     sign = secrets.token_hex(16)
-    asked = {
+    order = {
         "program": program,
         "test": test,
         "sign": sign,
@@ -62,7 +62,7 @@ def passes(program: str, test: str, limits: Limits) -> bool:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", os.path.abspath(__file__)],
-                input=json.dumps(asked).encode(),
+                input=json.dumps(order).encode(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
@@ -81,10 +81,10 @@ def passes(program: str, test: str, limits: Limits) -> bool:
 
 
 def _main() -> int:
-    asked = json.loads(sys.stdin.buffer.read())
+    order = json.loads(sys.stdin.buffer.read())
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if asked["isolated"]:
+    if order["isolated"]:
         try:
             _isolate(libc)
         except OSError:
@@ -92,22 +92,22 @@ def _main() -> int:
     child = os.fork()  # the first process of its own namespace: with it all that it has started ends
     if child == 0:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        _limit(asked["seconds"], asked["memory"])
-        sign, out = asked["sign"], os.dup(1)
+        _limit(order["seconds"], order["memory"])
+        sign, out = order["sign"], os.dup(1)
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         code = 1
         try:
             scope = {"__name__": "__main__"}
-            exec(compile(asked["program"], "<completion>", "exec"), scope)
-            exec(compile(asked["test"], "<test>", "exec"), scope)
+            exec(compile(order["program"], "<completion>", "exec"), scope)
+            exec(compile(order["test"], "<test>", "exec"), scope)
             os.write(out, sign.encode())
             code = 0
         finally:
             os._exit(code)
     signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
+    signal.setitimer(signal.ITIMER_REAL, order["seconds"])
     _, status = os.waitpid(child, 0)
     return 0 if os.waitstatus_to_exitcode(status) == 0 else 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,21 +14,16 @@ from postlude.model.adapters.stored import open_model
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.prompts import Prompt, PromptEncoder
+from postlude.rollout.reward import Asked
 
 
-def talk(
-    place: str,
-    prompt: str | Sequence[Mapping[str, Any]],
-    *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[str]:
+def talk(place: str, prompt: Asked, *, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
     """Pieces of the reply of the model at ``place``, a Hugging Face directory or a hub name.
 
     Messages are rendered with the tokenizer's chat template. A text is a user's message where there is such a
-    template, and continued as it stands where there is none. Temperature 0 takes
-    the likeliest token. ManifestError if there is no model; UserError if there is no template for messages.
+    template, and continued as it stands where there is none. Temperature 0 takes the likeliest token.
+
+    ManifestError if there is no model; UserError if there is no template for messages.
     """
     with open_model(place) as stored:
         causal = read_merged(stored, stored.config(), "auto").eval()
@@ -46,7 +41,7 @@ def talk(
     yield from pieces(tokenizer, (token for token in tokens if token not in sampling.stop_ids))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Asked) -> tuple[int, ...]:
     """The token ids that a reply continues. UserError if there are none, or no template for messages."""
     if not isinstance(prompt, str) and not tokenizer.chat_template:
         raise UserError(

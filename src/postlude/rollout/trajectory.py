@@ -14,9 +14,9 @@ import numpy as np
 from postlude.data.document import WEIGHT, Document
 from postlude.objectives.policy import BEHAVIOUR_LOGP
 from postlude.rollout.engine import Completion, Ended
-from postlude.rollout.environment import Messages
 from postlude.rollout.ledger import Issue
 from postlude.rollout.prompts import Prompt
+from postlude.rollout.reward import Asked
 from postlude.rollout.reward_pool import Unscored
 from postlude.rollout.scoring import Score
 
@@ -40,7 +40,7 @@ class Trajectory:
     """Of each token the version of the weights that sampled it; -1 where it was given."""
     turns: list[str] = field(default_factory=list)
     """What was sampled in each turn says."""
-    replies: list[Messages | str] = field(default_factory=list)
+    replies: list[Asked] = field(default_factory=list)
     """What an environment said after each turn but the last."""
     earned: float = 0.0
     """The rewards that an environment gave."""
@@ -68,10 +68,10 @@ class Trajectory:
         self.logp += completion.log_probabilities
         self.versions += completion.versions or [0] * count
         self.ended = completion.ended
-        given = next((place for place in reversed(range(len(self.sampled))) if not self.sampled[place]), -1)
-        self.turns.append(text(self.tokens[given + 1 :]))
+        last_given = next((place for place in reversed(range(len(self.sampled))) if not self.sampled[place]), -1)
+        self.turns.append(text(self.tokens[last_given + 1 :]))
 
-    def give(self, tokens: Sequence[int], reply: Messages | str) -> None:
+    def give(self, tokens: Sequence[int], reply: Asked) -> None:
         """Append what somebody else said: a tool, an environment."""
         self.replies.append(reply)
         count = len(tokens)

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.environment import Environment, Messages, Reply
+from postlude.rollout.environment import Environment, Reply
+from postlude.rollout.reward import Asked
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -34,28 +36,28 @@ class Tools(Environment):
     def tools(self) -> list[dict[str, Any]]:
         from transformers.utils import get_json_schema
 
-        found = []
+        schemas = []
         for name, function in self._functions().items():
             try:
-                found.append(get_json_schema(function))
+                schemas.append(get_json_schema(function))
             except Exception as error:  # of a class that transformers does not export
                 raise ManifestError(f"The tool '{name}' cannot be described to a model: {error}") from error
-        return found
+        return schemas
 
-    async def reset(self, prompt: str | Messages, record: Mapping[str, Any]) -> Calls:
+    async def reset(self, prompt: Asked, record: Record) -> Calls:
         return Calls(self._functions())
 
     def _functions(self) -> dict[str, Callable[..., Any]]:
-        found = {}
+        functions = {}
         for place in self.functions:
             module, _, name = place.partition(":")
             try:
-                found[name] = getattr(importlib.import_module(module), name)
+                functions[name] = getattr(importlib.import_module(module), name)
             except (ImportError, AttributeError) as error:
                 raise ManifestError(
                     f"The tool '{place}' is not there: {error}. Its module must be installed, or on PYTHONPATH."
                 ) from error
-        return found
+        return functions
 
 
 class Calls:
@@ -66,12 +68,12 @@ class Calls:
 
     async def step(self, said: str) -> Reply:
         calls = _CALL.findall(said)
-        return Reply([await self._called(call) for call in calls], done=not calls)
+        return Reply([await self._call(call) for call in calls], done=not calls)
 
-    async def _called(self, call: str) -> dict[str, Any]:
+    async def _call(self, call: str) -> dict[str, Any]:
         try:
-            asked = json.loads(call)
-            name, arguments = asked["name"], asked.get("arguments") or {}
+            parsed = json.loads(call)
+            name, arguments = parsed["name"], parsed.get("arguments") or {}
             if name not in self._functions:
                 raise ValueError(f"there is no tool '{name}', there are {', '.join(self._functions)}")
             value = self._functions[name](**arguments)

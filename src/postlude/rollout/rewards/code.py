@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.types import Positive
-from postlude.rollout.reward import RewardFunction
-from postlude.rollout.sandbox import Limits, NotIsolated, passes
+from postlude.rollout.reward import Asked, RewardFunction
+from postlude.rollout.sandbox import NotIsolated, SandboxLimits, passes
 
 _FENCED = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
 
@@ -49,9 +49,7 @@ class Code(RewardFunction):
                 "needs some 64 MiB."
             )
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         tests = record.get(self.tests)
         tests = [tests] if isinstance(tests, str) else tests
         if not isinstance(tests, list | tuple) or not tests:
@@ -63,5 +61,5 @@ class Code(RewardFunction):
         return all(passes(program, str(test), self._limits) for test in tests)
 
     @property
-    def _limits(self) -> Limits:
-        return Limits(float(self.seconds), self.memory_mib * 2**20, self.isolated)
+    def _limits(self) -> SandboxLimits:
+        return SandboxLimits(float(self.seconds), self.memory_mib * 2**20, self.isolated)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from postlude.rollout.reward import ReferenceReward
+from postlude.data.example import Record
+from postlude.rollout.reward import Asked, ReferenceReward
 
 
 class Contains(ReferenceReward):
@@ -16,9 +14,7 @@ class Contains(ReferenceReward):
     ignore_case: bool = False
     """Take upper and lower case as the same."""
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         wanted = self.answers(record) if self.texts is None else self.texts
         if self.ignore_case:
             completion, wanted = completion.casefold(), [text.casefold() for text in wanted]

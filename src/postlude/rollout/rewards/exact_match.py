@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from postlude.rollout.reward import ReferenceReward
+from postlude.data.example import Record
+from postlude.rollout.reward import Asked, ReferenceReward
 
 
 class ExactMatch(ReferenceReward):
@@ -16,9 +14,7 @@ class ExactMatch(ReferenceReward):
     ignore_space: bool = True
     """Take any stretch of white space as one space, and none at the ends."""
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         return self._plain(completion) in [self._plain(answer) for answer in self.answers(record)]
 
     def _plain(self, text: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.reward import RewardFunction
+from postlude.rollout.reward import Asked, RewardFunction
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
@@ -24,15 +24,13 @@ class JsonSchema(RewardFunction):
     def check(self) -> None:
         self._validator()
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         blocks = _FENCED.findall(completion)
         try:
-            said = json.loads(blocks[-1] if blocks else completion)
+            value = json.loads(blocks[-1] if blocks else completion)
         except ValueError:
             return False
-        return self._validator().is_valid(said)
+        return self._validator().is_valid(value)
 
     def _validator(self) -> Any:
         try:

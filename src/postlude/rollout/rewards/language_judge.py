@@ -8,13 +8,14 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.reward import REFERENCE, RewardFunction
+from postlude.rollout.reward import REFERENCE, Asked, RewardFunction
 
 TRIES = 3
 ANSWERS_SECONDS = 120.0
@@ -54,7 +55,7 @@ class LanguageJudge(RewardFunction):
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise ManifestError(f"The reward 'judge' reads its key from {self.key_variable}, which is not set.")
         try:
-            served = [one.get("id") for one in self._said("models", None, IS_THERE_SECONDS).get("data", [])]
+            served = [model.get("id") for model in self._call("models", None, IS_THERE_SECONDS).get("data", [])]
         except (OSError, ValueError, AttributeError) as error:
             raise ManifestError(
                 f"The judge at {self.address} does not answer: {error}. Start it, or correct 'address', which ends in "
@@ -65,25 +66,25 @@ class LanguageJudge(RewardFunction):
                 f"The judge at {self.address} has no model '{self.model}'. It has: {', '.join(map(str, served))}."
             )
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
-        asked = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
-        given = {"prompt": asked, "completion": completion, REFERENCE: str(record.get(REFERENCE))}
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
+        question = (
+            prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
+        )
+        fields = {"prompt": question, "completion": completion, REFERENCE: str(record.get(REFERENCE))}
         # One pass over the question: braces in what is judged mean nothing.
-        question = re.sub("|".join(rf"\{{{field}\}}" for field in _FIELDS), lambda m: given[m[0][1:-1]], self.question)
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
-        answer = str(self._asked(body)["choices"][0]["message"]["content"])
+        text = re.sub("|".join(rf"\{{{field}\}}" for field in _FIELDS), lambda m: fields[m[0][1:-1]], self.question)
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        answer = str(self._ask(body)["choices"][0]["message"]["content"])
         numbers = re.findall(r"\d+(?:\.\d+)?", answer)
         if not numbers:
             raise ValueError(f"the judge's answer has no number: {answer[:80]!r}")
         return min(float(numbers[-1]), self.most) / self.most
 
-    def _asked(self, body: Mapping[str, Any]) -> Any:
+    def _ask(self, body: Mapping[str, Any]) -> Any:
         """Ask, and ask again where the judge is busy."""
         for turn in range(TRIES):
             try:
-                return self._said("chat/completions", body, ANSWERS_SECONDS)
+                return self._call("chat/completions", body, ANSWERS_SECONDS)
             except OSError as error:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if refused or turn == TRIES - 1:
@@ -91,7 +92,7 @@ class LanguageJudge(RewardFunction):
                 time.sleep(2.0**turn)
         raise AssertionError
 
-    def _said(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
+    def _call(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.key_variable is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.key_variable, '')}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.reward import ReferenceReward
+from postlude.rollout.reward import Asked, ReferenceReward
 
 
 class Mathematics(ReferenceReward):
@@ -19,15 +19,13 @@ class Mathematics(ReferenceReward):
     def check(self) -> None:
         _math_verify()
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         library = _math_verify()
-        right = [self._read(library, answer) for answer in self.answers(record)]
+        right = [self._read(library, text) for text in self.answers(record)]
         if not all(right):
             raise ValueError(f"the answer in '{self.answer}' has no expression")
-        said = library.parse(completion, parsing_timeout=None)
-        return any(library.verify(one, said, timeout_seconds=None) for one in right)
+        answer = library.parse(completion, parsing_timeout=None)
+        return any(library.verify(expression, answer, timeout_seconds=None) for expression in right)
 
     @staticmethod
     def _read(library: Any, answer: str) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from postlude.rollout.reward import ReferenceReward
+from postlude.data.example import Record
+from postlude.rollout.reward import Asked, ReferenceReward
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(
@@ -32,34 +32,32 @@ class Number(ReferenceReward):
     must_mark: bool = False
     """Only a number after ``####`` or in ``\\boxed{}`` counts in the completion."""
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         right = [number_in(answer) for answer in self.answers(record)]
         if None in right:
             raise ValueError(f"the answer in '{self.answer}' has no number")
-        said = number_in(completion, marked=self.must_mark)
-        return said is not None and any(self._same(said, number) for number in right if number is not None)
+        answer = number_in(completion, marked=self.must_mark)
+        return answer is not None and any(self._same(answer, number) for number in right if number is not None)
 
-    def _same(self, said: float, right: float) -> bool:
-        return abs(said - right) <= max(1e-6, self.tolerance * abs(right))
+    def _same(self, answer: float, right: float) -> bool:
+        return abs(answer - right) <= max(1e-6, self.tolerance * abs(right))
 
 
 def number_in(text: str, marked: bool = False) -> float | None:
     """The number that a text answers with, or None. ``marked``: only one that is marked as the answer."""
     for mark in (_MARKED, _BOXED):
-        found = mark.findall(text)
-        if found:
-            return _last_number(found[-1])
+        marks = mark.findall(text)
+        if marks:
+            return _last_number(marks[-1])
     return None if marked else _last_number(text)
 
 
 def _last_number(text: str) -> float | None:
     text = _FRACTION.sub(r"\1/\2", text).replace("−", "-").replace("\\,", "").replace("$", " ")
-    found = _NUMBER.findall(text)
-    if not found:
+    numbers = _NUMBER.findall(text)
+    if not numbers:
         return None
-    above, _, below = found[-1].replace(",", "").replace(" ", "").partition("/")
+    above, _, below = numbers[-1].replace(",", "").replace(" ", "").partition("/")
     try:
         value = float(above) / float(below or 1)
     except ZeroDivisionError:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
 from postlude.nearest import suggestion_or_list
-from postlude.rollout.reward import RewardFunction
+from postlude.rollout.reward import Asked, RewardFunction
 
 
 class Python(RewardFunction):
@@ -23,9 +24,7 @@ class Python(RewardFunction):
     def check(self) -> None:
         self._function()
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         return self._function()(prompt, completion, record)
 
     def _function(self) -> Callable[..., Any]:

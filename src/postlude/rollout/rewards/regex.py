@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pydantic import field_validator
 
-from postlude.rollout.reward import RewardFunction
+from postlude.data.example import Record
+from postlude.rollout.reward import Asked, RewardFunction
 
 
 class Regex(RewardFunction):
@@ -28,9 +27,7 @@ class Regex(RewardFunction):
             raise ValueError(f"this is no regular expression: {error}") from error
         return pattern
 
-    def score(
-        self, prompt: str | Sequence[Mapping[str, Any]], completion: str, record: Mapping[str, Any]
-    ) -> float | bool:
+    def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         if self.whole:
             return re.fullmatch(self.pattern, completion.strip(), re.DOTALL) is not None
         return re.search(self.pattern, completion, re.DOTALL) is not None
