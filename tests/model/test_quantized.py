@@ -16,7 +16,7 @@ from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.adapters.inject import linear_layers
 from postlude.model.load import load_model
 from postlude.model.memory import Setting, plan
-from postlude.model.quantized import QuantizedLinear, packed_bytes, packed_weight, unpacked
+from postlude.model.quantized import QuantizedLinear, pack_weight, packed_bytes, unpack
 from postlude.training.optimizers import SGD
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Role
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_the_numbers_that_it_stands_for(bases, k
     assert sorted(layers) == sorted(path for path in every if ".lora_" not in path)
     for name, layer in layers.items():
         there = plain.causal.get_submodule(name).weight
-        numbers = unpacked(layer.weight)
+        numbers = unpack(layer.weight)
         assert 0 < (numbers - there).norm() < FAR[kind] * there.norm()
         there.data = numbers
     loss, gradients = step_of(packed)
@@ -95,7 +95,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(kind, half) -> None:
     assert made.dtype == (torch.bfloat16 if half else torch.float32)
     assert all(tensor.numel() < 128 * 256 for tensor in kept)
     made.float().sum().backward()
-    expected = unpacked(layer.weight).sum(0).expand(3, -1)
+    expected = unpack(layer.weight).sum(0).expand(3, -1)
     torch.testing.assert_close(rows.grad, expected, rtol=0.02 if half else 1e-5, atol=0.05 if half else 1e-5)
 
 
@@ -103,8 +103,8 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(kind, half) -> None:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_takes_as_many_bytes_as_is_said(kind, stored) -> None:
     weight = torch.randn(384, 256).to(stored)
-    packed = packed_weight(weight, kind, "up")
-    assert unpacked(packed).dtype == stored
+    packed = pack_weight(weight, kind, "up")
+    assert unpack(packed).dtype == stored
     parts, _ = packed.__tensor_flatten__()
     taken = sum(getattr(packed, part).nbytes for part in parts)
     assert taken == pytest.approx(packed_bytes((384, 256), kind), rel=0.01)
@@ -125,10 +125,10 @@ def test_the_memory_plan_counts_a_packed_base(bases, kind) -> None:
 
 def test_what_cannot_be_packed_is_told() -> None:
     with pytest.raises(ManifestError, match=r"'down' has 150 numbers.*Choose int8"):
-        packed_weight(torch.randn(10, 15), "nf4", "down")
+        pack_weight(torch.randn(10, 15), "nf4", "down")
 
 
 def test_without_torchao_it_is_said_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ManifestError, match=r"pip install 'postlude\[quantized\]'"):
-        packed_weight(torch.randn(64, 64), "int8", "up")
+        pack_weight(torch.randn(64, 64), "int8", "up")

@@ -84,7 +84,7 @@ def examine(causal: PreTrainedModel, implementation: str, vocabulary: int) -> An
     causal.eval()
     try:
         layers = _attention_layers(causal, rows[:1])
-        packed = _separated(causal, rows)
+        packed = _separate(causal, rows)
         transform = _explain(causal, implementation, rows, packed, vocabulary)
     except Refused as refusal:
         raise UnsupportedModel(
@@ -136,7 +136,7 @@ def _attention_layers(causal: PreTrainedModel, row: Tensor) -> tuple[AttentionLa
     return tuple(observer.layers)
 
 
-def _separated(causal: PreTrainedModel, rows: Tensor) -> Tensor:
+def _separate(causal: PreTrainedModel, rows: Tensor) -> Tensor:
     """The packed hidden states [documents, tokens, hidden], once it is proven that documents are apart.
 
     The gradient of one token's state with respect to the embeddings of other documents, and of later tokens, is

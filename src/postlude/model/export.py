@@ -37,7 +37,7 @@ from postlude.model.places import (
     quiet,
 )
 from postlude.model.sharded import on_meta, open_sources
-from postlude.model.sharded_export import DividedWeights, WeightFiles, gathered, gathered_adapter, write_config
+from postlude.model.sharded_export import DividedWeights, WeightFiles, gather_adapter, gather_weights, write_config
 from postlude.model.weights import dtype_in_files, read_whole
 
 
@@ -97,7 +97,7 @@ def write_weights(model: LanguageModel, folder: str | Path, dtype: torch.dtype, 
 
 def send_weights(model: LanguageModel, dtype: torch.dtype, merge: bool = True) -> None:
     """Take part in :func:`write_weights` on a rank that does not write, of those that hold the model together."""
-    for _ in gathered(model, dtype, merge, scalar=False):
+    for _ in gather_weights(model, dtype, merge, scalar=False):
         pass
 
 
@@ -105,7 +105,7 @@ def write_adapter(model: LanguageModel, folder: str | Path | None) -> None:
     """Write the adapter of a model as PEFT does. Where ranks hold it together all call this, without a folder those
     that do not write."""
     assert model.attached is not None
-    tensors, _ = gathered_adapter(model)
+    tensors, _ = gather_adapter(model)
     if folder is not None:
         Path(folder).mkdir()
         write_adapter_files(tensors, model.attached, Path(folder))
@@ -114,14 +114,14 @@ def write_adapter(model: LanguageModel, folder: str | Path | None) -> None:
 def send_model(model: LanguageModel, dtype: torch.dtype | None = None) -> None:
     """Take part in the writing of a model that ranks hold together, on a rank that does not write it."""
     if model.attached is not None:
-        gathered_adapter(model)
+        gather_adapter(model)
     elif model.mesh is not None:
-        for _ in gathered(model, dtype or model.stored_dtype or torch.float32):
+        for _ in gather_weights(model, dtype or model.stored_dtype or torch.float32):
             pass
 
 
 def _write_adapter(model: LanguageModel, attached: Attached, folder: Path, lineage: dict[str, Any]) -> None:
-    tensors, scalar = gathered_adapter(model)
+    tensors, scalar = gather_adapter(model)
     write_adapter_files(tensors, attached, folder)
     if scalar is not None:
         save_file({"weight": scalar}, folder / SCALAR_FILE)

@@ -76,13 +76,13 @@ def _trainable_before_layer(model: LanguageModel, layers: Sequence[nn.Module]) -
     """[layers + 1]: whether anything trainable stands before each decoder layer, and before the head."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     decoder = decoder_of(model.causal)
-    found = any(parameter.requires_grad for parameter in _embeddings(decoder))
-    before = [found]
+    is_trained = any(parameter.requires_grad for parameter in _embeddings(decoder))
+    before = [is_trained]
     for layer in layers:
-        found = found or any(parameter.requires_grad for parameter in layer.parameters())
-        before.append(found)
+        is_trained = is_trained or any(parameter.requires_grad for parameter in layer.parameters())
+        before.append(is_trained)
     after = (p for p in decoder.parameters() if id(p) not in inside)
-    before[-1] = found or any(parameter.requires_grad for parameter in after)
+    before[-1] = is_trained or any(parameter.requires_grad for parameter in after)
     return before
 
 

@@ -211,7 +211,7 @@ def _cpu_backward(
 # --- CUDA ---------------------------------------------------------------------------------------------------
 
 _ASKS_FOR_SHARED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Since torch 2.12; before, the kernel shared key heads without being told."""
+"""Since torch 2.12; before, the kernel shared key heads without being shared_heads."""
 
 
 def varlen(
@@ -219,7 +219,7 @@ def varlen(
 ) -> tuple[Tensor, Tensor]:
     """Torch's attention over documents on CUDA, differentiable but for the second result, the log-sum-exp
     [heads, tokens]. Shapes as in :func:`document_attention`; fp16 or bf16."""
-    told: dict[str, Any] = {"enable_gqa": key.shape[1] != query.shape[1]} if _ASKS_FOR_SHARED_HEADS else {}
+    shared_heads: dict[str, Any] = {"enable_gqa": key.shape[1] != query.shape[1]} if _ASKS_FOR_SHARED_HEADS else {}
     return varlen_attn(  # type: ignore[return-value]
         query,
         key,
@@ -231,7 +231,7 @@ def varlen(
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=_flash_window(window),
-        **told,
+        **shared_heads,
     )
 
 

@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
             return
         self.scalar = nn.Linear(self.hidden_size, 1, bias=False, device=self.device)
         with torch.no_grad():
-            self.scalar.weight.copy_(drawn_scalar(self.hidden_size, seed))
+            self.scalar.weight.copy_(draw_scalar(self.hidden_size, seed))
 
     def head(self, name: str) -> ScalarHead:
         """The head ``scalar``, a function from [rows, hidden] to [rows]. KeyError if the model has none so named."""
@@ -232,7 +232,7 @@ class LanguageModel(nn.Module):
             yield self.causal
 
 
-def drawn_scalar(width: int, seed: int = 0) -> Tensor:
+def draw_scalar(width: int, seed: int = 0) -> Tensor:
     """The random weight [1, width] that a head ``scalar`` begins with."""
     return torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
 

@@ -91,10 +91,10 @@ class _Products(TorchDispatchMode):
         self.tell = tell
 
     def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        given = operator(*arguments, **(named or {}))
+        result = operator(*arguments, **(named or {}))
         if operator in recompute.KEPT:
-            self.tell(sum(one.nbytes for one in tree_leaves(given) if isinstance(one, Tensor)))
-        return given
+            self.tell(sum(tensor.nbytes for tensor in tree_leaves(result) if isinstance(tensor, Tensor)))
+        return result
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,9 @@ def what_fits(config: PreTrainedConfig, setting: Setting, workers: int, limit: i
         changes.append(("adapter: {base: int8}", replace(setting, adapter=packed)))
     everything = replace(setting, recompute="layer", adapter=setting.adapter or Adapter())
     changes.append(("recompute: layer, with adapter: {kind: lora}", everything))
-    found = []
-    for said, other in changes:
+    fitting = []
+    for change, other in changes:
         peak = plan(config, other, base_bytes).peak_bytes
         if peak <= limit:
-            found.append(f"{said} (peak {peak / MIB:,.0f} MiB)")
-    return found
+            fitting.append(f"{change} (peak {peak / MIB:,.0f} MiB)")
+    return fitting

@@ -29,7 +29,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: Held, name: str) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed = packed_weight(linear.weight.detach(), kind, name)
+        packed = pack_weight(linear.weight.detach(), kind, name)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
 
@@ -42,11 +42,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return F.linear(rows, unpacked(weight).to(rows.dtype), bias)
+        return F.linear(rows, unpack(weight).to(rows.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ unpacked(ctx.weight).to(gradient.dtype), None, None
+        return gradient @ unpack(ctx.weight).to(gradient.dtype), None, None
 
 
 def quantize(causal: PreTrainedModel, kind: Held) -> None:
@@ -61,7 +61,7 @@ def quantize(causal: PreTrainedModel, kind: Held) -> None:
         setattr(causal.get_submodule(parent), name, QuantizedLinear(linear, kind, path))
 
 
-def packed_weight(weight: Tensor, kind: Held, name: str) -> Tensor:
+def pack_weight(weight: Tensor, kind: Held, name: str) -> Tensor:
     """A tensor of torchao. ManifestError as :func:`quantize`."""
     torchao = _torchao()
     if kind == "int8":
@@ -78,13 +78,13 @@ def packed_weight(weight: Tensor, kind: Held, name: str) -> Tensor:
     return torchao.to_nf4(weight, NF4_BLOCK, math.gcd(blocks, NF4_SCALES))
 
 
-def unpacked(weight: Any) -> Tensor:
+def unpack(weight: Any) -> Tensor:
     """A packed weight as numbers, in the dtype that it had."""
     return weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
 
 
 def packed_bytes(shape: tuple[int, ...], kind: Held) -> int:
-    """What :func:`packed_weight` takes of a weight of this shape."""
+    """What :func:`pack_weight` takes of a weight of this shape."""
     numbers = math.prod(shape)
     if kind == "int8":
         return numbers + 5 * shape[0]  # a scale and a zero for each row

@@ -34,13 +34,13 @@ from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
 from postlude.model import tensor_parallel
 from postlude.model.adapters.attached import AdapterRequest
-from postlude.model.adapters.merge import merged_sources
+from postlude.model.adapters.merge import merge_sources
 from postlude.model.adapters.start import Start, start_of
 from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.causal import incomplete
-from postlude.model.language_model import LanguageModel, drawn_scalar
+from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh
 from postlude.model.places import SCALAR_FILE, local_folder
 from postlude.model.weights import (
@@ -90,8 +90,8 @@ def load_sharded(
     if scalar.exists():
         sources[SCALAR] = InMemory(load_file(scalar)["weight"])
     elif scalar_head:
-        sources[SCALAR] = InMemory(drawn_scalar(config.get_text_config().hidden_size))
-    return _divided(causal, sources, mesh, device, dtype, start)
+        sources[SCALAR] = InMemory(draw_scalar(config.get_text_config().hidden_size))
+    return _divide(causal, sources, mesh, device, dtype, start)
 
 
 def shard_new(
@@ -100,9 +100,9 @@ def shard_new(
     """A model with weights of its own, equal on every rank, divided among the ranks of a mesh."""
     sources: dict[str, LazyTensor] = {name: InMemory(tensor.detach()) for name, tensor in causal.state_dict().items()}
     if scalar_head:
-        sources[SCALAR] = InMemory(drawn_scalar(causal.config.get_text_config().hidden_size))
+        sources[SCALAR] = InMemory(draw_scalar(causal.config.get_text_config().hidden_size))
     start = None if adapter is None else Start(adapter, f"new {causal.config.model_type}")
-    return _divided(on_meta(causal.config), sources, mesh, device, None, start)
+    return _divide(on_meta(causal.config), sources, mesh, device, None, start)
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -137,13 +137,13 @@ def open_sources(stored: StoredModel, causal: PreTrainedModel) -> dict[str, Lazy
     """The weights of a model out of its files, by its own names for them, with the adapters on it merged into it.
     ManifestError for files that are missing or broken, and for a conversion that is not known here."""
     files = open_checkpoint(local_folder(stored.whole_folder), stored.whole_place)
-    sources = named_as_in_the_model(files, causal)
+    sources = rename_as_in_model(files, causal)
     for adapter in stored.adapters:
-        sources = merged_sources(sources, adapter)
+        sources = merge_sources(sources, adapter)
     return sources
 
 
-def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
+def rename_as_in_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint as the model has them: renamed, and joined where it has one for several.
 
     ManifestError for a conversion that is not known here.
@@ -166,11 +166,11 @@ def named_as_in_the_model(files: Mapping[str, LazyTensor], causal: PreTrainedMod
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
         ordered = [parts.get(pattern, []) for pattern in converter.source_patterns]
-        sources[target] = _converted(ordered, converter.operations, target)
+        sources[target] = _convert(ordered, converter.operations, target)
     return sources
 
 
-def _converted(parts: list[list[LazyTensor]], operations: list[Any], target: str) -> LazyTensor:
+def _convert(parts: list[list[LazyTensor]], operations: list[Any], target: str) -> LazyTensor:
     """What transformers' operations make of the tensors that each of a converter's patterns matched."""
     for operation in operations:
         if isinstance(operation, MergeModulelist):
@@ -222,7 +222,7 @@ def _with_rows_for(tokens: NewTokens, sources: Sources, causal: PreTrainedModel)
     return extended
 
 
-def _divided(
+def _divide(
     causal: PreTrainedModel,
     sources: Sources,
     mesh: Mesh,
@@ -248,10 +248,10 @@ def _divided(
         named = {name if name == SCALAR else f"causal.{name}": tensor for name, tensor in sources.items()}
         _fill(model, named, device, frozen)
 
-    return LanguageModel(causal, stored, mesh, divide, _examined(causal.config))
+    return LanguageModel(causal, stored, mesh, divide, _examine(causal.config))
 
 
-def _examined(config: PreTrainedConfig) -> Anatomy:
+def _examine(config: PreTrainedConfig) -> Anatomy:
     """What there is to know of an architecture, found out on a model with fewer layers, one of each kind at least, and
     a small vocabulary: without weights from elsewhere and without other ranks."""
     small = copy.deepcopy(config)
@@ -311,11 +311,11 @@ def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device, dty
         source = Extended(source, parameter.shape[0])  # the padding of the vocabulary
     if not isinstance(parameter, DTensor):
         whole = source.read(tuple(slice(0, size) for size in parameter.shape))
-        return nn.Parameter(_placed(whole, device, dtype), requires_grad=parameter.requires_grad)
+        return nn.Parameter(_place(whole, device, dtype), requires_grad=parameter.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     own = source.read(tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True)))
     divided = DTensor.from_local(
-        _placed(own, device, dtype),
+        _place(own, device, dtype),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
@@ -325,6 +325,6 @@ def _part(parameter: nn.Parameter, source: LazyTensor, device: torch.device, dty
     return nn.Parameter(divided, requires_grad=parameter.requires_grad)
 
 
-def _placed(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _place(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy that does not keep the file's memory."""
     return part.to(device, dtype, copy=True).contiguous()

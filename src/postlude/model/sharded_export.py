@@ -25,10 +25,10 @@ from postlude.model.places import LM_HEAD_FILE, SCALAR_FILE, is_adapter_part
 from postlude.model.weights import WeightWriter
 
 SCALAR = "scalar"
-"""What :func:`gathered` calls the head so named."""
+"""What :func:`gather_weights` calls the head so named."""
 
 
-def gathered(
+def gather_weights(
     model: LanguageModel, dtype: torch.dtype, merge: bool = True, scalar: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model inside, and last the head ``scalar`` where it is asked for, whole and on the CPU, tied
@@ -47,7 +47,7 @@ def gathered(
         yield SCALAR, _as_written(_whole(model.scalar.weight), dtype)
 
 
-def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | None]:
+def gather_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | None]:
     """The tensors of a model's adapter by name, and its head ``scalar``, whole and on the CPU. All ranks call it."""
     named = model.causal.named_parameters()
     tensors = {name: _whole(tensor).to("cpu") for name, tensor in named if is_adapter_part(name)}
@@ -56,7 +56,7 @@ def gathered_adapter(model: LanguageModel) -> tuple[dict[str, Tensor], Tensor | 
 
 class DividedWeights:
     """What is written of a model that ranks hold together: without values, until :meth:`write` gathers them, in which
-    the ranks that do not write take part by running through :func:`gathered`."""
+    the ranks that do not write take part by running through :func:`gather_weights`."""
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype, merge: bool, scalar: bool) -> None:
         self._model, self._dtype, self._merge = model, dtype, merge
@@ -86,7 +86,7 @@ class DividedWeights:
         files = WeightFiles(written, folder)
         kept: dict[str, Tensor] = {}
         scores = [name for name in written.state_dict() if name not in self.state]
-        for name, tensor in gathered(self._model, self._dtype, self._merge, self.scalar is not None):
+        for name, tensor in gather_weights(self._model, self._dtype, self._merge, self.scalar is not None):
             target = scores[0] if name == SCALAR and scores else name
             if target in files.names:
                 files.add(target, tensor)

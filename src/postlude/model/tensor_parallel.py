@@ -57,13 +57,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
+        return _sum(gradient, ctx.group), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(value, group)
+        return _sum(value, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -74,7 +74,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dimension, ctx.group = dimension, group
-        return _gathered(value, dimension, group)
+        return _gather(value, dimension, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -89,16 +89,16 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(gradient, ctx.dimension, ctx.group), None, None
+        return _gather(gradient, ctx.dimension, ctx.group), None, None
 
 
-def _summed(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = value.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
-def _gathered(value: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
+def _gather(value: Tensor, dimension: int, group: dist.ProcessGroup) -> Tensor:
     parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, value.contiguous(), group=group)
     return torch.cat(parts, dimension)
@@ -366,7 +366,7 @@ def _kinds(causal: PreTrainedModel) -> dict[str, tuple[nn.Module, type[Divided]]
     patterns = [
         (re.compile(re.escape(prefix + path).replace(r"\*", r"\d+")), _KINDS[style]) for path, style in plan.items()
     ]
-    found: dict[str, tuple[nn.Module, type[Divided]]] = {}
+    layers: dict[str, tuple[nn.Module, type[Divided]]] = {}
     for name, module in causal.named_modules():
         if next(module.named_parameters(recurse=False), None) is None:
             continue
@@ -385,8 +385,8 @@ def _kinds(causal: PreTrainedModel) -> dict[str, tuple[nn.Module, type[Divided]]
         # Of an adapter that matrix is divided which meets the divided side of its base.
         if (part == "lora_A" and not issubclass(kind, Rows)) or (part == "lora_B" and not issubclass(kind, Columns)):
             kind = Divided
-        found[name] = (module, kind)
-    return found
+        layers[name] = (module, kind)
+    return layers
 
 
 def _does_not_divide(tensor: int, what: str) -> str:

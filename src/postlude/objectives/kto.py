@@ -47,7 +47,7 @@ class KahnemanTversky:
         return {"answers": float(batch.documents)}
 
     def measure(self, step: Step) -> Mapping[str, float]:
-        other = mismatched(step.batch)
+        other = mismatch(step.batch)
         if other is None:
             return {"mismatched_sum": 0.0, "mismatched_answers": 0.0}
         mixed = step.on(other)
@@ -85,7 +85,7 @@ def labels(batch: PackedBatch) -> Tensor:
     return batch.streams[SCORE.name][starts.long()]
 
 
-def mismatched(batch: PackedBatch) -> PackedBatch | None:
+def mismatch(batch: PackedBatch) -> PackedBatch | None:
     """Each document's prompt, all before its first trained token, with the answer of the one before it in its block.
 
     None if no block has two documents.

@@ -58,14 +58,14 @@ class Ranking:
         ends = last_tokens(batch)
         hidden = step.hidden()
         scores = step.head("scalar")(hidden.index_select(0, ends))
-        said = batch.streams[SCORE.name][ends]
+        data_scores = batch.streams[SCORE.name][ends]
         unit = batch.unit[: batch.documents]
-        better, worse = ordered_pairs(batch, said)
+        better, worse = ordered_pairs(batch, data_scores)
         differences = scores[better] - scores[worse]
         if self.order == "plackett_luce":
             losses = _of_units(batch, unit, _order_losses(batch, scores))
         else:
-            margins = said[better] - said[worse] if self.margins else 0.0
+            margins = data_scores[better] - data_scores[worse] if self.margins else 0.0
             number = _of_units(batch, unit[better], torch.ones_like(differences))
             losses = _of_units(batch, unit[better], -F.logsigmoid(differences - margins)) / number.clamp_min(1)
         if self.centering:
@@ -86,15 +86,15 @@ def last_tokens(batch: PackedBatch) -> Tensor:
     return batch.lengths[: batch.documents].cumsum(0).long() - 1
 
 
-def ordered_pairs(batch: PackedBatch, said: Tensor) -> tuple[Tensor, Tensor]:
-    """[pairs] int64 each: the documents of the better and of the worse answers. ``said`` is [documents].
+def ordered_pairs(batch: PackedBatch, data_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """[pairs] int64 each: the documents of the better and of the worse answers. ``data_scores`` is [documents].
 
     Where the data give scores, equal ones make no pair; where they give none, all being zero, the place decides.
     """
     unit, place = batch.unit[: batch.documents], batch.place[: batch.documents]
     before = (unit[:, None] == unit) & (place[:, None] < place)
-    scored = torch.zeros(batch.units + 1, device=said.device).index_add(0, unit, said.abs())[unit] > 0
-    tied = scored[:, None] & (said[:, None] == said)
+    scored = torch.zeros(batch.units + 1, device=data_scores.device).index_add(0, unit, data_scores.abs())[unit] > 0
+    tied = scored[:, None] & (data_scores[:, None] == data_scores)
     better, worse = (before & ~tied).nonzero(as_tuple=True)
     return better, worse
 

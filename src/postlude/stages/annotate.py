@@ -47,11 +47,11 @@ def annotate(models: TrainingModels, recorder: Recorder, stop: Callable[[], bool
     check_annotations(models)
     passes = [_Pass(models, name, annotation) for name, annotation in annotations.items()]
     if models.parts.workers.leads:
-        _remove_others(models, {storage.name(one.parts.uri) for one in passes})
+        _remove_others(models, {storage.name(work.parts.uri) for work in passes})
     models.parts.workers.barrier()
-    if not all(one.run(recorder, stop) for one in passes):
+    if not all(work.run(recorder, stop) for work in passes):
         return None
-    return [one.open() for one in passes]
+    return [work.open() for work in passes]
 
 
 def forget_annotations(parts: Parts) -> None:
@@ -76,7 +76,7 @@ def annotated(models: TrainingModels, block: Block) -> Block:
     for annotation in models.config.annotations().values():
         documents = [document for unit in block for document in unit.documents]
         values = iter(_frozen(models, annotation).values(documents))
-        block = tuple(Unit(tuple(with_values(one, next(values)) for one in unit.documents)) for unit in block)
+        block = tuple(Unit(tuple(with_values(document, next(values)) for document in unit.documents)) for unit in block)
     return block
 
 
@@ -134,7 +134,7 @@ class _Pass:
             torch.cuda.empty_cache()
         gathered = workers.gather(digests)
         if workers.leads:
-            self.parts.commit({number: found for one in gathered for number, found in one.items()})
+            self.parts.commit({number: found for part in gathered for number, found in part.items()})
             recorder.event("streams_stored", name=self._name, parts=len(self._spans), computed=len(missing))
         workers.barrier()
         return True
@@ -179,7 +179,7 @@ class _Pass:
         models, batch = self._models, self._models.config.batch
         place = models.parts.place_of(self._annotation.start)
         tokenizer = models.data.tokenizer
-        said: dict[str, Any] = {
+        follows_from: dict[str, Any] = {
             "model": _files_of(place) if place else record_json(self._annotation.start.model_dump(mode="json")),
             "seed": models.parts.manifest.seed,
             "annotator": repr(self._annotation.annotator),
@@ -192,7 +192,7 @@ class _Pass:
             "precision": models.precision.name,
             "postlude": __version__,
         }
-        return digest(record_json(said, canonical=True))[:16]
+        return digest(record_json(follows_from, canonical=True))[:16]
 
 
 def _what_is_read(source: EncodedDataset) -> list[str | None]:

@@ -25,10 +25,10 @@ class Precision:
         return DTYPES[self.name]
 
     @staticmethod
-    def choose(asked: str, device: torch.device, stored: torch.dtype | None, half: str = "fp16") -> Precision:
+    def choose(name: str, device: torch.device, stored: torch.dtype | None, half: str = "fp16") -> Precision:
         """Resolve ``auto``: fp32 on a CPU; on CUDA ``half``, except that a checkpoint stored in bf16 trains in bf16."""
-        if asked != "auto":
-            return Precision(asked, "the manifest asks for it")
+        if name != "auto":
+            return Precision(name, "the manifest asks for it")
         if device.type == "cpu":
             return Precision("fp32", "auto: a CPU computes in fp32")
         if stored == torch.bfloat16:

@@ -153,9 +153,9 @@ class Trainer:
     def _control(self) -> bool:
         """Between two steps: apply amendments that are due; say whether any rank was asked to stop."""
         due = self.amendments.due(self.step + 1) if self.amendments else []
-        said = self.workers.gather((self.stop(self.step == self._saved_step), due))
-        self._amend(said[0][1], self.step + 1)
-        return any(stop for stop, _ in said)
+        answers = self.workers.gather((self.stop(self.step == self._saved_step), due))
+        self._amend(answers[0][1], self.step + 1)
+        return any(stop for stop, _ in answers)
 
     def _amend(self, assignments: Sequence[str], step: int) -> None:
         for assignment in assignments:
@@ -265,9 +265,9 @@ class Trainer:
                 line |= {f"eval_{name}_{metric}": value for metric, value in result.metrics.items()}
                 self.summary.evaluations.setdefault(name, []).append(result.loss)
                 self.journal.event("evaluation", step=self.step, name=name, loss=result.loss, metrics=result.metrics)
-            for name, found in self.examine().items():
-                line |= {f"eval_{name}_{metric}": value for metric, value in found.items()}
-                self.journal.event("evaluation", step=self.step, name=name, metrics=dict(found))
+            for name, metrics in self.examine().items():
+                line |= {f"eval_{name}_{metric}": value for metric, value in metrics.items()}
+                self.journal.event("evaluation", step=self.step, name=name, metrics=dict(metrics))
             for role in self.program.roles.values():
                 role.model.train(role.optimizer is not None)
         return line

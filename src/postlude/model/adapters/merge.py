@@ -80,7 +80,7 @@ def read_merged(stored: StoredModel, config: PreTrainedConfig, dtype: torch.dtyp
     return causal
 
 
-def merged_sources(sources: Mapping[str, LazyTensor], adapter: StoredAdapter) -> dict[str, LazyTensor]:
+def merge_sources(sources: Mapping[str, LazyTensor], adapter: StoredAdapter) -> dict[str, LazyTensor]:
     """The weights of a base with an adapter merged into them."""
     merged = dict(sources)
     for path, change in _changes(adapter):
