@@ -142,7 +142,7 @@ class Interrupted(Exception):
 
 def stop_after(monkeypatch, count: int) -> None:
     """Break off the pass when so many parts were written."""
-    write, written = annotate.Parts.write, []
+    write, written = annotate.AnnotationFiles.write, []
 
     def until(self, number, documents, values):
         if len(written) == count:
@@ -150,7 +150,7 @@ def stop_after(monkeypatch, count: int) -> None:
         written.append(number)
         write(self, number, documents, values)
 
-    monkeypatch.setattr(annotate.Parts, "write", until)
+    monkeypatch.setattr(annotate.AnnotationFiles, "write", until)
 
 
 # --- a reference that is stored -----------------------------------------------------------------------------
