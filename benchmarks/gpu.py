@@ -112,8 +112,8 @@ def train(place: Place, shape: str, adapter: bool, recompute: str) -> dict[str, 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from postlude.manifest.adapter import Adapter
-    from postlude.model.adapters.attached import AdapterRequest
     from postlude.model.adapters.start import Start, attach
+    from postlude.model.attached import AdapterRequest
     from postlude.model.flops import packed_flops
     from postlude.model.language_model import LanguageModel
     from postlude.objectives.nll import NegativeLogLikelihood

@@ -25,7 +25,7 @@ from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import lookup
 from postlude.manifest.schema import ModelFrom, NewModel
-from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.attached import AdapterRequest
 from postlude.model.export import write_weights
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model

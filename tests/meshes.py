@@ -116,7 +116,7 @@ def model_of(place: Path, workers, adapter: dict[str, Any] | None = None):
 
     from postlude.manifest.adapter import Adapter
     from postlude.manifest.schema import ModelFrom
-    from postlude.model.adapters.attached import AdapterRequest
+    from postlude.model.attached import AdapterRequest
     from postlude.model.load import load_divided, load_model
 
     start = ModelFrom(path=str(place))

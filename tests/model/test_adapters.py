@@ -14,7 +14,7 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, TokenizerFrom
-from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.attached import AdapterRequest
 from postlude.model.export import write_merged, write_model
 from postlude.model.load import load_causal, load_model
 from postlude.model.places import ADAPTER_CONFIG_FILE

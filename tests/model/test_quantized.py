@@ -12,8 +12,8 @@ import meshes
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
-from postlude.model.adapters.attached import AdapterRequest
-from postlude.model.adapters.inject import linear_layers
+from postlude.model.anatomy import linear_layers
+from postlude.model.attached import AdapterRequest
 from postlude.model.load import load_model
 from postlude.model.memory import Setting, plan
 from postlude.model.quantized import QuantizedLinear, pack_weight, packed_bytes, unpack

@@ -16,7 +16,7 @@ import torch
 from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.schema import ModelFrom, NewModel
-from postlude.model.adapters.attached import AdapterRequest
+from postlude.model.attached import AdapterRequest
 from postlude.model.language_model import LanguageModel
 from postlude.model.load import load_model
 from postlude.rollout.engine import Completion, Enough, Request, Sampling

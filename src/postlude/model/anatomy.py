@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.manifest.problem import ManifestError
 from postlude.model import attention
@@ -246,3 +247,17 @@ def _longest_document(causal: PreTrainedModel) -> int | None:
             original = parameters.get("original_max_position_embeddings") or trained_length
             limits.append(getattr(config, "original_max_position_embeddings", None) or original)
     return min(limits, default=None)
+
+
+def linear_layers(causal: PreTrainedModel) -> dict[str, list[str]]:
+    """The paths of the linear layers inside the decoder layers: those in an attention, and the others."""
+    groups: dict[str, list[str]] = {"attention": [], "mlp": []}
+    for path, layer in causal.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for inner, module in layer.named_modules():
+                if isinstance(module, nn.Linear):
+                    parts = inner.split(".")
+                    above = [layer.get_submodule(".".join(parts[:length])) for length in range(1, len(parts))]
+                    in_attention = any("Attention" in type(module).__name__ for module in above)
+                    groups["attention" if in_attention else "mlp"].append(f"{path}.{inner}")
+    return groups

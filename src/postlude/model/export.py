@@ -23,10 +23,10 @@ from transformers import (
 
 from postlude import storage
 from postlude.model import vocabulary
-from postlude.model.adapters.attached import Attached
 from postlude.model.adapters.merge import base_state
 from postlude.model.adapters.stored import digest_of, open_model, write_adapter_files
 from postlude.model.anatomy import decoder_of
+from postlude.model.attached import Attached
 from postlude.model.language_model import LanguageModel
 from postlude.model.places import (
     ADAPTER_CONFIG_FILE,

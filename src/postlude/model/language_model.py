@@ -29,7 +29,7 @@ from postlude.model.recompute import checkpoint_arguments
 from postlude.model.tensor_parallel import VocabularyPart, local
 
 if TYPE_CHECKING:
-    from postlude.model.adapters.attached import Attached
+    from postlude.model.attached import Attached
 
 
 class HeadParameters(NamedTuple):

@@ -18,11 +18,11 @@ from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
-from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.adapters.merge import read_merged
 from postlude.model.adapters.start import Start, attach, load_adapted
 from postlude.model.adapters.stored import StoredModel, open_model
 from postlude.model.added_tokens import add_tokens, config_with_tokens
+from postlude.model.attached import AdapterRequest
 from postlude.model.causal import construct_causal, random_causal, with_weights_in
 from postlude.model.language_model import LanguageModel
 from postlude.model.mesh import Mesh

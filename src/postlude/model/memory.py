@@ -23,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.parallel import Shape
 from postlude.model import anatomy, attention, quantized, recompute, sharded, vocabulary
-from postlude.model.adapters.inject import inject, linear_layers, new_config
+from postlude.model.adapters.inject import inject, new_config
+from postlude.model.anatomy import linear_layers
 from postlude.model.attention import Documents
 from postlude.model.places import is_adapter_part
 

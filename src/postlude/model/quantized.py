@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from postlude.manifest.adapter import Held
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.inject import linear_layers
+from postlude.model.anatomy import linear_layers
 from postlude.model.places import is_adapter_part
 
 NF4_BLOCK, NF4_SCALES = 64, 256

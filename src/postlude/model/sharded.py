@@ -33,12 +33,12 @@ from transformers.core_model_loading import (
 from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
 from postlude.model import tensor_parallel
-from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.adapters.merge import merge_sources
 from postlude.model.adapters.start import Start, start_of
 from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
+from postlude.model.attached import AdapterRequest
 from postlude.model.causal import incomplete
 from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.schema import ModelPlace
-from postlude.model.adapters.attached import AdapterRequest
 from postlude.model.adapters.inject import WithoutAdapter
 from postlude.model.added_tokens import config_with_tokens
+from postlude.model.attached import AdapterRequest
 from postlude.model.load import configuration, load_divided, load_model
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.models import stand_in_for

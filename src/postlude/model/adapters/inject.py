@@ -14,13 +14,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.data.batch import PackedBatch
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.attached import ADAPTER_NAME
-from postlude.model.anatomy import name_of
+from postlude.model.anatomy import linear_layers, name_of
+from postlude.model.attached import ADAPTER_NAME
 from postlude.model.language_model import LanguageModel
 from postlude.model.places import is_adapter_part
 from postlude.model.weights import InMemory, LazyTensor, read_whole
@@ -58,20 +57,6 @@ def targets_of(adapter: Adapter, causal: PreTrainedModel) -> list[str]:
             )
         chosen.update(members)
     return sorted(chosen)
-
-
-def linear_layers(causal: PreTrainedModel) -> dict[str, list[str]]:
-    """The paths of the linear layers inside the decoder layers: those in an attention, and the others."""
-    groups: dict[str, list[str]] = {"attention": [], "mlp": []}
-    for path, layer in causal.named_modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            for inner, module in layer.named_modules():
-                if isinstance(module, nn.Linear):
-                    parts = inner.split(".")
-                    above = [layer.get_submodule(".".join(parts[:length])) for length in range(1, len(parts))]
-                    in_attention = any("Attention" in type(module).__name__ for module in above)
-                    groups["attention" if in_attention else "mlp"].append(f"{path}.{inner}")
-    return groups
 
 
 def _shortest(paths: list[str], causal: PreTrainedModel) -> list[str]:

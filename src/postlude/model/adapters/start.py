@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.attached import AdapterRequest, Attached, Base
 from postlude.model.adapters.inject import check_same, fill, inject, new_config, starting_weights, weights_of
 from postlude.model.adapters.merge import read_merged
 from postlude.model.adapters.stored import StoredAdapter, StoredModel
+from postlude.model.attached import AdapterRequest, Attached, Base
 from postlude.model.causal import with_weights_in
 from postlude.model.language_model import LanguageModel
 from postlude.model.places import is_adapter_part

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from postlude import storage
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.attached import ADAPTER_NAME, Attached, Base
+from postlude.model.attached import ADAPTER_NAME, Attached, Base
 from postlude.model.places import ADAPTER_CONFIG_FILE, ADAPTER_FILE, LINEAGE_FILE, local_files, one_line, read_config
 
 PREFIX = "base_model.model."
