@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from postlude.manifest.problem import ManifestError
 from stages.conftest import Project
@@ -93,7 +95,6 @@ def test_a_run_that_knew_no_engines_goes_on(project):
     ("keys", "message"),
     [
         ({"turns": 3}, "'turns' needs an 'environment'"),
-        ({"engine": "vllm", "top_p": 0.9}, "top_p"),
         ({"engine": "vlm"}, "Did you mean 'vllm'"),
         ({"environment": "nowhere"}, "not among the environments"),
     ],
@@ -112,25 +113,68 @@ def test_the_preflight_needs_no_engine(project):
     assert report.stages[0].trial.made["records"] == 4
 
 
+def with_wide_heads(model: Path, folder: Path, size: int = 32) -> Path:
+    """The same function of token ids with attention heads of ``size`` dimensions, as vLLM wants them on a CPU: zeros
+    stand in the new ones. Each pair of dimensions keeps its rotary frequency, ``theta ** (-2 i / size)`` for the i-th, and
+    queries are scaled so that their products, divided by the root of ``size``, stay what they were.
+    """
+    config = json.loads((model / "config.json").read_text())
+    old = config["head_dim"]
+    places = [i * size // old for i in range(old // 2)]
+    places += [place + size // 2 for place in places]
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        part = name.split(".")[-2]
+        if part in ("q_proj", "k_proj", "v_proj"):
+            wide = torch.zeros(len(tensor) // old, size, tensor.shape[1])
+            wide[:, places] = tensor.view(-1, old, tensor.shape[1]) * ((size / old) ** 0.5 if part == "q_proj" else 1.0)
+            tensors[name] = wide.flatten(0, 1)
+        elif part == "o_proj":
+            wide = torch.zeros(len(tensor), tensor.shape[1] // old, size)
+            wide[:, :, places] = tensor.view(len(tensor), -1, old)
+            tensors[name] = wide.flatten(1)
+    shutil.copytree(model, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"head_dim": size}))
+    return folder
+
+
+def told(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What was answered; and rewards, which two kernels compute, to the digits that both have."""
+    return [
+        (
+            record["id"],
+            record["completion"],
+            record["ended"],
+            record["completion_tokens"],
+            round(record.get("reward", 0), 4),
+        )
+        for record in records
+    ]
+
+
 @pytest.mark.long
 @pytest.mark.capability("generate and evaluate by vLLM")
 def test_vllm_answers_with_the_tokens_of_the_native_engine(project, shared_data, vllm):
     """A published model, its likeliest tokens: plainly, over several turns, and with a reward model."""
-    stories = project.folder / "stories"
-    shutil.copytree(shared_data / "models/stories260K_hf", stories)
-    project.models = {**project.models, "one": str(stories), "two": str(stories)}
+    published = shared_data / "models/stories260K_hf"
+    stories = with_wide_heads(published, project.folder / "stories")
+    project.models = {**project.models, "one": str(published), "two": str(stories)}
     openings = ["Once upon a time", "The dog", "Lily was", "One day a boy named Tim", "There was a little"]
     project.data["asked"] = project.written("asked", [{"text": text} for text in openings], "text")
     judge = {"model": {"path": project.models["judge"]}}
     keys = {"temperature": 0.0, "max_tokens": 40, "reward": [judge], "environment": {**AGAIN, "times": 1}}
     plain = {"temperature": 0.0, "max_tokens": 40}
+    wide = {"model": {"path": str(stories)}}
     for number, settings in enumerate((plain, keys)):
-        native = generated(project, f"native-{number}", **settings)
-        served = generated(project, f"vllm-{number}", engine="vllm", **settings)
-        assert native == served
+        published_says = generated(project, f"published-{number}", **settings)
+        native = generated(project, f"native-{number}", **wide, **settings)
+        served = generated(project, f"vllm-{number}", **wide, engine="vllm", **settings)
+        assert told(native) == told(served) == told(published_says)
         assert len(native) == len(openings)
+    project.models["one"] = project.models["two"]
     reports = [
-        evaluated(project, f"report-{engine}", engine=engine, temperature=0.0, reward=[judge], max_tokens=24)
+        evaluated(project, f"report-{engine}", engine=engine, temperature=0.0, max_tokens=24)
         for engine in ("native", "vllm")
     ]
     assert reports[0] == reports[1]

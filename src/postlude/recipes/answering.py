@@ -73,12 +73,9 @@ class Sampled(Answering):
     """Tokens that a prompt and its answers may have together; by default what the model has positions for."""
 
     @model_validator(mode="after")
-    def _engine_can_answer_so(self) -> Self:
+    def _turns_have_an_environment(self) -> Self:
         if self.turns is not None and self.environment is None:
             raise ValueError("'turns' needs an 'environment', which answers between turns")
-        objection = self.engine.objection(self.top_p, 0)
-        if objection is not None:
-            raise ValueError(objection)
         return self
 
     @property
