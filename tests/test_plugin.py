@@ -67,8 +67,19 @@ def test_a_run_made_of_somebody_elses_components(manifest: dict, tmp_path: Path)
 
 
 @pytest.mark.capability("A provider of one's own brings the machines of a run")
-def test_a_stage_runs_on_somebody_elses_nodes(manifest: dict, tmp_path: Path) -> None:
+@pytest.mark.capability("A kind of stage of one's own: one file and an entry point")
+def test_a_run_of_somebody_elses_stages_on_somebody_elses_nodes(manifest: dict, tmp_path: Path) -> None:
+    """A kind of stage, a loss akin to DPO, a provider and a sink, a file each."""
     path = tmp_path / "own.yaml"
+    pairs = [{"prompt": f"{n} and {n}?", "chosen": f"It is {2 * n}.", "rejected": "No idea."} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    manifest["data"]["pairs"] = {"source": {"path": str(tmp_path / "pairs.jsonl")}, "format": "preference"}
+    keys = {"batch": {"tokens": 512, "block": 256}, "threads": 1, "steps": 2}
+    loss = {"name": "exponential", "ceiling": 4.0}
+    manifest["stages"] |= {
+        "prefer": {"recipe": "dpo", "loss": loss, "model": {"from": "tune"}, "data": {"pairs": 1.0}, **keys},
+        "count": {"recipe": "tally", "data": {"scripts": 1.0}, "words": ["What", "friend"], "threads": 1},
+    }
     path.write_text(json.dumps(manifest))
 
     def postlude(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,8 +92,14 @@ def test_a_stage_runs_on_somebody_elses_nodes(manifest: dict, tmp_path: Path) ->
     done = postlude()
     assert done.returncode == 0, done.stderr
     own = Run(str(tmp_path / "runs/own"))
-    assert [event["workers"] for event in own.events.read() if event["kind"] == "group_formed"] == [2]
-    assert (tmp_path / "lines.txt").read_text().splitlines() == [f"tune {step}" for step in (1, 2, 3)]
+    assert [event["workers"] for event in own.events.read() if event["kind"] == "group_formed"] == [2, 2, 2]
+    told = (tmp_path / "lines.txt").read_text().splitlines()
+    assert sorted(told) == sorted(["tune 1", "tune 2", "tune 3", "prefer 1", "prefer 2", "count 1", "count 2"])
+    (first, _) = own.stage("prefer").metrics.read()
+    assert first["loss"] == pytest.approx(1.0)  # policy and reference are the same yet
+    report = json.loads(Path(own.stage("count").artifact, "report.json").read_text())
+    assert report["words"] == {"What": 30, "friend": 0}
+    assert report["records"] == 30
     locked = read_lock(own.read_manifest_lock() or "").manifest
     assert locked["compute"]["provider"] == manifest["compute"]["provider"]
     with pytest.raises(ComputeError, match="takes no command that outlives the terminal"):

@@ -115,8 +115,8 @@ def test_the_preflight_needs_no_engine(project):
 
 def with_wide_heads(model: Path, folder: Path, size: int = 32) -> Path:
     """The same function of token ids with attention heads of ``size`` dimensions, as vLLM wants them on a CPU: zeros
-    stand in the new ones. Each pair of dimensions keeps its rotary frequency, ``theta ** (-2 i / size)`` for the i-th, and
-    queries are scaled so that their products, divided by the root of ``size``, stay what they were.
+    stand in the new ones. Each pair of dimensions keeps its rotary frequency, ``theta ** (-2 i / size)`` for the i-th,
+    and queries are scaled so that their products, divided by the root of ``size``, stay what they were.
     """
     config = json.loads((model / "config.json").read_text())
     old = config["head_dim"]

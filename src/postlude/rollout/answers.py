@@ -118,12 +118,12 @@ class Answerer:
         with answering.phases.measure("generate"):
             self._generate(trajectories, answering.share)
         with answering.phases.measure("score"):
-            self._score([one for group in answering.own if complete(group) for one in group])
+            self._score([sample for group in answering.own if complete(group) for sample in group])
 
     def _generate(self, trajectories: Sequence[Trajectory], share: float | None) -> None:
         """Turn by turn, until nobody has anything to say any more, or enough have said all."""
-        begun = {one.issue.number for one in trajectories if one.sampled_tokens}
-        live = [one for one in trajectories if not one.complete]
+        begun = {sample.issue.number for sample in trajectories if sample.sampled_tokens}
+        live = [sample for sample in trajectories if not sample.complete]
         while live:
             self._sample(live, lambda some: None if share is None else enough_of(some, begun, share))
             live = [] if self.environment is None else self._reply(self.environment, live)
@@ -131,46 +131,46 @@ class Answerer:
     def _reply(self, environment: Environment, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Give the environment's replies to those whose turn has ended. Those that go on."""
         name = environment.component_name
-        asked = [one for one in trajectories if one.ended == "stop"]
+        stopped = [sample for sample in trajectories if sample.ended == "stop"]
         tasks = [
             Task(
-                one.prompt.example_id,
+                sample.prompt.example_id,
                 (
-                    (self._id(one), one.sample),
-                    one.prompt.asked,
-                    dict(one.prompt.rewarded_record),
-                    tuple(one.turns),
+                    (self._id(sample), sample.sample),
+                    sample.prompt.asked,
+                    dict(sample.prompt.rewarded_record),
+                    tuple(sample.turns),
                 ),
             )
-            for one in asked
+            for sample in stopped
         ]
         goes_on = []
         replies = self.scorer.pool.run(play, environment, name, tasks, f"the environment '{name}'")
-        for one, reply in zip(asked, replies, strict=True):
+        for sample, reply in zip(stopped, replies, strict=True):
             if isinstance(reply, Unscored):
-                one.score = reply
+                sample.score = reply
                 continue
-            one.earned += reply.reward
-            if reply.done or len(one.turns) == self.most_turns:
+            sample.earned += reply.reward
+            if reply.done or len(sample.turns) == self.most_turns:
                 continue
-            encoder = self.encoders[one.prompt.source]
-            given = encoder.reply(one.prompt, one.turns, [*one.replies, reply.messages], one.tokens[-1])
-            if len(given) < self._room_left(one) and one.sampled_tokens < self._most(one):
-                one.give(given, reply.messages)
-                goes_on.append(one)
+            encoder = self.encoders[sample.prompt.source]
+            tokens = encoder.reply(sample.prompt, sample.turns, [*sample.replies, reply.messages], sample.tokens[-1])
+            if len(tokens) < self._room_left(sample) and sample.sampled_tokens < self._most(sample):
+                sample.give(tokens, reply.messages)
+                goes_on.append(sample)
             else:
-                one.ended = "length"
+                sample.ended = "length"
         return goes_on
 
-    def _most(self, one: Trajectory) -> int:
-        return self.sampling(one.prompt.source).max_tokens
+    def _most(self, sample: Trajectory) -> int:
+        return self.sampling(sample.prompt.source).max_tokens
 
-    def _room_left(self, one: Trajectory) -> float:
-        return math.inf if self.room is None else self.room - len(one.tokens)
+    def _room_left(self, sample: Trajectory) -> float:
+        return math.inf if self.room is None else self.room - len(sample.tokens)
 
-    def _id(self, one: Trajectory) -> str:
+    def _id(self, sample: Trajectory) -> str:
         """What an engine knows a trajectory's prompt by."""
-        return f"{one.prompt.example_id}@{one.issue.number}" if self.is_repeated else one.prompt.example_id
+        return f"{sample.prompt.example_id}@{sample.issue.number}" if self.is_repeated else sample.prompt.example_id
 
     def _sample(
         self, trajectories: Sequence[Trajectory], enough: Callable[[Sequence[Trajectory]], Enough | None]
@@ -182,39 +182,39 @@ class Answerer:
         for source, some in by_source.items():
             requests = [
                 Request(
-                    self._id(one),
-                    tuple(one.tokens),
-                    one.sample,
-                    one.sampled_tokens,
-                    int(min(self._most(one) - one.sampled_tokens, self._room_left(one))),
+                    self._id(sample),
+                    tuple(sample.tokens),
+                    sample.sample,
+                    sample.sampled_tokens,
+                    int(min(self._most(sample) - sample.sampled_tokens, self._room_left(sample))),
                 )
-                for one in some
+                for sample in some
             ]
             completions = self.engine.generate(requests, self.sampling(source), enough(some))
-            for one, made in zip(some, completions, strict=True):
-                one.answer(made, self.encoders[source].text)
+            for sample, completion in zip(some, completions, strict=True):
+                sample.answer(completion, self.encoders[source].text)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> None:
         if not len(self.scorer) and self.environment is None:
             return
-        left = [one for one in trajectories if one.score is None]  # the others failed on the way
-        scores = self.scorer.score([(one.prompt, one.text) for one in left])
-        for one, score in zip(left, scores, strict=True):
+        left = [sample for sample in trajectories if sample.score is None]  # the others failed on the way
+        scores = self.scorer.score([(sample.prompt, sample.text) for sample in left])
+        for sample, score in zip(left, scores, strict=True):
             if self.environment is not None and isinstance(score, Score):
-                parts = {**score.parts, self.environment.component_name: one.earned}
-                score = Score(score.total + one.earned, parts)
-            one.score = score
+                parts = {**score.parts, self.environment.component_name: sample.earned}
+                score = Score(score.total + sample.earned, parts)
+            sample.score = score
 
 
 def complete(group: Group) -> bool:
     """Whether every sample is answered."""
-    return all(one.complete for one in group)
+    return all(sample.complete for sample in group)
 
 
 def enough_of(trajectories: Sequence[Trajectory], begun: Container[int], share: float) -> Enough:
     """Such a share of the records, and all that something was answered to before."""
     places: dict[int, list[int]] = {}
-    for place, one in enumerate(trajectories):
-        places.setdefault(one.issue.number, []).append(place)
+    for place, sample in enumerate(trajectories):
+        places.setdefault(sample.issue.number, []).append(place)
     must = frozenset(number for number, issue in enumerate(places) if issue in begun)
     return Enough(tuple(map(tuple, places.values())), math.ceil(share * len(places)), must)

@@ -163,47 +163,47 @@ class Evaluation(Work):
         examples = [example for _, _, examples in read for example in examples]
         _, encoder = self._language_model(piece.model, piece.dataset)
         encoded = encoder.encode(examples, piece.dataset)
-        for (example_id, _), one in zip(examples, encoded, strict=True):
-            if one.error is not None:
-                raise DataError(f"The example '{example_id}' cannot be used: {one.error}") from one.error
-        return [(example_id, one) for (example_id, _), one in zip(examples, encoded, strict=True)]
+        for (example_id, _), encoding in zip(examples, encoded, strict=True):
+            if encoding.error is not None:
+                raise DataError(f"The example '{example_id}' cannot be used: {encoding.error}") from encoding.error
+        return [(example_id, encoding) for (example_id, _), encoding in zip(examples, encoded, strict=True)]
 
     def _likelihoods(
         self, piece: _Piece, rows: Sequence[Row]
     ) -> Iterator[tuple[str, Encoded, list[DocumentLikelihood]]]:
         encoded = self._encoded(piece, rows)
         model, _ = self._language_model(piece.model, piece.dataset)
-        documents = [document for _, one in encoded for document in one.documents]
+        documents = [document for _, encoding in encoded for document in encoding.documents]
         measured = iter(likelihoods(model, documents, self.config.block))
-        for example_id, one in encoded:
-            yield example_id, one, [next(measured) for _ in one.documents]
+        for example_id, encoding in encoded:
+            yield example_id, encoding, [next(measured) for _ in encoding.documents]
 
     def _choose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
-        for example_id, one, found in self._likelihoods(piece, rows):
-            if not found:
-                yield {"id": example_id, "left": one.dropped or "nothing to measure"}
+        for example_id, encoding, measured in self._likelihoods(piece, rows):
+            if not measured:
+                yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
                 continue
-            plain = [likelihood.log_probability for likelihood in found]
-            normalised = [likelihood.log_probability / max(likelihood.tokens, 1) for likelihood in found]
+            plain = [likelihood.log_probability for likelihood in measured]
+            normalised = [likelihood.log_probability / max(likelihood.tokens, 1) for likelihood in measured]
             yield {
                 "id": example_id,
                 "log_probabilities": plain,
                 "per_token": normalised,
                 "right": _first_is_best(plain),
                 "right_per_token": _first_is_best(normalised),
-                "tokens": sum(map(len, one.documents)),
+                "tokens": sum(map(len, encoding.documents)),
             }
 
     def _lose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
-        for example_id, one, found in self._likelihoods(piece, rows):
-            if not found:
-                yield {"id": example_id, "left": one.dropped or "nothing to measure"}
+        for example_id, encoding, measured in self._likelihoods(piece, rows):
+            if not measured:
+                yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
                 continue
             yield {
                 "id": example_id,
-                "loss": -sum(likelihood.log_probability for likelihood in found),
-                "weight": sum(likelihood.weight for likelihood in found),
-                "tokens": sum(map(len, one.documents)),
+                "loss": -sum(likelihood.log_probability for likelihood in measured),
+                "weight": sum(likelihood.weight for likelihood in measured),
+                "tokens": sum(map(len, encoding.documents)),
             }
 
     # --- the report -----------------------------------------------------------------------------------------

@@ -59,7 +59,10 @@ class Filtering(Work):
         bad: list[Entry] = [{"left": BAD_RECORD} for _, _, examples in read if not examples]
         if not self.config.reward:
             return [*bad, *({"record": _plain(record)} for _, record, examples in read if examples)]
-        judged = [[_judged(example, one, name, record) for one, example in examples] for name, record, examples in read]
+        judged = [
+            [_judged(example, example_id, name, record) for example_id, example in examples]
+            for name, record, examples in read
+        ]
         scores = iter(scored(self.scorer.score([pair for row in judged for pair in row])))
         entries = bad
         for (_, record, _), row in zip(read, judged, strict=True):

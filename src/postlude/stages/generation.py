@@ -102,7 +102,7 @@ class Generation(Work):
 
     def _record(self, sample: Trajectory) -> dict[str, Any]:
         prompt, score = sample.prompt, score_of(sample)
-        made = {
+        columns = {
             "id": f"{prompt.example_id}#{sample.sample}",
             "prompt_id": prompt.example_id,
             "sample": sample.sample,
@@ -111,20 +111,20 @@ class Generation(Work):
             "completion_tokens": sample.sampled_tokens,
             **({"reward": score.total, "rewards": dict(score.parts)} if self.config.is_rewarded else {}),
         }
-        return {**_carried(prompt, made), **made}
+        return {**_carried(prompt, columns), **columns}
 
     def measure(self, entries: Sequence[Entry]) -> Mapping[str, float]:
-        asked = [entry for entry in entries if "left" not in entry]
-        rewards = [reward for entry in asked for reward in entry["rewards"]]
-        tokens = sum(sum(entry["tokens"]) for entry in asked)
+        answered = [entry for entry in entries if "left" not in entry]
+        rewards = [reward for entry in answered for reward in entry["rewards"]]
+        tokens = sum(sum(entry["tokens"]) for entry in answered)
         line: dict[str, float] = {
             "tokens": tokens,
-            "prompts": len(asked),
+            "prompts": len(answered),
             "completions": len(rewards),
-            "records": sum(len(entry["records"]) for entry in asked),
+            "records": sum(len(entry["records"]) for entry in answered),
         }
         if rewards:
-            stopped = sum(ended == "stop" for entry in asked for ended in entry["ended"])
+            stopped = sum(ended == "stop" for entry in answered for ended in entry["ended"])
             line |= {"completion_tokens": tokens / len(rewards), "stopped": stopped / len(rewards)}
         if rewards and self.config.is_rewarded:
             line["reward"] = sum(rewards) / len(rewards)
@@ -199,7 +199,7 @@ class Generation(Work):
 def _pair(chosen: Trajectory, rejected: Trajectory) -> dict[str, Any]:
     """Two answers to one prompt as a record of the format ``preference``."""
     prompt, (high, low) = chosen.prompt, (score_of(chosen), score_of(rejected))
-    made = {
+    columns = {
         "id": prompt.example_id,
         "prompt_id": prompt.example_id,
         "prompt": prompt.asked if isinstance(prompt.asked, str) else list(prompt.asked),
@@ -210,7 +210,7 @@ def _pair(chosen: Trajectory, rejected: Trajectory) -> dict[str, Any]:
         "rejected_rewards": dict(low.parts),
         **({} if prompt.tools is None else {"tools": list(prompt.tools)}),
     }
-    return {**_carried(prompt, made), **made}
+    return {**_carried(prompt, columns), **columns}
 
 
 def _said(sample: Trajectory) -> Any:
@@ -218,9 +218,9 @@ def _said(sample: Trajectory) -> Any:
     return columns_of(sample)["completion"]
 
 
-def _carried(prompt: Prompt, made: Mapping[str, Any]) -> dict[str, Any]:
+def _carried(prompt: Prompt, columns: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of the prompt's record that the new record has room for, and what the data answer."""
-    record = {name: value for name, value in prompt.record.items() if name not in made and name not in _ANSWERED}
+    record = {name: value for name, value in prompt.record.items() if name not in columns and name not in _ANSWERED}
     if prompt.reference is not None:
         record.setdefault(REFERENCE, prompt.reference)
     return json.loads(record_json(record))

@@ -68,7 +68,7 @@ def _setting(models: TrainingModels, config: PreTrainedConfig) -> memory.Setting
     stage, pool = models.config, _pool(models)
     device = torch.device("cuda" if pool.gpus_per_worker else "cpu")
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    beside = [one for one in stage.companions().values() if not (stage.adapter and one.start == stage.model)]
+    shares_base = [stage.adapter and companion.start == stage.model for companion in stage.companions().values()]
     every = stage.checkpoint.every
     return memory.Setting(
         tokens=stage.batch.micro or stage.batch.block,
@@ -80,7 +80,7 @@ def _setting(models: TrainingModels, config: PreTrainedConfig) -> memory.Setting
         states_per_parameter=Optimizer.of(stage.optimizer).state_per_parameter,
         computed=Precision.choose(stage.precision, device, stored, stage.half).dtype,
         stored=stored,
-        frozen_models=len(beside),
+        frozen_models=sum(not shared for shared in shares_base),
         saves_beside_training=every is not None and (stage.steps is None or every < stage.steps),
         head_chunk_bytes=Limits.of(device).chunk_bytes,
         device_is_host=device.type == "cpu",

@@ -130,10 +130,10 @@ class Parts:
         """A data set that a stage makes, with the files that it made as the source."""
         if not isinstance(config.source, FromStage):
             return config
-        made = self.artifacts.stage(config.source.from_)
-        if not made.has_artifact():
-            raise DataError(f"The stage '{made.name}' of {made.uri} has not made its data yet. Run it first.")
-        return config.model_copy(update={"source": config.source.at(made.artifact)})
+        maker = self.artifacts.stage(config.source.from_)
+        if not maker.has_artifact():
+            raise DataError(f"The stage '{maker.name}' of {maker.uri} has not made its data yet. Run it first.")
+        return config.model_copy(update={"source": config.source.at(maker.artifact)})
 
     def makers(self, names: Iterable[str]) -> dict[str, str]:
         """Those of the data sets that a stage makes, with the stage."""

@@ -43,17 +43,17 @@ class PromptReader:
         for place, (name, group, _) in enumerate(rows):
             places.setdefault((name, group), []).append(place)
         prompts: dict[int, list[Prompt | NotAsked]] = {}
-        for (name, group), some in places.items():
-            records = self.datasets[name].read(group, [rows[place][2] for place in some])
-            for place, (record, examples) in zip(some, records, strict=True):
+        for (name, group), own in places.items():
+            records = self.datasets[name].read(group, [rows[place][2] for place in own])
+            for place, (record, examples) in zip(own, records, strict=True):
                 prompts[place] = [self._prompt(example, example_id, name, record) for example_id, example in examples]
         return [prompts[place] for place in range(len(rows))]
 
     def read_all(self, rows: Iterable[Row]) -> Iterator[Prompt | NotAsked]:
         """Every prompt in records, in order; for a bad record, that it is one."""
         remaining = iter(rows)
-        while some := list(islice(remaining, _READ_ROWS)):
-            for (name, group, position), prompts in zip(some, self.read(some), strict=True):
+        while chunk := list(islice(remaining, _READ_ROWS)):
+            for (name, group, position), prompts in zip(chunk, self.read(chunk), strict=True):
                 yield from prompts or [NotAsked(f"{name}, group {group}, row {position}", name, BAD_RECORD)]
 
     def _prompt(self, example: Example, example_id: str, source: str, record: Record) -> Prompt | NotAsked:

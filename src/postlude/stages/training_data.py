@@ -181,8 +181,8 @@ class TrainingData:
     @property
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the artifact: with the template that the conversations were rendered with, if it is one."""
-        given = {source.encoder.given_template for source in self.conversations.values()}
-        template = given.pop() if len(given) == 1 else None
+        templates = {source.encoder.given_template for source in self.conversations.values()}
+        template = templates.pop() if len(templates) == 1 else None
         tokenizer = copy(self.tokenizer)
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from postlude.rollout.environment import Environment, Episode, Messages, Reply
+from postlude.rollout.environment import Environment, Episode, Reply
+from postlude.rollout.reward import Asked
 
 
 class AskAgain(Environment):
@@ -13,7 +14,7 @@ class AskAgain(Environment):
 
     times: int = 2
 
-    async def reset(self, prompt: str | Messages, record: Mapping[str, Any]) -> Episode:
+    async def reset(self, prompt: Asked, record: Mapping[str, Any]) -> Episode:
         return _Questions(self.times, isinstance(prompt, str))
 
 
