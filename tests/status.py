@@ -16,7 +16,7 @@ import pytest
 PAGE = Path(__file__).parents[1] / "docs" / "status.md"
 
 ABSENT = {
-    "Online reinforcement learning of a policy that ranks hold together": "stages.rl.parallel.tensor=2",
+    "A policy that workers hold together answers by itself, without an external engine": "stages.rl.parallel.tensor=2",
 }
 """What the design names and the project does not do yet, with an override that must be refused."""
 

@@ -1,1 +1,1 @@
-"""Where processes run. ``local`` starts the ranks of a stage on this machine."""
+"""Where processes run: groups of workers on Ray, their placement, supervision and recovery, and transport security."""

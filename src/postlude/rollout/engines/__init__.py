@@ -1,1 +1,1 @@
-"""The engines that answer prompts in online reinforcement learning, one a file."""
+"""What a manifest may say of the engines that answer prompts, one a file."""
