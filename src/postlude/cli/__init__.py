@@ -4,5 +4,3 @@ Nothing heavy is imported before a command needs it, so that ``postlude --help``
 """
 
 from postlude.cli.app import main
-
-__all__ = ["main"]

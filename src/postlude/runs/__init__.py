@@ -8,28 +8,3 @@ from postlude.runs.revisions import revision_of, revisions, set_aside
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
 from postlude.runs.takeover import find_finished_elsewhere, take_over
-
-__all__ = [
-    "LINEAGE",
-    "Ancestor",
-    "Checkpoint",
-    "ExamplesWriter",
-    "Identity",
-    "Run",
-    "Stage",
-    "State",
-    "Status",
-    "artifact_digest",
-    "artifact_of",
-    "find",
-    "find_finished_elsewhere",
-    "list_runs",
-    "open_run",
-    "provenance",
-    "read_examples",
-    "revision_of",
-    "revisions",
-    "set_aside",
-    "take_over",
-    "walk",
-]

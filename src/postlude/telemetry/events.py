@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from postlude.storage import Journal
 
+_KINDS: dict[str, type[Event]] = {}
 
-class BaseEvent(BaseModel):
-    """What every event tells."""
+
+class Event(BaseModel):
+    """What every event tells. A class of its own for each kind says what that tells besides."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -22,65 +24,60 @@ class BaseEvent(BaseModel):
     stage: str | None = None
     """The stage it belongs to; None for the run as a whole."""
 
+    def __init_subclass__(cls, kind: str, **keys: Any) -> None:
+        super().__init_subclass__(**keys)
+        _KINDS[kind] = cls
 
-class RunStarted(BaseEvent):
+
+class RunStarted(Event, kind="run_started"):
     """A process took the run up, for the first time or again."""
 
-    kind: Literal["run_started"] = "run_started"
     host: str
     pid: int
 
 
-class RunFinished(BaseEvent):
+class RunFinished(Event, kind="run_finished"):
     """All stages are done."""
 
-    kind: Literal["run_finished"] = "run_finished"
 
-
-class RunInterrupted(BaseEvent):
+class RunInterrupted(Event, kind="run_interrupted"):
     """The process was asked to stop and left; the run can be continued."""
 
-    kind: Literal["run_interrupted"] = "run_interrupted"
     reason: str | None = None
 
 
-class StageStarted(BaseEvent):
+class StageStarted(Event, kind="stage_started"):
     """A stage was taken up."""
 
-    kind: Literal["stage_started"] = "stage_started"
     from_step: int = 0
     """How many steps it had behind it: above zero for a resume."""
 
 
-class StageFinished(BaseEvent):
+class StageFinished(Event, kind="stage_finished"):
     """A stage is done and its artifact committed."""
 
-    kind: Literal["stage_finished"] = "stage_finished"
     steps: int
 
 
-class StageTakenOver(BaseEvent):
+class StageTakenOver(Event, kind="stage_taken_over"):
     """What another run finished with the same fingerprint stands in the stage now."""
 
-    kind: Literal["stage_taken_over"] = "stage_taken_over"
     run: str
     """The run that made it."""
     revision: int = 1
 
 
-class StageSetAside(BaseEvent):
+class StageSetAside(Event, kind="stage_set_aside"):
     """What stood in a stage was moved to its revisions, because something that it follows from has changed."""
 
-    kind: Literal["stage_set_aside"] = "stage_set_aside"
     revision: int
     """Of what was moved."""
     reasons: Sequence[str] = ()
 
 
-class StreamsStored(BaseEvent):
+class StreamsStored(Event, kind="streams_stored"):
     """A frozen model was run over the data of the stage, and what it said is stored."""
 
-    kind: Literal["streams_stored"] = "streams_stored"
     name: str
     """What the model is to the stage."""
     parts: int
@@ -89,36 +86,32 @@ class StreamsStored(BaseEvent):
     """How many of them were missing."""
 
 
-class CheckpointSaved(BaseEvent):
+class CheckpointSaved(Event, kind="checkpoint_saved"):
     """A checkpoint was committed."""
 
-    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
     step: int
     uri: str
 
 
-class CheckpointSkipped(BaseEvent):
+class CheckpointSkipped(Event, kind="checkpoint_skipped"):
     """A checkpoint could not be used for a resume; the one before it is tried."""
 
-    kind: Literal["checkpoint_skipped"] = "checkpoint_skipped"
     step: int
     reason: str
 
 
-class StepSkipped(BaseEvent):
+class StepSkipped(Event, kind="step_skipped"):
     """A step's loss or gradient was not finite, and the weights were left as they are."""
 
-    kind: Literal["step_skipped"] = "step_skipped"
     step: int
     loss: float | None = None
     grad_norm: Mapping[str, float] = {}
     """By model."""
 
 
-class Evaluation(BaseEvent):
+class Evaluation(Event, kind="evaluation"):
     """The loss on one held-out data set, and what else is measured there."""
 
-    kind: Literal["evaluation"] = "evaluation"
     step: int
     name: str
     loss: float | None = None
@@ -126,45 +119,40 @@ class Evaluation(BaseEvent):
     metrics: Mapping[str, float] = {}
 
 
-class Measured(BaseEvent):
+class Measured(Event, kind="measured"):
     """What an evaluation found, of one model on one data set."""
 
-    kind: Literal["measured"] = "measured"
     name: str
     """What was measured on what."""
     values: Mapping[str, float | int]
 
 
-class AmendmentApplied(BaseEvent):
+class AmendmentApplied(Event, kind="amendment_applied"):
     """A recorded change to the running stage took effect."""
 
-    kind: Literal["amendment_applied"] = "amendment_applied"
     step: int
     """The first step with it."""
     assignment: str
     """``KEY=VALUE``."""
 
 
-class GroupFormed(BaseEvent):
+class GroupFormed(Event, kind="group_formed"):
     """The workers of a stage are there, for the first time or again."""
 
-    kind: Literal["group_formed"] = "group_formed"
     workers: int
     hosts: Sequence[str]
 
 
-class GroupGrows(BaseEvent):
+class GroupGrows(Event, kind="group_grows"):
     """An elastic group left at a checkpoint, to be formed again with more workers."""
 
-    kind: Literal["group_grows"] = "group_grows"
     workers: int
     """How many it had."""
 
 
-class WorkerFailure(BaseEvent):
+class WorkerFailure(Event, kind="worker_failure"):
     """A group of workers came to an early end, from which the stage recovers if it may."""
 
-    kind: Literal["worker_failure"] = "worker_failure"
     what: str
     """One of the kinds of :mod:`postlude.cluster.failure`."""
     reason: str
@@ -173,71 +161,40 @@ class WorkerFailure(BaseEvent):
     trace: str | None = None
 
 
-class Recovery(BaseEvent):
+class Recovery(Event, kind="recovery"):
     """The workers are started again, and go on from the last committed checkpoint."""
 
-    kind: Literal["recovery"] = "recovery"
     attempt: int
     """Since the last checkpoint."""
     pause_seconds: float
 
 
-class EngineDied(BaseEvent):
+class EngineDied(Event, kind="engine_died"):
     """An engine that answers prompts died or hung; another takes its place, and is asked again what it was asked."""
 
-    kind: Literal["engine_died"] = "engine_died"
     engine: str
     reason: str
 
 
-class Alarm(BaseEvent):
+class Alarm(Event, kind="alarm"):
     """Something a person should look at, though the run goes on."""
 
-    kind: Literal["alarm"] = "alarm"
     what: str
     reason: str
     step: int | None = None
 
 
-class Failure(BaseEvent):
+class Failure(Event, kind="failure"):
     """What stopped the stage or the run."""
 
-    kind: Literal["failure"] = "failure"
     error: str
     step: int | None = None
 
 
-Event = (
-    RunStarted
-    | RunFinished
-    | RunInterrupted
-    | StageStarted
-    | StageFinished
-    | StageTakenOver
-    | StageSetAside
-    | StreamsStored
-    | CheckpointSaved
-    | CheckpointSkipped
-    | StepSkipped
-    | Evaluation
-    | Measured
-    | AmendmentApplied
-    | GroupFormed
-    | GroupGrows
-    | WorkerFailure
-    | Recovery
-    | EngineDied
-    | Alarm
-    | Failure
-)
-
-_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
-
-
 def make(kind: str, stage: str | None = None, **fields: Any) -> Event:
-    """An event of this moment. pydantic's ValidationError if ``fields`` are not those of the kind."""
+    """An event of this moment. KeyError if there is no such kind, ValidationError if ``fields`` are not those of it."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return _EVENT.validate_python({"time": now, "kind": kind, "stage": stage, **fields})
+    return _KINDS[kind](time=now, kind=kind, stage=stage, **fields)
 
 
 def record(journal: Journal, event: Event) -> None:
@@ -247,4 +204,4 @@ def record(journal: Journal, event: Event) -> None:
 
 def read(journal: Journal) -> list[Event]:
     """All events of a run, in order."""
-    return [_EVENT.validate_python(line) for line in journal.read()]
+    return [_KINDS[line["kind"]].model_validate(line) for line in journal.read()]

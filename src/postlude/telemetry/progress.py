@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from postlude.runs import Run
-from postlude.telemetry.events import Event
+from postlude.telemetry import events
 from postlude.telemetry.summary import summarize
 
 PLAIN_SECONDS = 10.0
@@ -51,7 +51,7 @@ class Display(Protocol):
     def preparing(self, what: str, share: float) -> None:
         """Show how much is done, 0 to 1, of something that comes before the first step."""
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Show an event that a person should know of at once."""
 
 
@@ -99,7 +99,7 @@ class StageProgress:
             self._printed_at = now
             say(self._prepared[0])
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Show an event that a person should know of at once."""
         shown = _worth_telling(event)
         if shown:
@@ -138,31 +138,31 @@ class StageProgress:
         return grid
 
 
-def _worth_telling(event: Event) -> str | None:
-    match event.kind:
-        case "evaluation":
+def _worth_telling(event: events.Event) -> str | None:
+    match event:
+        case events.Evaluation():
             numbers = event.metrics if event.loss is None else {"loss": event.loss}
             return f"step {event.step}, {', '.join(f'{k} {v:.4f}' for k, v in numbers.items())} on {event.name}"
-        case "alarm":
+        case events.Alarm():
             return f"ALARM: {event.what}: {event.reason}"
-        case "checkpoint_skipped":
+        case events.CheckpointSkipped():
             return f"the checkpoint of step {event.step} cannot be used and is passed over: {event.reason}"
-        case "step_skipped":
+        case events.StepSkipped():
             return f"step {event.step} skipped: its loss or gradient is not finite"
-        case "amendment_applied":
+        case events.AmendmentApplied():
             return f"{event.assignment} from step {event.step} on"
-        case "worker_failure":
+        case events.WorkerFailure():
             who = (
                 "" if event.rank is None else f"rank {event.rank}" + (f" on {event.host}" if event.host else "") + ": "
             )
             return f"{event.what} failure: {who}{event.reason}"
-        case "recovery":
+        case events.Recovery():
             return "the workers are started again" + (f" in {event.pause_seconds:.0f}s" if event.pause_seconds else "")
-        case "engine_died":
+        case events.EngineDied():
             return f"the engine '{event.engine}' is replaced: {event.reason}"
-        case "group_grows":
+        case events.GroupGrows():
             return f"there is room for more than {event.workers} workers: the group is formed anew"
-        case "stage_started" if event.from_step:
+        case events.StageStarted() if event.from_step:
             return f"continues after step {event.from_step}"
     return None
 
