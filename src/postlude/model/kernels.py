@@ -81,7 +81,8 @@ def document_attention(
     the device. Returns the output [tokens, heads, dim] and the log-sum-exp of each row's logits [tokens, heads].
     """
     if query.is_cuda:
-        output, logsumexp = _cuda_forward(query, key, value, lengths, offsets, scale, window)
+        output, logsumexp = varlen(query, key, value, offsets, int(lengths.max()), scale, window)
+        logsumexp = logsumexp.transpose(0, 1).contiguous()
     else:
         output, logsumexp = _cpu_forward(query, key, value, lengths, scale, window)
     if sinks is not None:
@@ -110,10 +111,26 @@ def _backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (gradient.contiguous(), query, key, value, output, logsumexp, lengths)
-    if query.is_cuda:
-        return _cuda_backward(*arguments, offsets, scale, window)
-    return _cpu_backward(*arguments, scale, window)
+    gradient = gradient.contiguous()
+    if not query.is_cuda:
+        return _cpu_backward(gradient, query, key, value, output, logsumexp, lengths, scale, window)
+    longest = int(lengths.max())
+    return torch.ops.torch_attn._varlen_attn_backward(
+        gradient,
+        query,
+        key,
+        value,
+        output,
+        logsumexp.transpose(0, 1).contiguous(),
+        offsets,
+        offsets,
+        longest,
+        longest,
+        window is None,
+        torch.zeros(2, dtype=torch.uint64, device=query.device),
+        scale,
+        list(_flash_window(window)),
+    )
 
 
 @_backward.register_fake
@@ -238,47 +255,3 @@ def varlen(
 def _flash_window(window: int | None) -> tuple[int, int]:
     """The window as the CUDA kernels count it: how many tokens to the left, and none to the right."""
     return (-1 if window is None else window - 1, 0)
-
-
-def _cuda_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    offsets: Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    output, logsumexp = varlen(query, key, value, offsets, int(lengths.max()), scale, window)
-    return output, logsumexp.transpose(0, 1).contiguous()
-
-
-def _cuda_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    lengths: Tensor,
-    offsets: Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    longest = int(lengths.max())
-    return torch.ops.torch_attn._varlen_attn_backward(
-        gradient,
-        query,
-        key,
-        value,
-        output,
-        logsumexp.transpose(0, 1).contiguous(),
-        offsets,
-        offsets,
-        longest,
-        longest,
-        window is None,
-        torch.zeros(2, dtype=torch.uint64, device=query.device),
-        scale,
-        list(_flash_window(window)),
-    )

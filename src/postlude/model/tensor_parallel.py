@@ -136,21 +136,19 @@ class Divided:
 
     partial = False
     """Whether parameters that are whole meet values that differ between ranks, so that their gradients are parts."""
+    dimensions: Mapping[str, int] = {}
+    """Along which dimension parameters are divided, by their names."""
+    dimension_of_others: int | None = None
+    """Along which those are that are not named; None where they are whole on every rank."""
 
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.module, self.mesh, self.group = module, mesh, mesh.tensor_group
         self.original: Callable[..., Any] = module.forward
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        """Along which dimension each parameter is divided; one that is not named is whole on every rank."""
-        return {}
-
     def place(self) -> None:
         """Turn the parameters into DTensors, and run the module on their parts from now on."""
-        dimensions = self.dimensions(self.module)
         for name, parameter in self.module.named_parameters(recurse=False):
-            dimension = dimensions.get(name)
+            dimension = self.dimensions.get(name, self.dimension_of_others)
             placement = Replicate() if dimension is None else Shard(dimension)
             divided = distribute_tensor(parameter.data, self.mesh.tensor, [placement], src_data_rank=None)
             self.module._parameters[name] = nn.Parameter(divided, requires_grad=parameter.requires_grad)
@@ -183,9 +181,7 @@ class Columns(Divided):
 
     gathers = False
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        return {"weight": 0, "bias": 0}
+    dimensions = {"weight": 0, "bias": 0}
 
     def forward(self, value: Tensor) -> Tensor:
         output = self.run(self.original, enter(value, self.group))
@@ -201,9 +197,7 @@ class Rows(Divided):
 
     splits = False
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        return {"weight": 1}
+    dimensions = {"weight": 1}
 
     def forward(self, value: Tensor) -> Tensor:
         bias = self.module._parameters.get("bias")
@@ -221,9 +215,7 @@ class SplitRows(Rows):
 class Heads(Divided):
     """A module whose parameters have one entry for each head, and that works on some heads on each rank."""
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        return {name: 0 for name, _ in module.named_parameters(recurse=False)}
+    dimension_of_others = 0
 
 
 class OfEachHead(Divided):
@@ -239,9 +231,7 @@ class Experts(Divided):
     Only the tokens that go to an expert of this rank are computed here.
     """
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        return {name: 0 for name, _ in module.named_parameters(recurse=False)}
+    dimension_of_others = 0
 
     def place(self) -> None:
         super().place()
@@ -264,9 +254,7 @@ class Experts(Divided):
 class EmbeddingRows(Divided):
     """An embedding with some of its rows on each rank."""
 
-    @classmethod
-    def dimensions(cls, module: nn.Module) -> Mapping[str, int]:
-        return {"weight": 0}
+    dimensions = {"weight": 0}
 
     def place(self) -> None:
         super().place()
@@ -339,9 +327,8 @@ def check_divides(causal: PreTrainedModel, tensor: int) -> None:
         if heads and heads % tensor:
             raise ManifestError(_does_not_divide(tensor, f"the model's {key} ({heads})"))
     for name, (module, kind) in kinds.items():
-        dimensions = kind.dimensions(module)
         for parameter, value in module.named_parameters(recurse=False):
-            dimension = dimensions.get(parameter)
+            dimension = kind.dimensions.get(parameter, kind.dimension_of_others)
             if dimension is not None and value.shape[dimension] % tensor:
                 size = value.shape[dimension]
                 raise ManifestError(_does_not_divide(tensor, f"'{name}.{parameter}' ({size} in dimension {dimension})"))
@@ -403,26 +390,8 @@ def local(parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """This rank's rows of the head, and what a softmax over all ranks' rows needs of the others."""
+    """Which rows of the head are this rank's, of those that a group of ranks has together."""
 
     group: dist.ProcessGroup
     first: int
     """The token of its first row."""
-
-    def enter(self, hidden: Tensor) -> Tensor:
-        """Hidden states, equal on all ranks, that each makes its own logits of."""
-        return enter(hidden, self.group)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """All ranks' rows."""
-        return gather(rows, 0, self.group)
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest over ranks, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
-        dist.all_reduce(values, group=self.group)
-        return values

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from postlude.data.batch import PackedBatch
 from postlude.data.document import define_stream
-from postlude.objectives.objective import Outcome
+from postlude.objectives.objective import Objective, Outcome, Step
 from postlude.objectives.policy import PolicyGradient
-
-if TYPE_CHECKING:
-    from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Step
 
 VALUE = define_stream("value", "float32")
 """What the critic expected before a sampled token, when the training on it began."""
@@ -31,16 +27,13 @@ RETURN = define_stream("return", "float32")
 
 
 @dataclass(frozen=True)
-class ActorCritic:
+class ActorCritic(Objective):
     """The objective. ``critic`` names the model whose head ``scalar`` is the critic."""
 
     policy: PolicyGradient
     critic: str = "critic"
     value_coefficient: float = 1.0
     value_clip: float | None = 0.2
-
-    statistics = ()
-    loss_is_likelihood = False
 
     @property
     def heads(self) -> Mapping[str, tuple[str, ...]]:
@@ -54,9 +47,6 @@ class ActorCritic:
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         return self.policy.count(batch)
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         outcome = self.policy(step)

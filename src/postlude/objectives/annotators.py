@@ -5,15 +5,13 @@ in place of running the model along.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from postlude.data.document import REFERENCE_LOGP
 from postlude.objectives.distillation import top_streams
-
-if TYPE_CHECKING:
-    from postlude.objectives.head import FusedHead
+from postlude.objectives.head import FusedHead
 
 
 class Annotator(Protocol):

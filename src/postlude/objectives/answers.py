@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from postlude.data.batch import PackedBatch
 from postlude.data.document import REFERENCE_LOGP
-
-if TYPE_CHECKING:
-    from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Step
+from postlude.objectives.objective import Step
 
 
 @dataclass(frozen=True)

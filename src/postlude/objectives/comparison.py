@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from postlude.objectives.logits import LogitChunks
+from postlude.objectives.logits import LogitChunks
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 

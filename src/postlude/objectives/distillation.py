@@ -16,7 +16,7 @@ from postlude.data.batch import PackedBatch
 from postlude.data.document import define_stream
 from postlude.objectives.divergence import LiveTeacher, Measure, StoredTeacher, divergence
 from postlude.objectives.nll import WeightedLikelihood
-from postlude.objectives.objective import Outcome, Step
+from postlude.objectives.objective import Objective, Outcome, Step
 
 
 def top_streams(k: int) -> tuple[str, str]:
@@ -27,13 +27,12 @@ def top_streams(k: int) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Objective):
     """The objective. ``top_k`` is the number of stored tokens, None for the model ``teacher`` that runs along."""
 
     divergence: Measure
     weighting: WeightedLikelihood
     top_k: int | None = None
-    statistics = ()
     loss_is_likelihood = True
 
     @property
@@ -46,9 +45,6 @@ class Distillation:
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         return self.weighting.count(batch)
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         batch = step.batch

@@ -14,21 +14,15 @@ Notable:
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from postlude.model.tensor_parallel import VocabularyPart
-from postlude.objectives.forward_gradients import (
-    ForwardGradients,
-    collects,
-    own_gradient,
-    rounded,
-    scaled,
-    zeros,
-)
+from postlude.model.tensor_parallel import VocabularyPart, gather
+from postlude.objectives.forward_gradients import ForwardGradients, collects, own_gradient, rounded, scaled, zeros
 from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
 from postlude.objectives.softmax import SharedSoftmax, Softmax
 
@@ -146,18 +140,11 @@ class FusedHead:
         """The head over all ranks' rows; itself, if it has them."""
         if self.part is None:
             return self
-        gathered = [None if rows is None else self.part.gather(rows) for rows in (self.weight, self.bias)]
-        assert gathered[0] is not None
-        return FusedHead(
-            gathered[0],
-            gathered[1],
-            vocabulary=self.vocabulary,
-            scale=self.scale,
-            soft_cap=self.soft_cap,
-            upstream=self.upstream,
-            in_place=self.in_place,
-            limits=self.limits,
-        )
+        whole, group = copy.copy(self), self.part.group
+        whole.weight = gather(self.weight, 0, group)
+        whole.bias = None if self.bias is None else gather(self.bias, 0, group)
+        whole.part, whole.softmax = None, Softmax()
+        return whole
 
     def projection(self, hidden: Tensor, temperature: float) -> Projection:
         """How the logits of these hidden states are made, divided by a temperature."""

@@ -16,22 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from postlude.data.batch import PackedBatch
 from postlude.data.document import SCORE, WEIGHT
 from postlude.objectives.answers import divergence, likelihood, reference_likelihood, trained_counts
-from postlude.objectives.objective import Outcome
-
-if TYPE_CHECKING:
-    from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Step
+from postlude.objectives.objective import Objective, Outcome, Step
 
 
 @dataclass(frozen=True)
-class KahnemanTversky:
+class KahnemanTversky(Objective):
     """The objective; the stream ``score`` is 1 for a wanted answer and -1 for an unwanted one."""
 
     beta: float = 0.1
@@ -41,7 +37,6 @@ class KahnemanTversky:
     heads = {"policy": ("lm",), "reference": ("lm",)}
     streams = (SCORE.name,)
     statistics = ("mismatched_sum", "mismatched_answers")
-    loss_is_likelihood = False
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"answers": float(batch.documents)}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from postlude.objectives.objective import ObjectiveConfig, Outcome
+from postlude.objectives.objective import Objective, ObjectiveConfig, Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +35,12 @@ class NegativeLogLikelihood(ObjectiveConfig):
 
 
 @dataclass(frozen=True)
-class WeightedLikelihood:
+class WeightedLikelihood(Objective):
     """The objective; normalisers are ``trained_weight`` or ``trained_documents``."""
 
     normalize: Normalizer = "token"
     streams = ()
     heads = {"policy": ("lm",)}
-    statistics = ()
     loss_is_likelihood = True
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
@@ -56,9 +55,6 @@ class WeightedLikelihood:
             return weights / step.normalizers["trained_weight"]
         of_document = step.batch.per_document(weights, rows)[step.batch.document[rows]]
         return weights / of_document / step.normalizers["trained_documents"]
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         batch = step.batch

@@ -94,7 +94,7 @@ class Outcome:
 
 class Objective(Protocol):
     """One loss. Built from its component in the manifest; holds no state. What are properties here may be plain
-    attributes of the class."""
+    attributes of the class. One that derives from this inherits what is said here of most."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -109,9 +109,9 @@ class Objective(Protocol):
     @property
     def statistics(self) -> tuple[str, ...]:
         """What :meth:`measure` returns, for a loss that couples the batch (a divergence, a load); mostly nothing."""
-        ...
+        return ()
 
-    loss_is_likelihood: bool
+    loss_is_likelihood: bool = False
     """Whether the loss is exactly what ``negative_log_likelihood`` or ``divergence`` returned. The head then adds its
     gradient to the weight's at once, and a step of many micro-batches never holds a second one of the size of the
     vocabulary. An objective that does not say so is taken not to be."""
@@ -122,7 +122,7 @@ class Objective(Protocol):
 
     def measure(self, step: Step) -> Mapping[str, float]:
         """A pass without gradients before the step, called only where ``statistics`` names anything."""
-        ...
+        return {}
 
     def __call__(self, step: Step) -> Outcome: ...
 

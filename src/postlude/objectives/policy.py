@@ -23,17 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from postlude.data.batch import PackedBatch
 from postlude.data.document import REFERENCE_LOGP, define_stream
-from postlude.objectives.objective import Outcome
-
-if TYPE_CHECKING:
-    from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Step
+from postlude.objectives.objective import Objective, Outcome, Step
 
 ADVANTAGE = define_stream("advantage", "float32")
 """How much better than expected a sampled token was."""
@@ -50,7 +47,7 @@ Normalizer = Literal["token", "document", "length"]
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Objective):
     """The objective; normalisers are ``sampled_tokens`` and ``sampled_documents``."""
 
     surrogate: Surrogate = "clip"
@@ -67,8 +64,6 @@ class PolicyGradient:
     """Whether documents bring ``reference_logp``, if only to be told how far away the policy is."""
 
     heads = {"policy": ("lm",)}
-    statistics = ()
-    loss_is_likelihood = False
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -78,9 +73,6 @@ class PolicyGradient:
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         sampled = batch.per_document(batch.weight.double())
         return {"sampled_tokens": float(sampled.sum()), "sampled_documents": float((sampled > 0).sum())}
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         batch = step.batch

@@ -81,16 +81,13 @@ class PreferenceLoss(Component):
 
 
 @dataclass(frozen=True)
-class PreferenceOptimisation:
+class PreferenceOptimisation(Objective):
     """The objective over units of two documents; normalisers are ``pairs`` and, with the likelihood,
     ``chosen_tokens``."""
 
     loss: PreferenceLoss
     stored_reference: bool = False
     """The documents bring the reference's log-probabilities as a stream; no reference is run."""
-
-    statistics = ()
-    loss_is_likelihood = False
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -108,9 +105,6 @@ class PreferenceOptimisation:
         if self.loss.adds_likelihood:
             counts["chosen_tokens"] = float(sides(batch, trained_counts(batch))[0].sum())
         return counts
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         from postlude.objectives import answers

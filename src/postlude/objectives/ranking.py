@@ -17,25 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from postlude.data.batch import PackedBatch
 from postlude.data.document import SCORE
 from postlude.objectives.answers import once_per_unit
-from postlude.objectives.objective import Outcome
-
-if TYPE_CHECKING:
-    from postlude.data.batch import PackedBatch
-    from postlude.objectives.objective import Step
+from postlude.objectives.objective import Objective, Outcome, Step
 
 Order = Literal["bradley_terry", "plackett_luce"]
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Objective):
     """The objective over units of two documents or more; the normaliser is ``units``."""
 
     order: Order = "bradley_terry"
@@ -44,14 +41,9 @@ class Ranking:
 
     heads = {"policy": ("scalar",)}
     streams = (SCORE.name,)
-    statistics = ()
-    loss_is_likelihood = False
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"units": float(batch.units)}
-
-    def measure(self, step: Step) -> Mapping[str, float]:
-        return {}
 
     def __call__(self, step: Step) -> Outcome:
         batch = step.batch

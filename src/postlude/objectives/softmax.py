@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from postlude.model.tensor_parallel import VocabularyPart
+from postlude.model.tensor_parallel import VocabularyPart, enter
 from postlude.objectives.forward_gradients import add_at
 
 
@@ -21,11 +22,11 @@ class Softmax:
         return hidden
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest over all columns, of what is the largest over those here."""
+        """The largest over all columns, of what is the largest over those here; may be in place."""
         return values
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all columns, of what is the sum over those here."""
+        """The sum over all columns, of what is the sum over those here; may be in place."""
         return values
 
     def at(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -47,13 +48,15 @@ class SharedSoftmax(Softmax):
         return min(vocabulary - self.part.first, rows)
 
     def enter(self, hidden: Tensor) -> Tensor:
-        return self.part.enter(hidden)
+        return enter(hidden, self.part.group)
 
     def largest(self, values: Tensor) -> Tensor:
-        return self.part.largest(values)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.part.group)
+        return values
 
     def total(self, values: Tensor) -> Tensor:
-        return self.part.total(values)
+        dist.all_reduce(values, group=self.part.group)
+        return values
 
     def at(self, logits: Tensor, targets: Tensor) -> Tensor:
         places, here = self._places(logits, targets)

@@ -203,17 +203,9 @@ def language_head(
     model: LanguageModel, upstream: float | None = None, vocabulary: int | None = None, in_place: bool = False
 ) -> FusedHead:
     """The head ``lm`` of a model, on request over its first ``vocabulary`` tokens alone."""
-    made_of = model.lm_head_parameters()
-    return FusedHead(
-        made_of.weight,
-        made_of.bias,
-        vocabulary=vocabulary or made_of.vocabulary,
-        scale=made_of.scale,
-        soft_cap=made_of.soft_cap,
-        upstream=upstream,
-        in_place=in_place,
-        part=made_of.part,
-    )
+    parameters = model.lm_head_parameters()
+    parameters = parameters._replace(vocabulary=vocabulary or parameters.vocabulary)
+    return FusedHead(**parameters._asdict(), upstream=upstream, in_place=in_place)
 
 
 def total_norm(gradients: Sequence[Tensor], mesh: Mesh | None) -> float:
