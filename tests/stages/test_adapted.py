@@ -61,7 +61,9 @@ def test_a_chain_of_adapters_is_trained_on_merged_and_exported(project, tmp_path
 
     name = f"{project.directory.uri}/on"
     commands.export(name, str(tmp_path / "peft"))
-    assert (tmp_path / "peft" / "adapter_config.json").exists()
+    targets = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)  # PEFT's own order differs from process to process
+    assert len(targets) > 3
     commands.export(name, str(tmp_path / "merged"), merge=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for key, tensor in merged.items():

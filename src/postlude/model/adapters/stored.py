@@ -165,9 +165,14 @@ def _sha256(uri: str, stamp: str) -> str:
 
 
 def write_adapter_files(tensors: Mapping[str, Tensor], attached: Attached, folder: Path) -> None:
-    """Write an adapter as PEFT does. ``tensors`` are by their names in the model, whole."""
+    """Write an adapter as PEFT does, but for the order of sets, in which PEFT's files differ from process to process.
+    ``tensors`` are by their names in the model, whole."""
     config = replace(attached.config, inference_mode=True, base_model_name_or_path=attached.base.place)
     config.save_pretrained(str(folder))
+    file = folder / ADAPTER_CONFIG_FILE
+    keys = json.loads(file.read_text())
+    ordered = {key: sorted(keys[key]) for key in keys if isinstance(getattr(config, key, None), set)}
+    file.write_text(json.dumps(keys | ordered, indent=2, sort_keys=True))
     named = {f"{PREFIX}{_name_in_file(name)}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
