@@ -173,8 +173,9 @@ def test_vllm_answers_with_the_tokens_of_the_native_engine(project, shared_data,
         assert told(native) == told(served) == told(published_says)
         assert len(native) == len(openings)
     project.models["one"] = project.models["two"]
+    word = {"function": {"name": "regex", "pattern": "[a-m]"}}
     reports = [
-        evaluated(project, f"report-{engine}", engine=engine, temperature=0.0, max_tokens=24)
+        evaluated(project, f"report-{engine}", engine=engine, temperature=0.0, max_tokens=24, reward=[word])
         for engine in ("native", "vllm")
     ]
     assert reports[0] == reports[1]
