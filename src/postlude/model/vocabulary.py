@@ -7,14 +7,12 @@ the next one. They are zero, the head's softmax leaves them out, and export cuts
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postlude.manifest.problem import ManifestError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MULTIPLE = 64
 
