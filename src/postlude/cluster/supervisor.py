@@ -184,7 +184,7 @@ class Supervisor:
     def _recover(self, failure: Failure, seconds: float) -> None:
         """Charge a failure to its budget and wait a little; raise what cannot be recovered from."""
         if not failure.policy.recovers:
-            raise _final(failure)
+            raise failure.error or ProgramError(f"{failure}\n\n{failure.trace}".rstrip())
         reached = self._progress()
         if reached != self._reached:
             self._reached = reached
@@ -206,11 +206,6 @@ class Supervisor:
         pause = 0.0 if self._spent[budget] == 1 else pause
         self._tell("recovery", attempt=self._spent[budget], pause_seconds=pause)
         self._stop.wait(max(pause, self._safe_at - time.monotonic()))
-
-
-def _final(failure: Failure) -> Exception:
-    """What a failure that is not recovered from is for the one who called."""
-    return failure.error or ProgramError(f"{failure}\n\n{failure.trace}".rstrip())
 
 
 def _count(job: Job) -> str:

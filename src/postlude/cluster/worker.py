@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import psutil
@@ -131,7 +132,7 @@ class Worker:
         host = socket.gethostname()
         with self._lease.hold(lease_seconds):
             try:
-                return Outcome(self._rank, load_function(function)(task, self._stop, self._relay), host=host)
+                return Outcome(self._rank, resolve_name(function)(task, self._stop, self._relay), host=host)
             except BaseException as error:
                 return outcome_of(self._rank, host, error)
 
@@ -193,12 +194,6 @@ class Lease:
         while not self._over.wait(min(0.5, seconds / 4)):
             if time.monotonic() - self._renewed > seconds:
                 os._exit(1)
-
-
-def load_function(place: str) -> Any:
-    """The function that stands at "module:name"."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def die_with_parent() -> None:

@@ -10,13 +10,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.data.tokenizer import NewTokens
+from postlude.model import vocabulary
 from postlude.model.weights import InMemory, LazyTensor, Region, read_whole
 
 CHUNK = 4096
@@ -34,21 +34,8 @@ def config_with_tokens(config: PreTrainedConfig, tokens: NewTokens | None) -> Pr
 
 def add_tokens(causal: PreTrainedModel, tokens: NewTokens) -> None:
     """Give a model rows for new tokens, in place; what is tied stays tied."""
-    embedding: Any = causal.get_input_embeddings()
-    head: Any = causal.get_output_embeddings()
-    tied = head.weight is embedding.weight
-    embedding.weight = _with_rows(embedding.weight, tokens)
-    embedding.num_embeddings = len(embedding.weight)
-    head.weight = embedding.weight if tied else _with_rows(head.weight, tokens)
-    head.out_features = len(head.weight)
-    if head.bias is not None:
-        head.bias = _with_rows(head.bias, tokens)
-    causal.config.get_text_config().vocab_size = len(embedding.weight)
-
-
-def _with_rows(parameter: nn.Parameter, tokens: NewTokens) -> nn.Parameter:
-    rows = read_whole(WithTokens(InMemory(parameter.detach()), tokens))
-    return nn.Parameter(rows, requires_grad=parameter.requires_grad)
+    vocabulary.replace_rows(causal, lambda parameter: read_whole(WithTokens(InMemory(parameter), tokens)))
+    causal.config.get_text_config().vocab_size = vocabulary.rows(causal)
 
 
 @dataclass(frozen=True)

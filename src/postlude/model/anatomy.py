@@ -127,14 +127,12 @@ def _pack(causal: PreTrainedModel, rows: Tensor) -> Tensor:
 
 def _attention_layers(causal: PreTrainedModel, row: Tensor) -> tuple[AttentionLayer, ...]:
     """The attention layers that run on one document, each compared with the mask it was given."""
-    with torch.no_grad(), attention.observed() as observer:
+    with torch.no_grad(), attention.observed() as layers:
         _pack(causal, row)
     expected = causal.config.get_text_config().num_hidden_layers
-    if len(observer.layers) < expected:
-        raise Refused(
-            f"sends only {len(observer.layers)} of its {expected} layers through transformers' attention interface"
-        )
-    return tuple(observer.layers)
+    if len(layers) < expected:
+        raise Refused(f"sends only {len(layers)} of its {expected} layers through transformers' attention interface")
+    return tuple(layers)
 
 
 def _separate(causal: PreTrainedModel, rows: Tensor) -> Tensor:

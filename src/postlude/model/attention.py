@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,25 +59,20 @@ class AttentionLayer:
     window: int | None
 
 
-@dataclass
-class Observer:
-    """Collects the shape of each attention call while an architecture is examined."""
-
-    layers: list[AttentionLayer] = field(default_factory=list)
-
-
-_observer: Observer | None = None
+_observed: list[AttentionLayer] | None = None
+"""The shape of each attention call while an architecture is examined."""
 
 
 @contextmanager
-def observed() -> Iterator[Observer]:
-    """While this is open, attention compares the mask that each layer was given with what it computes."""
-    global _observer
-    _observer = Observer()
+def observed() -> Iterator[list[AttentionLayer]]:
+    """While this is open, attention compares the mask that each layer was given with what it computes, and notes the
+    shape of the layer."""
+    global _observed
+    _observed = []
     try:
-        yield _observer
+        yield _observed
     finally:
-        _observer = None
+        _observed = None
 
 
 def attend(
@@ -101,8 +96,8 @@ def attend(
     ``query`` is [1, heads, tokens, dim], ``key`` and ``value`` [1, key heads, tokens, dim]; the output is
     [1, tokens, heads, value dim]. ``sliding_window`` counts the token itself; ``s_aux`` [heads] are sinks.
     """
-    if _observer is not None:
-        _observe(_observer, query, key, value, attention_mask, sliding_window)
+    if _observed is not None:
+        _observe(_observed, query, key, value, attention_mask, sliding_window)
     if documents is None or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise Refused("does not hand the documents of a pack through to its attention layers")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -199,7 +194,7 @@ def mask_window(allowed: Callable[[Tensor, Tensor], Tensor]) -> int | None:
 
 def _no_mask(*, mask_function: Callable[..., Tensor], use_vmap: bool = False, **_: Any) -> Tensor | None:
     """What transformers calls to build a mask: nothing is built; while observed, a mark that carries the window."""
-    if _observer is None:
+    if _observed is None:
         return None
     if use_vmap:
         raise Refused("lays a pattern of its own over the causal mask")
@@ -209,7 +204,7 @@ def _no_mask(*, mask_function: Callable[..., Tensor], use_vmap: bool = False, **
 
 
 def _observe(
-    observer: Observer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None
+    layers: list[AttentionLayer], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None
 ) -> None:
     wanted = None
     if mask is not None:
@@ -220,7 +215,7 @@ def _observe(
         raise Refused(
             f"masks a layer with a window of {wanted} but asks for {window} in its attention, which cannot both hold"
         )
-    observer.layers.append(AttentionLayer(query.shape[1], query.shape[-1], value.shape[-1], window))
+    layers.append(AttentionLayer(query.shape[1], query.shape[-1], value.shape[-1], window))
 
 
 AttentionInterface.register(NAME, attend)

@@ -215,17 +215,14 @@ def _classifier(
     config.num_labels = 1
     written = _on_meta(AutoModelForSequenceClassification, model, config, dtype)
     heads = [name for name, parameter in written.named_parameters() if tuple(parameter.shape) == tuple(scalar.shape)]
-    decoder = _prefix(model.causal, decoder_of(model.causal))
-    kept = {name: tensor for name, tensor in state.items() if name.startswith(decoder)}
+    decoder = decoder_of(model.causal)
+    prefix = next(f"{name}." for name, module in model.causal.named_modules() if module is decoder)
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     if len(heads) != 1 or set(written.state_dict()) != {*kept, *heads}:
         return None, {}
     rest = {name: tensor for name, tensor in state.items() if name not in kept}
     written.load_state_dict({**kept, heads[0]: scalar}, strict=True, assign=True)
     return written, {} if model.config.get_text_config().tie_word_embeddings else rest
-
-
-def _prefix(whole: torch.nn.Module, part: torch.nn.Module) -> str:
-    return next(name for name, module in whole.named_modules() if module is part) + "."
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,15 +6,13 @@ the next one. They are zero, the head's softmax leaves them out, and export cuts
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from postlude.manifest.problem import ManifestError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MULTIPLE = 64
 
@@ -47,20 +45,34 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, model: 
 
 def pad(causal: PreTrainedModel) -> None:
     """Pad the vocabulary of a model in place; what is tied stays tied. Its config keeps the real size."""
+    size = padded_size(rows(causal))
+
+    def padded(parameter: Tensor) -> Tensor:
+        values = parameter.new_zeros(size, *parameter.shape[1:])
+        values[: len(parameter)] = parameter
+        return values
+
+    if size != rows(causal):
+        replace_rows(causal, padded)
+
+
+def replace_rows(causal: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> None:
+    """Give the embedding and the head of a model other rows, in place; what is tied stays tied."""
     embedding: Any = causal.get_input_embeddings()
     head: Any = causal.get_output_embeddings()
-    size = padded_size(embedding.num_embeddings)
-    if size == embedding.num_embeddings:
-        return
+
+    def changed(parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(change(parameter.detach()), requires_grad=parameter.requires_grad)
+
     tied = head is not None and head.weight is embedding.weight
-    embedding.weight = _padded(embedding.weight, size)
-    embedding.num_embeddings = size
+    embedding.weight = changed(embedding.weight)
+    embedding.num_embeddings = len(embedding.weight)
     if head is None:
         return
-    head.weight = embedding.weight if tied else _padded(head.weight, size)
-    head.out_features = size
+    head.weight = embedding.weight if tied else changed(head.weight)
+    head.out_features = len(head.weight)
     if head.bias is not None:
-        head.bias = _padded(head.bias, size)
+        head.bias = changed(head.bias)
 
 
 def unpadded(causal: PreTrainedModel, vocabulary: int) -> dict[str, Tensor]:
@@ -75,10 +87,3 @@ def unpadded(causal: PreTrainedModel, vocabulary: int) -> dict[str, Tensor]:
             if f"{prefix}.{parameter}" in state:
                 state[f"{prefix}.{parameter}"] = state[f"{prefix}.{parameter}"][:vocabulary]
     return state
-
-
-def _padded(parameter: nn.Parameter, rows: int) -> nn.Parameter:
-    grown = parameter.new_zeros(rows, *parameter.shape[1:])
-    with torch.no_grad():
-        grown[: len(parameter)] = parameter
-    return nn.Parameter(grown, requires_grad=parameter.requires_grad)

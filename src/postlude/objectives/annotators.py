@@ -39,9 +39,7 @@ class Annotator(Protocol):
 class TokenLikelihood:
     """The log-probability of the token itself under a reference."""
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        return (REFERENCE_LOGP.name,)
+    streams = (REFERENCE_LOGP.name,)
 
     def vocabulary(self, own: int, policy: int) -> int:
         return own

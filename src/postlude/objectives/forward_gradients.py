@@ -16,7 +16,7 @@ from torch import Tensor
 from postlude.objectives.logits import Gradients, LogitChunks
 
 
-class ForwardGradients:
+class ForwardGradients(Gradients):
     """The gradients of ``inputs`` (hidden states, weight, bias) while the forward pass of a function makes them.
 
     ``ctx`` is the function's, whose first three inputs they are; ``weights``, [rows], those of the rows. ``promised``
@@ -46,11 +46,7 @@ class ForwardGradients:
             own_gradient(weight) if self._direct else zeros(weight, needed[1], chunks),
             zeros(bias, needed[2], chunks),
         ]
-        self._gradients = Gradients(chunks, self._sums, self.power * (1.0 if promised is None else promised))
-
-    def add(self, rows: slice, hidden: Tensor, tile: slice, gradient: Tensor) -> None:
-        """Add what the gradient of a tile's logits gives: :meth:`postlude.objectives.logits.Gradients.add`."""
-        self._gradients.add(rows, hidden, tile, gradient)
+        super().__init__(chunks, self._sums, self.power * (1.0 if promised is None else promised))
 
     def keep(self, ctx: Any) -> None:
         """Leave them to the backward pass."""

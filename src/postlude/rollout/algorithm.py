@@ -121,9 +121,7 @@ class Generalized(Algorithm):
 class NoAdvantages(Algorithm):
     """For an objective that reads none: it compares the tokens with those of another model."""
 
-    @property
-    def least(self) -> int:
-        return 0
+    least = 0
 
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         return [{} for _ in scored.streams], {}

@@ -7,36 +7,25 @@ from collections.abc import Sequence
 import torch
 
 from postlude.model.language_model import LanguageModel
-from postlude.rollout.engine import Completion, Death, Enough, Request, Sampling, with_version
+from postlude.rollout.engine import Completion, Enough, Request, Sampling, with_version
 from postlude.rollout.native import NativeEngine
 from postlude.training.precision import Precision
 
 
-class PolicyEngine:
+class PolicyEngine(NativeEngine):
     """Answers with a model that is trained in this process, ``batch`` completions at a time, in its precision.
 
     Nothing is copied: the weights are those of the last step.
     """
 
     def __init__(self, policy: LanguageModel, precision: Precision, batch: int) -> None:
-        self.policy, self._precision, self._batch = policy, precision, batch
+        super().__init__(policy.causal, policy.vocabulary, batch)
+        self.policy, self._precision = policy, precision
         self._version = 0
-        self._native = NativeEngine(policy.causal, policy.vocabulary, batch)
-
-    is_external = False
-
-    @property
-    def context(self) -> int | None:
-        return self._native.context
 
     def update(self, version: int) -> None:
         """Note that the weights are now those after ``version`` steps."""
         self._version = version
-
-    def deaths(self) -> Sequence[Death]:
-        return ()
-
-    def close(self) -> None: ...
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
@@ -49,4 +38,4 @@ class PolicyEngine:
             self._precision.autocast(self.policy.device),
             torch.compiler.set_stance("force_eager"),
         ):
-            return with_version(self._native.generate(requests, sampling, enough), self._version)
+            return with_version(super().generate(requests, sampling, enough), self._version)

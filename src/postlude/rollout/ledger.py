@@ -67,7 +67,9 @@ class Ledger:
         }
         self.end = None if epochs is None else self._mixture.epoch_end(epochs - 1)
         """The number of draws after which the stage is over."""
-        self._draws, self._epoch, self._epoch_end = 0, 0, self._mixture.epoch_end(0)
+        self.issued = 0
+        """Draws so far."""
+        self._epoch, self._epoch_end = 0, self._mixture.epoch_end(0)
         self._cursors = dict.fromkeys(self._mixture.names, 0)
         self._again: list[Issue] = []
         """What was open in the state that this continues from."""
@@ -78,11 +80,6 @@ class Ledger:
         """Prompts, by the reason."""
 
     @property
-    def issued(self) -> int:
-        """Draws so far."""
-        return self._draws
-
-    @property
     def settled(self) -> int:
         """Prompts that were trained or dropped so far."""
         return self.trained + self.dropped.total()
@@ -90,19 +87,19 @@ class Ledger:
     @property
     def exhausted(self) -> bool:
         """Whether there is nothing left to issue."""
-        return not self._again and self._draws == self.end
+        return not self._again and self.issued == self.end
 
     @property
     def progress(self) -> float | None:
         """The share of the draws that are settled, 0 to 1; None without an end."""
         waiting = len(self._open) + len(self._again)
-        return None if self.end is None else (self._draws - waiting) / self.end
+        return None if self.end is None else (self.issued - waiting) / self.end
 
     def issue(self, count: int) -> list[Issue]:
         """The next draws; fewer at the end."""
         issues = self._again[:count]
         self._again = self._again[count:]
-        while len(issues) < count and self._draws != self.end:
+        while len(issues) < count and self.issued != self.end:
             issues.append(self._draw())
         self._open.update({issue.number: issue for issue in issues})
         return issues
@@ -121,7 +118,7 @@ class Ledger:
         kept = {issue.number for issue in but}
         again = [*self._open.values(), *self._again]
         return {
-            "draws": self._draws,
+            "draws": self.issued,
             "epoch": self._epoch,
             "cursors": dict(self._cursors),
             "again": [astuple(issue) for issue in sorted(again, key=lambda i: i.number) if issue.number not in kept],
@@ -138,7 +135,7 @@ class Ledger:
                 f"The data are not those that the run was stopped with: then records by data set were {state['rows']}, "
                 f"now they are {self.rows}, so the prompts cannot be continued. Restore the data, or start a new run."
             )
-        self._draws, self._epoch = state["draws"], state["epoch"]
+        self.issued, self._epoch = state["draws"], state["epoch"]
         self._epoch_end = self._mixture.epoch_end(self._epoch)
         self._cursors = dict(state["cursors"])
         self._again = [Issue(*issue) for issue in state["again"]]
@@ -146,12 +143,12 @@ class Ledger:
         self.trained, self.dropped = state["trained"], Counter(state["dropped"])
 
     def _draw(self) -> Issue:
-        source = self._mixture.names[int(self._mixture.choices(self._draws, 1)[0])]
+        source = self._mixture.names[int(self._mixture.choices(self.issued, 1)[0])]
         [(group, positions)] = self._orders[source].draws(self._cursors[source], 1)
-        issue = Issue(self._draws, self._epoch, source, group, int(positions[0]))
-        self._draws += 1
+        issue = Issue(self.issued, self._epoch, source, group, int(positions[0]))
+        self.issued += 1
         self._cursors[source] += 1
-        if self._draws == self._epoch_end:
+        if self.issued == self._epoch_end:
             self._epoch += 1
             self._epoch_end = self._mixture.epoch_end(self._epoch)
         return issue

@@ -222,7 +222,9 @@ class _Table:
         if not kept:
             return [], None
         rows = torch.tensor([owners[place] for place in kept], device=self._device)
-        return [answers[place] for place in kept], Rows.begin(cache, mask, positions[:, -1], rows)
+        begun = Rows(cache, mask, positions[:, -1])
+        begun.select(rows)  # which prompt each has
+        return [answers[place] for place in kept], begun
 
     def _choose(self, answers: Sequence[_Answer], logits: Tensor) -> None:
         """Sample the next token of each answer from logits [answers, vocabulary]."""

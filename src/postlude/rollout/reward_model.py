@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.batch import PackedBatch
 from postlude.data.chat import Chat, ChatRenderer
@@ -15,9 +15,6 @@ from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.model.language_model import LanguageModel
 from postlude.training.frozen import batches_of, over_packs, packs_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class RewardModel:

@@ -57,7 +57,8 @@ class Rounds:
         self.rules, self.ledger, self.assessment, self.algorithm = rules, ledger, assessment, assessment.algorithm
         self.answerer, self.workers, self.phases = answerer, answerer.workers, answerer.phases
         self._prompts, self._tell_rollouts, self.engine = prompts, tell_rollouts, answerer.engine
-        self._step = 0
+        self.step = 0
+        """Steps that were handed out."""
         self._ahead: deque[Answering] = deque()
         """The rounds that are being answered."""
         self._cut: list[Group] = []
@@ -69,20 +70,15 @@ class Rounds:
         self._last_lines: list[Mapping[str, Any]] = []
         """What was told after the last step: a resume from there has cut it away."""
 
-    @property
-    def step(self) -> int:
-        """Steps that were handed out."""
-        return self._step
-
     def __iter__(self) -> Iterator[StepBlocks]:
         return self
 
     def __next__(self) -> StepBlocks:
         settled_before = self.ledger.settled
-        while not self._planned and self._step != self.rules.steps and (self._ahead or self._has_prompts):
+        while not self._planned and self.step != self.rules.steps and (self._ahead or self._has_prompts):
             self._check_fruitful(settled_before)
             self.turn()
-        if self._planned and self._step != self.rules.steps:
+        if self._planned and self.step != self.rules.steps:
             return self._next_step()
         self._drop_the_rest()
         self._last_lines = list(self._lines)
@@ -98,7 +94,7 @@ class Rounds:
         self._begin(min(self.rules.ahead, self._rounds_left() - 1))
         groups = self._collect(answered)
         with self.phases.measure("assess"):
-            documents, metrics = self.assessment.of(groups, self._step)
+            documents, metrics = self.assessment.of(groups, self.step)
         self._planned.fill(self.rules, groups, documents, {**metrics, **busy})
 
     # --- a round --------------------------------------------------------------------------------------------
@@ -113,7 +109,7 @@ class Rounds:
         if len(self._ahead) >= rounds or not self._has_prompts:
             return
         with self.phases.measure("sync"):
-            self.engine.update(self._step)
+            self.engine.update(self.step)
         while len(self._ahead) < rounds and self._has_prompts:
             going_on, self._cut = self._cut, []
             wanted = math.ceil(self.rules.prompts * self.rules.oversample) - len({group[0].issue for group in going_on})
@@ -132,7 +128,7 @@ class Rounds:
         ends the stage."""
         if self.rules.steps is None:
             return sys.maxsize
-        return -(-(self.rules.steps - self._step) // (self.rules.updates * self.rules.passes))
+        return -(-(self.rules.steps - self.step) // (self.rules.updates * self.rules.passes))
 
     def _measure_busy(self) -> dict[str, float]:
         """The shares of the time since the round before in which the engine and the trainer were at work."""
@@ -228,7 +224,7 @@ class Rounds:
             self.ledger.settle(issue)
         self._lines += step.lines
         self._tell()
-        self._step += 1
+        self.step += 1
         account = {
             "prompts_issued": float(self.ledger.issued),
             "prompts_trained": float(self.ledger.trained),
@@ -238,7 +234,7 @@ class Rounds:
         return StepBlocks(
             blocks=own_blocks(documents, self.rules.block, self.workers),
             epoch=step.epoch,
-            progress=self._step / self.rules.steps if self.rules.steps else self.ledger.progress or 0.0,
+            progress=self.step / self.rules.steps if self.rules.steps else self.ledger.progress or 0.0,
             documents=len(documents),
             tokens=sum(len(document) for document in documents),
             metrics={**step.metrics, **account},
@@ -261,7 +257,7 @@ class Rounds:
         self._lines += [{**line, "outcome": "dropped", "reason": reason} for line in lines]
 
     def _tell(self) -> None:
-        self._tell_rollouts(self._step + 1, self._lines)
+        self._tell_rollouts(self.step + 1, self._lines)
         self._lines = []
 
     # --- state ----------------------------------------------------------------------------------------------
@@ -271,7 +267,7 @@ class Rounds:
         cut = [sample for group in self._cut for sample in group]
         planned = [issue for step in self._planned for issue in step.issues]
         return {
-            "step": self._step,
+            "step": self.step,
             "ledger": self.ledger.state([*planned, *{sample.issue: None for sample in cut}]),
             "rest": [sample.state() for sample in cut],
             "algorithm": self.algorithm.state(),
@@ -283,7 +279,7 @@ class Rounds:
         """Continue with the step that comes after ``state``. DataError if the data hold other rows than then."""
         self.ledger.load(state["ledger"])
         self.algorithm.load(state["algorithm"])
-        self._step, self._lines = state["step"], list(state["lines"])
+        self.step, self._lines = state["step"], list(state["lines"])
         issues = {issue[0]: Issue(*issue) for issue in state["ledger"]["open"]}
         self._cut = self._restore_cut(state["rest"], issues)
         self._planned.load(state, issues)

@@ -70,14 +70,6 @@ class Rows:
     def __init__(self, cache: Cache, mask: Tensor, positions: Tensor) -> None:
         self.cache, self.mask, self.positions = cache, mask, positions
 
-    @classmethod
-    def begin(cls, cache: Cache, mask: Tensor, positions: Tensor, rows: Tensor) -> Rows:
-        """From a pass over prompts: ``mask`` [prompts, columns], ``positions`` [prompts], and which prompt each row
-        has, [rows]."""
-        begun = cls(cache, mask, positions)
-        begun.select(rows)
-        return begun
-
     def __len__(self) -> int:
         return len(self.mask)
 

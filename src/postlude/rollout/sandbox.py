@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x10000000, 0x20000000, 0x40000000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -50,14 +50,7 @@ def passes(program: str, test: str, limits: SandboxLimits) -> bool:
     :class:`NotIsolated` where it shall be and cannot be.
     """
     sign = secrets.token_hex(16)
-    order = {
-        "program": program,
-        "test": test,
-        "sign": sign,
-        "seconds": limits.seconds,
-        "memory": limits.memory_bytes,
-        "isolated": limits.isolated,
-    }
+    order = {"program": program, "test": test, "sign": sign, **asdict(limits)}
     with tempfile.TemporaryDirectory(prefix="postlude-sandbox-", ignore_cleanup_errors=True) as folder:
         try:
             done = subprocess.run(
@@ -92,7 +85,7 @@ def _main() -> int:
     child = os.fork()  # the first process of its own namespace: with it all that it has started ends
     if child == 0:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        _limit(order["seconds"], order["memory"])
+        _limit(order["seconds"], order["memory_bytes"])
         sign, out = order["sign"], os.dup(1)
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):

@@ -52,7 +52,8 @@ class Scorer:
             else:
                 columns[name] = self._modelled(name, reward, completions)
         rows = [{name: values[row] for name, values in columns.items()} for row in range(len(completions))]
-        return [_first_unscored(row) or self._sum(row) for row in rows]  # type: ignore[arg-type]
+        unscored = [next((value for value in row.values() if isinstance(value, Unscored)), None) for row in rows]
+        return [why or self._sum(row) for why, row in zip(unscored, rows, strict=True)]  # type: ignore[arg-type]
 
     def _sum(self, parts: Mapping[str, float]) -> Score:
         return Score(math.fsum(reward.weight * parts[name] for name, reward in self._parts), parts)
@@ -72,10 +73,6 @@ class Scorer:
     def close(self) -> None:
         """Leave no process at work."""
         self.pool.close()
-
-
-def _first_unscored(parts: Mapping[str, float | Unscored]) -> Unscored | None:
-    return next((value for value in parts.values() if isinstance(value, Unscored)), None)
 
 
 def pass_at_k(samples: int, successes: int, k: int) -> float:

@@ -89,13 +89,6 @@ class _Writer(FileSystemWriter):
             pickle.dump(metadata, stream)
 
 
-class _Reader(FileSystemReader):
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.fs = _StorageFiles()  # type: ignore[assignment]
-        self.path = uri
-
-
 class Checkpointer:
     """Saves the state of a stage in the background, one checkpoint at a time.
 
@@ -144,7 +137,8 @@ class Checkpointer:
         except CheckpointException as error:
             if self.workers.leads:
                 storage.remove(uri)
-            raise _cause(error) from error
+            cause = next(iter(error.failures.values()))  # torch wraps each rank's exception
+            raise (cause[0] if isinstance(cause, tuple) else cause) from error
         digests = self._gather(writer.files.digests)
         failure: OSError | storage.StorageFull | None = None
         if self.workers.leads:
@@ -171,16 +165,12 @@ def _copied(item: Any) -> Any:
     return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
 
 
-def _cause(error: CheckpointException) -> BaseException:
-    """What really went wrong: torch wraps each rank's exception."""
-    wrapped = next(iter(error.failures.values()))
-    return wrapped[0] if isinstance(wrapped, tuple) else wrapped
-
-
 def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
     """Read a committed checkpoint into ``tensors``, in place, and return the small state.
 
     :class:`postlude.storage.CorruptError` if a file does not match its digest.
     """
-    dcp.load(tensors, storage_reader=_Reader(uri), no_dist=workers.world == 1)
+    reader = FileSystemReader(uri)
+    reader.fs, reader.path = _StorageFiles(), uri  # type: ignore[assignment]
+    dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
     return dict(storage.read_marker(uri).extra)

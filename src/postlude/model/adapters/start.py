@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig
 from torch import Tensor
@@ -70,7 +70,7 @@ def start_of(stored: StoredModel, request: AdapterRequest) -> tuple[StoredModel,
             f"adapter.continue: the model at '{stored.place}' is whole, there is no adapter to train on. Leave "
             "'continue' out for a new adapter."
         )
-    base = stored.without_last
+    base = replace(stored, adapters=stored.adapters[:-1])
     return base, Start(request, base.place, stored.adapters[-1])
 
 

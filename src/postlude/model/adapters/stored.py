@@ -54,11 +54,6 @@ class StoredModel:
     def place(self) -> str:
         return self.adapters[-1].place if self.adapters else self.whole_place
 
-    @property
-    def without_last(self) -> StoredModel:
-        """The model that the last adapter belongs to."""
-        return replace(self, adapters=self.adapters[:-1])
-
     def config(self) -> PreTrainedConfig:
         """The configuration of the whole model."""
         return read_config(self.whole_folder, self.whole_place)

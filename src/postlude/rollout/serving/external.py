@@ -115,12 +115,8 @@ class ExternalEngine:
 
     def __init__(self, slots: Sequence[Slot], transfer: WeightTransfer, context: int, updates_in_flight: bool) -> None:
         self._slots, self._transfer = slots, transfer
-        self._context, self._updates_in_flight = context, updates_in_flight
+        self.context, self._updates_in_flight = context, updates_in_flight
         self._threads = ThreadPoolExecutor(MOST_THREADS, "engines")
-
-    @property
-    def context(self) -> int | None:
-        return self._context
 
     def update(self, version: int) -> None:
         """Give the weights, which are now those after ``version`` steps. All ranks call it."""

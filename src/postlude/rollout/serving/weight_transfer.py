@@ -34,7 +34,8 @@ class WeightTransfer:
     def __init__(self, write: Callable[[Path, Path | None], None], parent: Callable[[], Path]) -> None:
         self._write, self._parent = write, parent
         self._room: Room | None = None
-        self._version = -1
+        self.version = -1
+        """That of the newest weights; -1 where there are none yet."""
         self._readers: Counter[int] = Counter()
         """Of each version."""
         self._lock = threading.Lock()
@@ -46,27 +47,22 @@ class WeightTransfer:
             self._room = Room(self._parent())
         return self._room.path
 
-    @property
-    def version(self) -> int:
-        """That of the newest weights; -1 where there are none yet."""
-        return self._version
-
     def publish(self, version: int) -> None:
         """Write the weights, which are now those after ``version`` steps. All ranks call it."""
-        if version == self._version:
+        if version == self.version:
             return
         folder = self._folder(version)
         folder.mkdir()
-        self._write(folder, None if self._version < 0 else self._folder(self._version))
+        self._write(folder, None if self.version < 0 else self._folder(self.version))
         with self._lock:
-            before, self._version = self._version, version
+            before, self.version = self.version, version
             self._put_away(before)
 
     @contextmanager
     def newest(self) -> Iterator[tuple[Path, int]]:
         """The newest weights and their version, which stay while they are read."""
         with self._lock:
-            version = self._version
+            version = self.version
             assert version >= 0, "weights are given before anything is asked"
             self._readers[version] += 1
         try:
@@ -80,10 +76,10 @@ class WeightTransfer:
         """Leave no file."""
         if self._room is not None:
             self._room.close()
-            self._room, self._version = None, -1
+            self._room, self.version = None, -1
 
     def _put_away(self, version: int) -> None:
-        if version not in (self._version, -1) and not self._readers[version]:
+        if version not in (self.version, -1) and not self._readers[version]:
             shutil.rmtree(self._folder(version), ignore_errors=True)
 
     def _folder(self, version: int) -> Path:
