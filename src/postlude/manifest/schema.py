@@ -201,8 +201,8 @@ class StageConfig(Component):
     free: ClassVar[tuple[str, ...]] = ()
     """Keys that cannot change the result: a run may go on with other values."""
     does: ClassVar[str]
-    """The class that works on such a stage, as ``package.module:name``: a :class:`postlude.stages.stage.Stage`, made
-    from the stage's parts. Not the class itself, which imports torch."""
+    """What works on such a stage, as ``package.module:name``: a class or function that makes a
+    :class:`postlude.stages.stage.Stage` from the stage's parts. Its name alone, since it loads torch."""
     starter: ClassVar[StarterFiles | None] = None
     """The manifest to start from, for ``postlude init``."""
 
