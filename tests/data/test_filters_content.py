@@ -15,12 +15,11 @@ from pydantic import ValidationError
 
 from postlude.data.example import Conversation, Example, Text, Tokens
 from postlude.data.filters.dedupe import Dedupe
-from postlude.data.filters.filter import Content, Filter, content_of
+from postlude.data.filters.filter import Content, Filter, content_of, words
 from postlude.data.filters.length import Length
 from postlude.data.filters.minhash import MINIMA, MinHashIndex, shingles
 from postlude.data.filters.near_dedupe import NearDedupe
 from postlude.data.filters.quality import Quality
-from postlude.data.filters.words import words
 from postlude.data.formats.messages import Messages
 
 

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.chat import Chat, ChatRenderer, StopTokens
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.masks import Masker
-from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import CHATML, load_tokenizer
 from postlude.data.turns import MaskError, Turns
 from postlude.manifest.schema import TokenizerFrom, TrainOnSpans

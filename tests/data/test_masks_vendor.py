@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.chat import Chat, ChatRenderer, StopTokens
 from postlude.data.encode import Encoder
 from postlude.data.example import Conversation
-from postlude.data.stop_tokens import StopTokens
 from postlude.data.tokenizer import load_tokenizer
 from postlude.data.turns import MaskError, Turns
 from postlude.errors import DataError

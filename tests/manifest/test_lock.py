@@ -17,8 +17,8 @@ from postlude.manifest.lock import (
     bearing,
     changed_keys,
     dump_lock,
+    hash_of,
     lock,
-    manifest_hash,
     read_lock,
 )
 from postlude.manifest.problem import ManifestError
@@ -50,14 +50,14 @@ def test_the_lock_of_a_manifest_says_what_ran_it(example):
 
 def test_a_hash_depends_on_every_leaf_and_not_on_the_order_of_keys():
     tree = {"b": [1, 2.5], "a": {"c": None, "d": "x"}}
-    assert manifest_hash(tree) == manifest_hash({"a": {"d": "x", "c": None}, "b": [1, 2.5]})
+    assert hash_of(tree) == hash_of({"a": {"d": "x", "c": None}, "b": [1, 2.5]})
     others = [
         {"b": [2.5, 1], "a": {"c": None, "d": "x"}},
         {"b": [1, 2.5], "a": {"c": False, "d": "x"}},
         {"b": [1, 2.5], "a": {"c": None, "d": "y"}},
         {"b": [1, 2.5], "a": {"d": "x"}},
     ]
-    assert len({manifest_hash(tree), *map(manifest_hash, others)}) == 5
+    assert len({hash_of(tree), *map(hash_of, others)}) == 5
 
 
 # Each change, and the stages whose result it bears on.

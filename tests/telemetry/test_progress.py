@@ -106,8 +106,8 @@ def test_the_table_tells_what_came_out_of_each_stage(shown: io.StringIO) -> None
         stage.metrics.append({"step": step, "loss": 4.0 - step, "tokens": 1000, "seconds": 0.5})
     stage.metrics.append({"step": 4, "loss": None}, sync=True)
     for step, loss in ((0, 5.0), (2, 3.0), (4, 2.0)):
-        events.record(run.events, events.make("evaluation", "sft", step=step, name="held_out", loss=loss))
-    events.record(run.events, events.make("evaluation", "other", step=9, name="held_out", loss=9.0))
+        events.record(run.events, "evaluation", "sft", step=step, name="held_out", loss=loss)
+    events.record(run.events, "evaluation", "other", step=9, name="held_out", loss=9.0)
     sft, dpo = summarize(run, ["sft", "dpo"])
     assert (sft.state, sft.steps, sft.tokens, sft.tokens_per_second) == ("done", 4, 3000, 2000)
     assert (sft.first_loss, sft.last_loss) == (3.0, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -26,13 +26,36 @@ def generate(
         return models.generate(model, messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     if prompt is None and sys.stdin.isatty():
-        from postlude.cli.conversation import converse
-
         converse(answer)
         return
     for piece in answer(sys.stdin.read().removesuffix("\n") if prompt is None else prompt):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> None:
+    """Read a line, print the answer as it comes, and so on until the end of input. An empty line forgets all."""
+    from rich.console import Console
+
+    console = Console()
+    console.print("Type a message; an empty line starts anew, Ctrl-D ends.", style="dim")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]")
+        except EOFError:
+            console.print()
+            return
+        if not line.strip():
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        reply = ""
+        for piece in answer(list(messages)):
+            reply += piece
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        messages.append({"role": "assistant", "content": reply})
 
 
 def export(

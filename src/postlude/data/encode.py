@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.chat import Chat, ChatRenderer, StopTokens
 from postlude.data.document import SCORE, WEIGHT, Document
 from postlude.data.example import (
     Answer,
@@ -29,7 +29,6 @@ from postlude.data.example import (
     scores_of,
 )
 from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
-from postlude.data.stop_tokens import StopTokens
 from postlude.data.truncate import Policy, shared_limit, truncate
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from postlude.data.chat import REASONING_KEYS, Chat, ChatRenderer
+from postlude.data.chat import REASONING_KEYS, Chat, ChatRenderer, StopTokens
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_parts
-from postlude.data.stop_tokens import StopTokens
 from postlude.data.turns import MaskError, Span, Turns
 from postlude.errors import DataError
 from postlude.manifest.schema import TrainOnSpans
@@ -76,9 +75,8 @@ class Masker:
             return self._mask_all(chat, weights)
         counts = {i: weights[i] for i in self._turns(chat) if weights[i]}
         spans: list[WeightedSpan] = []
-        own = (
-            [i for i in counts if chat.messages[i].get("role") == "assistant"] if self._renderer.has_marks(chat) else []
-        )
+        has_marks = self._renderer.has_marks(chat)
+        own = [i for i in counts if has_marks and chat.messages[i].get("role") == "assistant"]
         proven = [i for i in counts if i not in own]
         text = ""
         if own:

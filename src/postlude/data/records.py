@@ -161,14 +161,9 @@ def record_json(record: Any, *, canonical: bool = False) -> str:
     What JSON lacks becomes what is nearest: dates and times their ISO text, decimals numbers, bytes hexadecimal
     text, NaN and the infinities null.
     """
+    separators = (",", ":") if canonical else None
     try:
-        return json.dumps(
-            record,
-            default=_plain,
-            allow_nan=False,
-            sort_keys=canonical,
-            separators=(",", ":") if canonical else None,
-        )
+        return json.dumps(record, default=_plain, allow_nan=False, sort_keys=canonical, separators=separators)
     except ValueError:
         return record_json(_finite(record), canonical=canonical)
 

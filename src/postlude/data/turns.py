@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from postlude.data.chat import Chat, ChatRenderer
+from postlude.data.chat import Chat, ChatRenderer, StopTokens
 from postlude.data.sentinels import Finding, Marked, Part, Place, Unproven, call_parts, locate, spoken_parts
-from postlude.data.stop_tokens import StopTokens
 from postlude.errors import DataError
 
 _UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
@@ -143,10 +142,8 @@ class Turns:
         """Whether nothing of another message stands between two texts of a message."""
         following = index + 1
         while self._role(following) == "tool":
-            unproven = [
-                part for part in spoken_parts(self._chat, following) if isinstance(self._findings[part], Unproven)
-            ]
-            self._findings |= self._locate(unproven)
+            spoken = spoken_parts(self._chat, following)
+            self._findings |= self._locate([part for part in spoken if isinstance(self._findings[part], Unproven)])
             if any(first.end <= text.start <= second.start for text in self._texts(following)):
                 return False
             following += 1

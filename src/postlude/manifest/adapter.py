@@ -39,15 +39,11 @@ class Adapter(Config):
     """Whether to train the adapter on that the model is, instead of a new one. Its shape is then given already."""
 
     @model_validator(mode="after")
-    def _is_new_or_continued(self) -> Self:
+    def _goes_together(self) -> Self:
         shape = ("rank", "alpha", "targets", "dropout", "rslora", "dora")
         keys = [name for name in shape if getattr(self, name) is not None]
         if self.continue_ and keys:
             raise ValueError(f"'continue' takes the adapter as it is: leave out {', '.join(keys)}")
-        return self
-
-    @model_validator(mode="after")
-    def _needs_no_lengths_of_packed_rows(self) -> Self:
         if self.base is not None and self.dora:
             raise ValueError("'dora' learns from the weights of the base what 'base' packs away: leave one of them out")
         return self

@@ -66,8 +66,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_exactly_one(self) -> Self:
+        attributes = keys_of(type(self))
         for group in self.exactly_one:
-            keys = [key for key in group if getattr(self, attribute_of(type(self), key)) is not None]
+            keys = [key for key in group if getattr(self, attributes[key]) is not None]
             if len(keys) != 1:
                 raise PydanticCustomError(
                     "exactly_one",
@@ -94,13 +95,9 @@ class Component(Config):
         return component
 
 
-def attribute_of(config: type[Config], key: str) -> str:
-    """The attribute behind a key of the manifest: the same, unless the key is a word of Python (``from``)."""
-    return next((name for name, field in config.model_fields.items() if field.alias == key), key)
-
-
 def keys_of(config: type[Config]) -> dict[str, str]:
-    """The keys that a part of the manifest accepts, each with its attribute."""
+    """The keys that a part of the manifest accepts, each with its attribute: the same, unless the key is a word of
+    Python (``from``)."""
     return {field.alias or name: name for name, field in config.model_fields.items()}
 
 
@@ -219,9 +216,8 @@ def _of_others(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = (
-            "" if "importlib" in frame.filename or frame.filename == __file__ else f" ({frame.filename}:{frame.lineno})"
-        )
+        is_ours = "importlib" in frame.filename or frame.filename == __file__
+        where = "" if is_ours else f" ({frame.filename}:{frame.lineno})"
         raise BrokenExtension(f"{what}: {type(error).__name__}: {error}{where}") from error
 
 

@@ -77,17 +77,12 @@ def lock(
             needs=needs(resolved.manifest, name),
             fingerprint=(fingerprints or {}).get(name),
         )
-    return Lock(manifest_hash(resolved.tree), versions(), stages, resolved.tree)
+    return Lock(hash_of(resolved.tree), versions(), stages, resolved.tree)
 
 
 def dump_lock(locked: Lock) -> str:
     """A lock as YAML, which :func:`read_lock` reads."""
-    document = {
-        "hash": locked.hash,
-        "versions": locked.versions,
-        "stages": {name: dict(vars(stage)) for name, stage in locked.stages.items()},
-        "manifest": locked.manifest,
-    }
+    document = {**vars(locked), "stages": {name: vars(stage) for name, stage in locked.stages.items()}}
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
@@ -165,11 +160,6 @@ def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Col
         "compute": {"workers": workers[0] if len(workers) == 1 else workers},
         "stages": {stage: tree["stages"][stage]},
     }
-
-
-def manifest_hash(tree: Mapping[str, Any]) -> str:
-    """SHA-256 of a resolved manifest, in hexadecimal; the order of keys does not matter."""
-    return hash_of(tree)
 
 
 def versions() -> dict[str, str]:

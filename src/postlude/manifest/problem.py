@@ -24,15 +24,8 @@ class Problem:
 
     def to_json(self) -> dict[str, str | int]:
         """For editors and scripts."""
-        origin = self.origin
-        return {
-            "file": origin.file,
-            "line": origin.line,
-            "column": origin.column,
-            "assignment": origin.assignment,
-            "key": self.key,
-            "what": self.what,
-        }
+        origin = {name: getattr(self.origin, name) for name in ("file", "line", "column", "assignment")}
+        return {**origin, "key": self.key, "what": self.what}
 
 
 class ManifestError(UserError):

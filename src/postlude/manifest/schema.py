@@ -287,39 +287,23 @@ class TrainingStage(StageConfig):
     """So many steps in a row without a finite gradient stop the run."""
 
     @model_validator(mode="after")
-    def _compiles_to_a_budget(self) -> Self:
+    def _goes_together(self) -> Self:
         if not isinstance(self.recompute, str) and not self.compile:
             raise ValueError(
                 "recompute: a share of the memory is kept by compiled layers. Set 'compile: true', or choose "
                 "'selective' or 'layer'"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _compiles_what_is_whole(self) -> Self:
         if self.compile and self.parallel.divides:
             raise ValueError(
                 "compile: layers that workers hold together are not compiled. Leave compile or parallel out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _trains_what_is_new(self) -> Self:
         if self.adapter is not None and self.add_tokens:
             raise ValueError(
                 "add_tokens: their rows are in the embedding, which an adapter leaves as it is. Train the whole model "
                 "with add_tokens first, and the adapter on that"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _adapts_what_is_there(self) -> Self:
         if self.adapter is not None and self.model.new is not None:
             raise ValueError("adapter: a new model has nothing to adapt. Leave adapter out, or start from a model")
-        return self
-
-    @model_validator(mode="after")
-    def _packs_what_is_whole(self) -> Self:
         if self.adapter is not None and self.adapter.base is not None and (self.parallel.divides or self.compile):
             raise ValueError(
                 "adapter.base: packed weights are neither divided among workers nor compiled. Leave base out, or "

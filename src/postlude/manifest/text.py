@@ -6,7 +6,7 @@ here, so that every key and value keeps its place, duplicate keys are found, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +58,7 @@ def _decode(text: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         before = text[: error.start]
         line = before.count(b"\n") + 1
-        column = error.start - (before.rfind(b"\n") + 1) + 1
+        column = error.start - before.rfind(b"\n")
         what = f"not UTF-8 (byte 0x{text[error.start]:02x}). Save the file as UTF-8."
         raise refusal(name, [Problem(Origin("manifest", name, line, column), "", what)]) from error
 
@@ -82,13 +82,7 @@ def _compose(text: str, origin: Origin) -> Node | None:
         raise refusal(origin.file, [Problem(where, "", what)]) from error
     except ReaderError as error:
         before = text[: error.position]
-        where = Origin(
-            origin.layer,
-            origin.file,
-            before.count("\n") + 1,
-            error.position - (before.rfind("\n") + 1) + 1,
-            origin.assignment,
-        )
+        where = replace(origin, line=before.count("\n") + 1, column=error.position - before.rfind("\n"))
         what = f"a character that YAML does not allow (U+{ord(text[error.position]):04X})"
         raise refusal(origin.file, [Problem(where, "", what)]) from error
 

@@ -43,9 +43,8 @@ class Identity:
             what: [[storage.name(uri), content] for uri, content in contents.items()]
             for what, contents in self.files.items()
         }
-        return hash_of(
-            {"config": dict(self.config), "inputs": dict(self.inputs), "files": files, "code": dict(self.code)}
-        )
+        parts = {"config": dict(self.config), "inputs": dict(self.inputs), "files": files, "code": dict(self.code)}
+        return hash_of(parts)
 
     def result_fingerprint(self, amendments: Sequence[Sequence[Any]] = ()) -> str:
         """What the result follows from: the fingerprint, and the amendments that were made to the running stage."""

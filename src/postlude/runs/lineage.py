@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from postlude import storage
@@ -60,16 +60,7 @@ class Ancestor:
     parents: tuple[Ancestor, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage,
-            "run": self.run,
-            "fingerprint": self.fingerprint,
-            "revision": self.revision,
-            "artifact_sha256": self.artifact_sha256,
-            "place": self.place,
-            "files": {what: dict(contents) for what, contents in self.files.items()},
-            "parents": [parent.to_json() for parent in self.parents],
-        }
+        return asdict(self)
 
 
 def walk(run: Run, name: str) -> Ancestor | None:

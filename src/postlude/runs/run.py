@@ -16,13 +16,13 @@ class Run:
         self.uri = uri
         self.name = storage.name(uri)
         self.events = storage.Journal(storage.join(uri, "events.jsonl"))
+        self.manifest_lock = storage.join(uri, "manifest.lock.yaml")
+        """The URI of the manifest lock, the file that makes a folder a run."""
+        self.output = storage.join(uri, "output.log")
+        """The URI of what a detached run on this machine prints."""
+        self._holding = storage.join(uri, "run.lock")
 
     # --- the manifest lock ----------------------------------------------------------------------------------
-
-    @property
-    def manifest_lock(self) -> str:
-        """The URI of the manifest lock, the file that makes a folder a run."""
-        return storage.join(self.uri, "manifest.lock.yaml")
 
     def exists(self) -> bool:
         """Whether the run has begun."""
@@ -36,11 +36,6 @@ class Run:
         """Replace the manifest lock, atomically. Only the holder of the run may."""
         storage.write_text(self.manifest_lock, text)
 
-    @property
-    def output(self) -> str:
-        """The URI of what a detached run on this machine prints."""
-        return storage.join(self.uri, "output.log")
-
     # --- one process at a time ------------------------------------------------------------------------------
 
     def hold(self) -> storage.Lock:
@@ -50,10 +45,6 @@ class Run:
     def holder(self) -> storage.Holder | None:
         """The process that works on the run at this moment."""
         return storage.holder(self._holding)
-
-    @property
-    def _holding(self) -> str:
-        return storage.join(self.uri, "run.lock")
 
     # --- stages ---------------------------------------------------------------------------------------------
 

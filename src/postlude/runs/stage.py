@@ -63,6 +63,16 @@ class Stage:
         """What was read of each rank, at intervals."""
         self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
         """Requests for changes to the running stage, and the steps from which they hold."""
+        self.identity_uri = storage.join(uri, "identity.json")
+        """Where it stands what the stage was begun with."""
+        self.annotations = storage.join(uri, "annotations")
+        """Where the streams stand that frozen models computed before the first step."""
+        self.artifact = storage.join(uri, "model")
+        """Where the stage's artifact stands or will stand: a Hugging Face directory with its lineage."""
+        self.tokenizer = storage.join(uri, "tokenizer")
+        """Where a tokenizer that was trained for the stage stands."""
+        self._state, self._examples = storage.join(uri, "state.json"), storage.join(uri, "examples")
+        self._checkpoints = storage.join(uri, "checkpoints")
 
     @property
     def run_name(self) -> str:
@@ -87,17 +97,9 @@ class Stage:
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        state_file = {
-            "state": state,
-            "begun_at": self.status().begun_at or now,
-            "changed_at": now,
-            "details": details,
-        }
+        begun_at = self.status().begun_at or now
+        state_file = {"state": state, "begun_at": begun_at, "changed_at": now, "details": details}
         storage.write_text(self._state, exact_json.dump(state_file, indent=2) + "\n")
-
-    @property
-    def _state(self) -> str:
-        return storage.join(self.uri, "state.json")
 
     def committed(self) -> tuple[int, int]:
         """How far the stage is for good: the step of its newest checkpoint, and how many portions of other work or
@@ -136,11 +138,6 @@ class Stage:
 
     # --- what it was begun with -----------------------------------------------------------------------------
 
-    @property
-    def identity_uri(self) -> str:
-        """Where it stands what the stage was begun with."""
-        return storage.join(self.uri, "identity.json")
-
     def identity(self) -> Identity | None:
         """What the stage was begun with; None if that is not known."""
         return Identity.read(self.identity_uri)
@@ -165,10 +162,6 @@ class Stage:
     def read_examples(self) -> pyarrow.Table:
         """The losses by example, in the order of steps: step, epoch, example_id, source, loss, tokens."""
         return examples.read_examples(self._examples)
-
-    @property
-    def _examples(self) -> str:
-        return storage.join(self.uri, "examples")
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -198,10 +191,6 @@ class Stage:
             if committed and checkpoint.step < committed[0].step and checkpoint.step not in kept:
                 storage.discard(checkpoint.uri)
 
-    @property
-    def _checkpoints(self) -> str:
-        return storage.join(self.uri, "checkpoints")
-
     def _all_checkpoints(self) -> list[Checkpoint]:
         checkpoints = [
             Checkpoint(int(match[1]), storage.join(self._checkpoints, match[0]))
@@ -221,23 +210,13 @@ class Stage:
 
     # --- what frozen models said of the data ----------------------------------------------------------------
 
-    @property
-    def annotations(self) -> str:
-        """Where the streams stand that frozen models computed before the first step."""
-        return storage.join(self.uri, "annotations")
-
     def drop_annotations(self) -> None:
-        """Remove them: they can be computed again."""
+        """Remove these streams: they can be computed again."""
         for name in storage.list_directory(self.annotations):
             storage.discard(storage.join(self.annotations, name))
         storage.remove(self.annotations)
 
     # --- what it makes --------------------------------------------------------------------------------------
-
-    @property
-    def artifact(self) -> str:
-        """Where the stage's artifact stands or will stand: a Hugging Face directory with its lineage."""
-        return storage.join(self.uri, "model")
 
     def has_artifact(self) -> bool:
         """Whether the artifact is there, whole."""
@@ -246,8 +225,3 @@ class Stage:
     def write_artifact(self) -> AbstractContextManager[str]:
         """A local folder to write the artifact into; it becomes the artifact when the block ends without an error."""
         return storage.new_folder(self.artifact)
-
-    @property
-    def tokenizer(self) -> str:
-        """Where a tokenizer that was trained for the stage stands."""
-        return storage.join(self.uri, "tokenizer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from postlude import __version__
-from postlude.manifest.lock import manifest_hash, versions
+from postlude.manifest.lock import hash_of, versions
 from postlude.runs import provenance
 from postlude.stages.parts import Parts
 
@@ -17,7 +17,7 @@ def lineage(parts: Parts, steps: int, **fields: Any) -> dict[str, Any]:
         "stage": parts.task.stage,
         "recipe": parts.config.recipe,
         "steps": steps,
-        "manifest_sha256": manifest_hash(parts.task.tree),
+        "manifest_sha256": hash_of(parts.task.tree),
         **provenance(parts.run, parts.task.stage),
         **fields,
         "versions": {**versions(), "postlude": __version__},

@@ -118,10 +118,8 @@ def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | N
             for held in {os.path.dirname(path) for path in digests} | {""}:
                 files.sync_folder(os.path.join(folder, held))
             files.sync_folder(os.path.dirname(os.path.abspath(folder)))
-    body = {
-        "files": {path: asdict(digest) for path, digest in sorted(digests.items())},
-        "extra": dict(extra or {}),
-    }
+    sizes = {path: asdict(digest) for path, digest in sorted(digests.items())}
+    body = {"files": sizes, "extra": dict(extra or {})}
     files.write_text(files.join(uri, MARKER), exact_json.dump({**body, "sha256": _checksum(body)}))
 
 

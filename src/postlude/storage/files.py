@@ -155,15 +155,13 @@ def is_directory(uri: str) -> bool:
 def list_directory(uri: str) -> list[str]:
     """The names in a folder, sorted, without files that are being written. Empty if there is no such folder."""
     try:
-        if is_local(uri):
-            with reading(uri):
+        with reading(uri):
+            if is_local(uri):
                 names = os.listdir(local_path(uri))
-        else:
-            filesystem, path = _remote(uri)
-            with reading(uri):
-                names = [
-                    name(entry) for entry in filesystem.ls(path, detail=False) if entry.strip("/") != path.strip("/")
-                ]
+            else:
+                filesystem, path = _remote(uri)
+                entries = filesystem.ls(path, detail=False)
+                names = [name(entry) for entry in entries if entry.strip("/") != path.strip("/")]
     except FileNotFoundError:
         return []
     return sorted(entry for entry in names if entry and not entry.endswith(UNFINISHED))

@@ -197,9 +197,11 @@ def make(kind: str, stage: str | None = None, **fields: Any) -> Event:
     return _KINDS[kind](time=now, kind=kind, stage=stage, **fields)
 
 
-def record(journal: Journal, event: Event) -> None:
-    """Add an event to a run's journal; it is durable when the call returns."""
+def record(journal: Journal, kind: str, stage: str | None = None, **fields: Any) -> Event:
+    """Make an event as :func:`make` and add it to a run's journal; it is durable when the call returns."""
+    event = make(kind, stage, **fields)
     journal.append(event.model_dump(exclude_none=True), sync=True)
+    return event
 
 
 def read(journal: Journal) -> list[Event]:

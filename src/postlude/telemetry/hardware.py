@@ -115,10 +115,8 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, threads: int) -> 
     device = torch.device(device)
     if device.type != "cuda":
         return _measure_flops(dtype, threads)
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return datasheet_flops(
-        device_name(device), "tf32" if dtype == torch.float32 and tf32 else str(dtype).split(".")[-1]
-    )
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return datasheet_flops(device_name(device), "tf32" if tf32 else str(dtype).split(".")[-1])
 
 
 @cache

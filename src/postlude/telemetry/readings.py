@@ -148,13 +148,8 @@ def _stragglers(now: Mapping[int, Reading], past: Mapping[int, Sequence[Reading]
             continue
         if all(_is_slow(each, rank) for each in rounds):
             others = median(_own_seconds(now[other]) for other in now if other != rank)
-            findings.append(
-                Finding(
-                    "straggler",
-                    rank,
-                    f"{_own_seconds(now[rank]):.2f} s a step in forward and data, where the others take {others:.2f}",
-                )
-            )
+            own = f"{_own_seconds(now[rank]):.2f} s a step in forward and data"
+            findings.append(Finding("straggler", rank, f"{own}, where the others take {others:.2f}"))
     return findings
 
 

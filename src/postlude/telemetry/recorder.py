@@ -74,8 +74,7 @@ class Recorder:
         if not self._leads:
             return
         with self._turn:
-            event = events.make(kind, self._stage.name, **fields)
-            events.record(self._run.events, event)
+            event = events.record(self._run.events, kind, self._stage.name, **fields)
             self._tell(lambda sink: sink.event(event))
             if self._display:
                 self._display.event(event)
@@ -109,8 +108,5 @@ class Recorder:
             except Exception as error:  # somebody else's code and service: whatever it raises, training goes on
                 del self._sinks[name]
                 say(traceback.format_exc())
-                self.event(
-                    "alarm",
-                    what=f"sink '{name}' switched off",
-                    reason=f"{type(error).__name__}: {error}",
-                )
+                reason = f"{type(error).__name__}: {error}"
+                self.event("alarm", what=f"sink '{name}' switched off", reason=reason)

@@ -15,7 +15,7 @@ WIDTH = 120
 """Columns of what is printed for a terminal that is not here."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Relayed:
     """What came since the last time: the newest line of metrics, events in order, and printed text."""
 
@@ -42,10 +42,7 @@ class Relay(io.TextIOBase):
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
-        self._line: Mapping[str, Any] | None = None
-        self._prepared: tuple[str, float] | None = None
-        self._events: list[Event] = []
-        self._text = io.StringIO()
+        self._pending = Relayed()
 
     def take_console(self) -> None:
         """From now on keep what this process prints on the console."""
@@ -55,26 +52,26 @@ class Relay(io.TextIOBase):
     def update(self, line: Mapping[str, Any]) -> None:
         """A line of metrics."""
         with self._turn:
-            self._line = line
+            self._pending.line = line
 
     def preparing(self, what: str, share: float) -> None:
         """How much is done of something that comes before the first step."""
         with self._turn:
-            self._prepared = what, share
+            self._pending.prepared = what, share
 
     def event(self, event: Event) -> None:
         """Something that happened."""
         with self._turn:
-            self._events.append(event)
+            self._pending.events.append(event)
 
     def write(self, text: str) -> int:
         """Text that was printed."""
         with self._turn:
-            return self._text.write(text)
+            self._pending.text += text
+        return len(text)
 
     def take(self) -> Relayed:
         """What came since the last call."""
         with self._turn:
-            taken = Relayed(self._line, self._prepared, self._events, self._text.getvalue())
-            self._line, self._prepared, self._events, self._text = None, None, [], io.StringIO()
+            taken, self._pending = self._pending, Relayed()
         return taken

@@ -53,8 +53,8 @@ def make_room(run: Run, decision: Decision) -> None:
     """Move aside what stands in a stage that begins anew."""
     if decision.replaces:
         number = set_aside(run, decision.stage)
-        event = events.make("stage_set_aside", decision.stage, revision=number, reasons=list(decision.reasons))
-        events.record(run.events, event)
+        reasons = list(decision.reasons)
+        events.record(run.events, "stage_set_aside", decision.stage, revision=number, reasons=reasons)
 
 
 def try_take_over(run: Run, decision: Decision, identity: Identity) -> bool:
@@ -67,8 +67,8 @@ def try_take_over(run: Run, decision: Decision, identity: Identity) -> bool:
     except (storage.CorruptError, storage.NotFound) as error:
         say(f"{decision.stage}: not taken over from {source.run_name}: {error}")
         return False
-    event = events.make("stage_taken_over", decision.stage, run=source.run_name, revision=identity.revision)
-    events.record(run.events, event)
+    origin = {"run": source.run_name, "revision": identity.revision}
+    events.record(run.events, "stage_taken_over", decision.stage, **origin)
     return True
 
 

@@ -49,7 +49,10 @@ def export(place: str, out: str, merge: bool = False) -> None:
     if storage.exists(out):
         raise UserError(f"'{out}' is there already and is not overwritten. Remove it or give another place.")
     if merge:
-        _export_merged(artifact, out)
+        from postlude.model.export import write_merged
+
+        with storage.new_folder(out) as folder:
+            write_merged(artifact, Path(storage.local_path(folder)))
         return
     if adapter:
         _check_base_is_whole(artifact)
@@ -58,13 +61,6 @@ def export(place: str, out: str, merge: bool = False) -> None:
             copied = storage.open_file(storage.join(artifact, name), "rb")
             with copied as source, storage.open_file(storage.join(out, name), "wb") as target:
                 shutil.copyfileobj(source, target)
-
-
-def _export_merged(artifact: str, out: str) -> None:
-    from postlude.model.export import write_merged
-
-    with storage.new_folder(out) as folder:
-        write_merged(artifact, Path(storage.local_path(folder)))
 
 
 def _check_base_is_whole(artifact: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 from postlude.manifest.graph import ancestors, needs, order
@@ -143,18 +144,12 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
     chosen = selection.stages(resolved.manifest)
     forced = selection.forced(resolved.manifest)
     needed = set(chosen).union(*(ancestors(resolved.manifest, name) for name in chosen))
-    elsewhere: list[Mapping[str, Stage]] = []
-
-    def find_elsewhere(fingerprint: str) -> Stage | None:
-        if not elsewhere:
-            elsewhere.append(find_finished_elsewhere(run))
-        return elsewhere[0].get(fingerprint)
-
+    elsewhere = cache(partial(find_finished_elsewhere, run))
     decisions = decide(
         {name: needs(resolved.manifest, name) for name in order(resolved.manifest) if name in needed},
         Identifier(resolved, run),
         {name: Standing.at(run, name) for name in needed},
-        find_elsewhere,
+        lambda fingerprint: elsewhere().get(fingerprint),
         forced,
     )
     missing = [decision for decision in decisions if decision.stage not in chosen and decision.action != "keep"]
@@ -173,9 +168,8 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
             "change while a stage runs with `postlude amend`."
         )
     pools = {name: pools_of(resolved.manifest.stages[name]) for name in needed}
-    return Plan(
-        run, [replace(decision, pools=pools[decision.stage]) for decision in decisions if decision.stage in chosen]
-    )
+    placed = [replace(decision, pools=pools[decision.stage]) for decision in decisions if decision.stage in chosen]
+    return Plan(run, placed)
 
 
 def decide(

@@ -13,7 +13,7 @@ from postlude.runs import Run
 from postlude.stages.parts import Mode, StageTask
 from postlude.stages.stage import open_stage
 from postlude.training.workers import Workers
-from postlude.workflow.selection import stages_in_order
+from postlude.workflow.selection import Selection
 
 
 def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1) -> Preview:
@@ -22,7 +22,7 @@ def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = No
     Data and models that another stage makes are taken from the run, if they are there. Writes nothing into the run.
     """
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
-    name = stages_in_order(resolved, stage)[-1 if stage else 0]
+    name = Selection(stage).stages(resolved.manifest)[-1 if stage else 0]
     run = Run(storage.join(resolved.manifest.run_dir, resolved.manifest.name))
     with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
         task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=1)

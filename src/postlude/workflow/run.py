@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from postlude import storage
 from postlude.manifest.load import Resolved, load
@@ -58,12 +58,12 @@ def run(
         needs_workers = bool(plan.work) and not inline
         with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
             write_lock(run, resolved, plan)
-            tell(run, "run_started", host=socket.gethostname(), pid=os.getpid())
+            events.record(run.events, "run_started", host=socket.gethostname(), pid=os.getpid())
             interrupted = execute(run, resolved, plan, cluster)
         if interrupted is not None:
-            tell(run, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
+            events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
             return INTERRUPTED
-        tell(run, "run_finished")
+        events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
 
@@ -151,11 +151,6 @@ def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(_POLL_SECONDS)
-
-
-def tell(run: Run, kind: str, **fields: Any) -> None:
-    """Record an event of the run as a whole."""
-    events.record(run.events, events.make(kind, **fields))
 
 
 def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from postlude.manifest.graph import ancestors, descendants, order
-from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
 from postlude.nearest import suggestion_or_list
@@ -58,8 +57,3 @@ class Selection:
                 f"--from {self.begin} --until {self.until}: the stage '{self.until}' does not hang on '{self.begin}', "
                 "so there is nothing between them. Give another stage, or one of the two options."
             )
-
-
-def stages_in_order(resolved: Resolved, wanted: str | None = None) -> list[str]:
-    """The stages, each after those it starts from; only ``wanted`` and what it hangs on where it is given."""
-    return Selection(stage=wanted).stages(resolved.manifest)

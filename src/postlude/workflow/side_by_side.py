@@ -99,11 +99,8 @@ class StagesAtWork:
         for name in [name for name, at_work in self._at_work.items() if at_work.result.done()]:
             at_work, decision = self._at_work.pop(name), self.decisions.pop(name)
             error = at_work.result.exception()
-            results = None if error is not None else at_work.result.result()
-            if error is not None:
-                self._end(decision, error=error)
-            else:
-                self._end(decision, results[0] if results else None)
+            results = at_work.result.result() if error is None else None
+            self._end(decision, results[0] if results else None, error)
             if self.failure and self._at_work:
                 names = ", ".join(self._at_work)
                 say(f"{name} failed; {names} goes on to its end. An interrupt stops it at a checkpoint.")
@@ -138,8 +135,7 @@ class StagesAtWork:
             )
         from postlude.cluster.engines import host_names
 
-        hosts = host_names(self._job_name(decision), pool.most)
-        return replace(task, engines=hosts)
+        return replace(task, engines=host_names(self._job_name(decision), pool.most))
 
     def _job_name(self, decision: Decision) -> str:
         return f"{decision.stage}@{self.run.uri}"
@@ -182,9 +178,7 @@ class StagesAtWork:
         )
 
         def tell(kind: str, **fields: Any) -> None:
-            event = events.make(kind, name, **fields)
-            events.record(self.run.events, event)
-            progress.event(event)
+            progress.event(events.record(self.run.events, kind, name, **fields))
 
         observer = Observer(stage.readings, tell, compute.supervision.readings_seconds)
         return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress), observer)
@@ -197,7 +191,7 @@ class StagesAtWork:
         if isinstance(error, Exception):
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stage.enter("failed", error=reason.splitlines()[0], **details)
-            events.record(self.run.events, events.make("failure", decision.stage, error=reason))
+            events.record(self.run.events, "failure", decision.stage, error=reason)
             self.failure = self.failure or error
         elif error is not None or summary is None or summary.interrupted:
             stage.enter("interrupted", **details)

@@ -25,7 +25,7 @@ from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
 from postlude.workflow.run import workers_for
-from postlude.workflow.selection import stages_in_order
+from postlude.workflow.selection import Selection
 
 
 @dataclass
@@ -76,7 +76,7 @@ def validate(
             with workers_for(resolved.manifest):
                 pass
         with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
-            for name in stages_in_order(resolved):
+            for name in Selection().stages(resolved.manifest):
                 report.stages.append(_stage(resolved, name, scratch, sample, synthetic))
     except UserError as error:
         report.error = error

@@ -19,7 +19,9 @@ class Dedupe(ContentFilter):
         seen: set[bytes] = set()
 
         def judge(content: Content) -> str | None:
-            text = _normalize(content.text) if self.normalize else content.text
+            text = content.text
+            if self.normalize:
+                text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
             identity = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
             if identity in seen:
                 return "same text as an earlier record"
@@ -27,7 +29,3 @@ class Dedupe(ContentFilter):
             return None
 
         return judge
-
-
-def _normalize(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -13,6 +13,7 @@ One that compares records overrides :meth:`Filter.start` and returns a function 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,3 +95,18 @@ def _texts(value: object) -> str:
         parts = (_texts(part) for part in (value.values() if isinstance(value, dict) else value))
         return "\n".join(part for part in parts if part)
     return "" if value is None else str(value)
+
+
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u3040-\u30ff"  # Hiragana, Katakana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: what white space separates, and each character of a script that is written without it."""
+    return _WORD.findall(text)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from postlude.data.filters.filter import Content, ContentFilter
-from postlude.data.filters.words import words
+from postlude.data.filters.filter import Content, ContentFilter, words
 
 Count = Annotated[int, Field(ge=0)]
 

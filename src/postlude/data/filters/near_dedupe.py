@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from postlude.data.filters.filter import Content, ContentFilter
+from postlude.data.filters.filter import Content, ContentFilter, words
 
 
 class NearDedupe(ContentFilter):
@@ -24,7 +24,6 @@ class NearDedupe(ContentFilter):
 
     def judge_pass(self) -> Callable[[Content], str | None]:
         from postlude.data.filters.minhash import MinHashIndex, shingles
-        from postlude.data.filters.words import words
 
         index = MinHashIndex(self.threshold)
 

@@ -74,9 +74,8 @@ class Predicates:
                 raise failure[0] from None
             raise
         # Records without any of the columns have no structure that could be told apart from an empty one.
-        return (
-            structure if structure is not None and isinstance(json.loads(structure), dict) else f'{{"{_ROW}_": "NULL"}}'
-        )
+        has_columns = structure is not None and isinstance(json.loads(structure), dict)
+        return structure if has_columns else f'{{"{_ROW}_": "NULL"}}'
 
     def _evaluate(self, predicate: str, records: Sequence[Record]) -> list[bool]:
         rows = pa.array(range(len(records)), pa.int64())

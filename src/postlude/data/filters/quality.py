@@ -14,8 +14,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from postlude.data.filters.filter import Content, ContentFilter
-from postlude.data.filters.words import words
+from postlude.data.filters.filter import Content, ContentFilter, words
 from postlude.manifest.types import Share
 
 _ENOUGH_LINES, _ENOUGH_NGRAMS = 5, 20

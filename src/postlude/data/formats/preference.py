@@ -92,15 +92,8 @@ class ShareGPTPreference(Format):
         return None if record is None else {**record, self.rejected: rejected}
 
     def _reader(self, reply_field: str) -> ShareGPT:
-        return ShareGPT(
-            field=self.field,
-            role_field=self.role_field,
-            content_field=self.content_field,
-            system_field=self.system_field,
-            tools_field=self.tools_field,
-            reply_field=reply_field,
-            roles=self.roles,
-        )
+        shared = {key: value for key, value in self if key in ShareGPT.model_fields}
+        return ShareGPT(reply_field=reply_field, **shared)
 
     def _side(self, record: Record, name: str) -> Conversation:
         column(record, name)

@@ -49,10 +49,8 @@ class TokenIds(Format):
 
     def example_record(self, conversation: Conversation) -> Record | None:
         """One token a byte, those of the assistant trained."""
-        messages = conversation.messages
-        tokens = [
-            (byte, message["role"] == "assistant") for message in messages for byte in message["content"].encode()
-        ]
+        turns = [(turn["content"].encode(), turn["role"] == "assistant") for turn in conversation.messages]
+        tokens = [(byte, trained) for content, trained in turns for byte in content]
         if not tokens:
             return None
         record: dict[str, Any] = {self.field: [byte for byte, _ in tokens]}
