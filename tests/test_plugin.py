@@ -66,6 +66,7 @@ def test_a_run_made_of_somebody_elses_components(manifest: dict, tmp_path: Path)
     assert (tmp_path / "lines.txt").read_text().splitlines() == [f"tune {step}" for step in (1, 2, 3)]
 
 
+@pytest.mark.long
 @pytest.mark.capability("A provider of one's own brings the machines of a run")
 @pytest.mark.capability("A kind of stage of one's own: one file and an entry point")
 def test_a_run_of_somebody_elses_stages_on_somebody_elses_nodes(manifest: dict, tmp_path: Path) -> None:
