@@ -207,7 +207,7 @@ def test_smoothed_labels_are_the_formula_in_float64(manifest, models, tmp_path):
     ],
 )
 def test_a_loss_from_another_package(manifest, models, tmp_path, keys, ceiling):
-    line, assembly, documents = first_step(changed(manifest, **keys), tmp_path)
+    line, opened, documents = first_step(changed(manifest, **keys), tmp_path)
     policy, reference = (causal(models[name]).double() for name in ("policy", "reference"))
     ours, _ = log_probabilities(policy, documents)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_loss_from_another_package(manifest, models, tmp_path, keys, ceiling):
     h = 0.5 * (ratios[::2] - ratios[1::2])
     loss = torch.exp(-h).clamp(max=ceiling).mean()
     loss.backward()
-    assert set(assembly.program.roles) == {"policy", "reference"}
+    assert set(opened.models.program.roles) == {"policy", "reference"}
     assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert line["grad_norm"] == pytest.approx(norm_of(policy), rel=1e-4)
     assert line["margin"] == pytest.approx(float(h.detach().mean()), rel=1e-3, abs=1e-5)

@@ -43,6 +43,11 @@ class Starter:
     """Texts by path."""
 
 
+def _files_of(recipe: str) -> StarterFiles | None:
+    files = getattr(lookup("recipes", recipe), "starter", None)
+    return files if isinstance(files, StarterFiles) else None
+
+
 def starter(recipe: str, stem: str) -> Starter:
     """The starter of a recipe; ``stem`` is the path of the manifest to be without its suffix.
 
@@ -50,11 +55,12 @@ def starter(recipe: str, stem: str) -> Starter:
         ManifestError: there is no such recipe, or it brings no starter.
     """
     try:
-        files = getattr(lookup("recipes", recipe), "starter", None)
+        files = _files_of(recipe)
     except KeyError as error:
         raise ManifestError(error.args[0]) from error
-    if not isinstance(files, StarterFiles):
-        raise ManifestError(f"The recipe '{recipe}' brings no starter. Another may: {', '.join(names('recipes'))}.")
+    if files is None:
+        others = ", ".join(name for name in names("recipes") if _files_of(name) is not None)
+        raise ManifestError(f"The recipe '{recipe}' brings no starter. These do: {others}.")
     folder = resources.files(files.package)
     text = Template(folder.joinpath(files.manifest).read_text("utf-8")).substitute(
         files.values,
