@@ -87,6 +87,13 @@ def gaps(policy: LanguageModel, made: Completion, temperature: float) -> torch.T
     return (wanted - torch.tensor(made.log_probabilities)).abs()
 
 
+@pytest.mark.long
+def test_of_a_vanishing_share_of_probability_only_the_likeliest_token_is_left(engine):
+    likeliest = engine.generate(requests(1), Sampling(16, frozenset([2]), 0.0))
+    drawn = engine.generate(requests(1), Sampling(16, frozenset([2]), 1.0, top_p=1e-6, seed=9))
+    assert [completion.tokens for completion in drawn] == [completion.tokens for completion in likeliest]
+
+
 def move(policy: LanguageModel) -> None:
     """Other weights, far enough from the others that nobody takes one for the other."""
     with torch.no_grad():

@@ -103,6 +103,7 @@ class VllmClient:
             "sampling_params": {
                 "max_tokens": request.limit or sampling.max_tokens,
                 "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
                 "seed": key >> 1,  # signed there
                 "logprobs": 0,
                 "stop_token_ids": sorted(sampling.stop_ids),
