@@ -200,7 +200,7 @@ def test_any_other_pattern_is_refused(mask):
 
 
 def test_nothing_is_observed_outside_an_examination():
-    with attention.observed() as observer:
+    with attention.observed() as layers:
         packed(*states([4]), [4], 0.3)
     packed(*states([4]), [4], 0.3)
-    assert [layer.heads for layer in observer.layers] == [4]
+    assert [layer.heads for layer in layers] == [4]
