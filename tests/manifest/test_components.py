@@ -204,3 +204,14 @@ def test_the_catalogue_lists_every_component_with_its_first_sentence(site):
     assert entries["filters", "shout"].summary == "Drops what is not loud"
     assert entries["filters", "shout"].package == "probe_one"
     assert entries["recipes", "pair"].summary == "Trains beside a reference"
+
+
+def test_a_component_of_another_kind_is_told_what_to_derive_from():
+    class Filtering(Component):
+        """The base of a kind."""
+
+    class Loud(Component):
+        """Has the methods, perhaps, but not the base."""
+
+    with pytest.raises(BrokenExtension, match=r"Loud cannot be used as a .*Filtering: derive it from .*Filtering\."):
+        Filtering.of(Loud())

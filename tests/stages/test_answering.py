@@ -16,6 +16,7 @@ from stages.conftest import Project
 
 EXTERNAL = {"name": "native", "apart": True}
 AGAIN = {"name": "ask_again", "times": 2}
+LATER_KEYS = {"engine", "engine_seconds", "environment", "turns", "context", "reward_workers", "reward_seconds"}
 
 
 def generated(project: Project, name: str, **keys: Any) -> list[dict[str, Any]]:
@@ -78,12 +79,12 @@ def test_text_that_is_continued_is_continued_after_the_reply_too(project):
 
 
 def test_a_run_that_knew_no_engines_goes_on(project):
-    """Keys that came later and have their default do not change what a stage is; others do."""
+    """Keys that came later do not change what a stage is where they have their default or are deadlines."""
     generated(project, "before")
     identity = Path(project.directory.stage("answers").identity_uri)
     known = json.loads(identity.read_text())["config"]
-    assert not [key for key in known if "engine" in key or "environment" in key or "reward_" in key]
-    project.stages["answers"] = project.generate(engine="native", reward_seconds=60)
+    assert not [key for key in known if set(key.split(".")) & LATER_KEYS]
+    project.stages["answers"] = project.generate(engine="native", reward_seconds=7, engine_seconds=30)
     assert project.run() == 0
     assert json.loads(identity.read_text())["revision"] == 1
     project.stages["answers"] = project.generate(engine=EXTERNAL)

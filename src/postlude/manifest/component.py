@@ -88,10 +88,15 @@ class Component(Config):
     def of(cls, component: object) -> Self:
         """A field's component as one of this class, the base of its kind: ``Schedule.of(config.schedule)``.
 
-        The manifest knows no kind from inside. TypeError for a component that does not derive from its kind's base.
+        The manifest knows no kind from inside. :class:`BrokenExtension` for a component that does not derive from the
+        base of its kind.
         """
         if not isinstance(component, cls):
-            raise TypeError(f"{component!r} is no {cls.__qualname__}")
+            its = type(component)
+            raise BrokenExtension(
+                f"{its.__module__}.{its.__qualname__} cannot be used as a {cls.__qualname__}: derive it from "
+                f"{cls.__module__}.{cls.__qualname__}."
+            )
         return component
 
 

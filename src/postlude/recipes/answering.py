@@ -14,6 +14,8 @@ from postlude.rollout.reward import Reward
 from postlude.rollout.serving.server import EngineChoice
 
 Seconds = Annotated[float, Field(gt=0)] | Positive
+DEADLINES = ("engine_seconds", "reward_seconds", "reward_workers")
+"""Keys that cannot change what a stage makes of a model that is not trained: they end it, or do not."""
 REHEARSED_TOKENS = 8
 """The longest completion in a preflight."""
 
@@ -47,15 +49,7 @@ class Answering(Rewarding):
 class Sampled(Answering):
     """How a model answers that is not trained."""
 
-    later: ClassVar[tuple[str, ...]] = (
-        "engine",
-        "engine_seconds",
-        "environment",
-        "turns",
-        "context",
-        "reward_workers",
-        "reward_seconds",
-    )
+    later: ClassVar[tuple[str, ...]] = ("engine",)
 
     reward: list[Reward] = []
     """What says how good a completion is: the sum of these parts."""

@@ -11,7 +11,7 @@ from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Name, Positive
-from postlude.recipes.answering import Sampled
+from postlude.recipes.answering import DEADLINES, Sampled
 from postlude.recipes.recipe import Datasets, WorkRecipe
 
 
@@ -56,6 +56,7 @@ class Evaluate(WorkRecipe):
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "models"),)
     does: ClassVar[str] = "postlude.stages.evaluation:Evaluation"
+    free: ClassVar[tuple[str, ...]] = tuple(f"generation.{key}" for key in DEADLINES)
 
     starter = StarterFiles(
         "postlude.recipes.starters",

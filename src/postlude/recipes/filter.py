@@ -29,7 +29,7 @@ class Filter(WorkRecipe, Rewarding):
     """Records of data sets that their filters, and a reward, let through, as a data set."""
 
     does: ClassVar[str] = "postlude.stages.filtering:Filtering"
-    later: ClassVar[tuple[str, ...]] = ("reward_workers", "reward_seconds")
+    free: ClassVar[tuple[str, ...]] = ("reward_seconds", "reward_workers")
     starter = StarterFiles("postlude.recipes.starters", "filter.yaml", {".jsonl": "sums-doubtful.jsonl"})
 
     recipe: Literal["filter"]

@@ -14,7 +14,7 @@ from postlude.manifest.component import Config
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
 from postlude.manifest.types import Positive
-from postlude.recipes.answering import Sampled
+from postlude.recipes.answering import DEADLINES, Sampled
 from postlude.recipes.recipe import Datasets, WorkRecipe
 
 
@@ -33,6 +33,7 @@ class Generate(WorkRecipe, Sampled):
     """A model's answers to prompts as a data set: all, the best, those above a reward, or pairs."""
 
     does: ClassVar[str] = "postlude.stages.generation:Generation"
+    free: ClassVar[tuple[str, ...]] = DEADLINES
     starter = StarterFiles("postlude.recipes.starters", "generate.yaml", {".jsonl": "sums.jsonl"})
 
     recipe: Literal["generate"]

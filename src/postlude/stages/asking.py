@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -31,9 +32,11 @@ class Asking:
     def __init__(self, models: Models, model: ModelPlace, config: Sampled, datasets: Iterable[str]) -> None:
         self._models, self._parts, self._model, self._config = models, models.parts, model, config
         self._datasets = list(datasets)
-        self.scorer = Scorer(
-            config.reward, models.reward_model, RewardPool(config.reward_workers, float(config.reward_seconds))
-        )
+        pool = RewardPool(config.reward_workers, float(config.reward_seconds))
+        self._closing = ExitStack()
+        """Ends what was started, in whatever state it is."""
+        self._closing.callback(pool.close)
+        self._scorer = Scorer(config.reward, models.reward_model, pool)
 
     @cached_property
     def encoders(self) -> PromptEncoders:
@@ -43,6 +46,8 @@ class Asking:
     def _answerer(self) -> Answerer:
         config = self._config
         engine, configured = fixed_engine(self._models, self._model, config)
+        self._closing.callback(engine.close)
+        engine.update(0)
         seed = self._parts.manifest.seed if config.seed is None else config.seed
         samplings = {
             name: Sampling(
@@ -59,7 +64,7 @@ class Asking:
             engine=engine,
             encoders=self.encoders,
             sampling=samplings.__getitem__,
-            scorer=self.scorer,
+            scorer=self._scorer,
             workers=Workers(device=self._parts.workers.device),  # each rank of the stage asks for itself
             phases=Phases(),
             tell=lambda kind, **fields: None,
@@ -91,19 +96,17 @@ class Asking:
             else:
                 groups.append(begun)
         answered = answerer.answer(groups)
-        scored([sample.score for group in answered for sample in group])
+        require_scores([sample.score for group in answered for sample in group])
         return answered, unasked
 
     def close(self) -> None:
-        """Leave no process at work, and no model."""
-        self.scorer.close()
-        if "_answerer" in vars(self):
-            self._answerer.engine.close()
+        """Leave no process at work."""
+        self._closing.close()
 
 
-def scored(scores: Sequence[Score | Unscored | None]) -> list[Score]:
-    """The scores, where there are any: without a policy that could do without a sample, DataError for one that has
-    none because its reward failed."""
+def require_scores(scores: Sequence[Score | Unscored | None]) -> list[Score]:
+    """The scores, where anything rewards. DataError for the first sample that has none because its reward failed: a
+    policy could do without it, a data set or a report cannot."""
     for score in scores:
         if isinstance(score, Unscored):
             raise DataError(score.detail)

@@ -60,8 +60,8 @@ def policy_engine(models: TrainingModels) -> Engine:
 
 
 def fixed_engine(models: Models, start: ModelPlace, config: Sampled) -> tuple[Engine, Any]:
-    """What answers with a model that is not trained, in this process or in one of its own that is given the weights
-    once; and the model's generation config."""
+    """What answers with a model that is not trained, in this process or in one of its own, which is given the weights
+    with its first and only update; and the model's generation config."""
     if not config.engine.is_external:
         native = models.engine(start, config.concurrency)
         return native, native.causal.generation_config
@@ -91,9 +91,7 @@ def fixed_engine(models: Models, start: ModelPlace, config: Sampled) -> tuple[En
         write_for_engines(held.pop(), folder, dtype, Workers())
 
     config.engine.check()
-    engine = _external(config.engine, serving, write, [partial(config.engine.server, serving)])
-    engine.update(0)
-    return engine, generation_config
+    return _external(config.engine, serving, write, [partial(config.engine.server, serving)]), generation_config
 
 
 def stop_ids_of(generation_config: Any, encoder: PromptEncoder) -> frozenset[int]:

@@ -20,7 +20,7 @@ from postlude.rollout.prompts import NoPrompt, Prompt, prompt_of
 from postlude.rollout.reward import REFERENCE
 from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.scoring import Scorer
-from postlude.stages.asking import scored
+from postlude.stages.asking import require_scores
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import dropped_by_filters
@@ -63,7 +63,7 @@ class Filtering(Work):
             [_judged(example, example_id, name, record) for example_id, example in examples]
             for name, record, examples in read
         ]
-        scores = iter(scored(self.scorer.score([pair for row in judged for pair in row])))
+        scores = iter(require_scores(self.scorer.score([pair for row in judged for pair in row])))
         entries = bad
         for (_, record, _), row in zip(read, judged, strict=True):
             own = [next(scores) for _ in row]
