@@ -40,7 +40,7 @@ def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
     """
     storage.verify(source.artifact)
     stage.clear()
-    storage.link_folder(source.artifact, stage.artifact)
+    storage.copy_folder(source.artifact, stage.artifact, storage.link_file)
     for below in files_kept(source):
         bring = storage.copy_file if below.endswith((".jsonl", ".json")) else storage.link_file  # journals are added to
         bring(storage.join(source.uri, below), storage.join(stage.uri, below))

@@ -3,8 +3,6 @@
 from postlude.storage.commits import (
     MARKER,
     Digest,
-    HashedFile,
-    Marker,
     begin,
     commit,
     discard,
@@ -43,6 +41,6 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, link_folder, new_folder
+from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock

@@ -23,8 +23,6 @@ from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
 
-_CHUNK_BYTES = 2**20
-
 
 @dataclass(frozen=True)
 class Digest:
@@ -79,15 +77,13 @@ class HashedFile(io.BufferedIOBase):
         if self.closed:
             return
         try:
-            self._file.flush()
-            if files.is_local(self._uri):
-                with writing(self._uri):
-                    os.fsync(self._file.fileno())
+            with self._file:
+                self._file.flush()
+                if files.is_local(self._uri):
+                    with writing(self._uri):
+                        os.fsync(self._file.fileno())
         finally:
-            try:
-                self._file.close()
-            finally:
-                super().close()
+            super().close()
 
 
 def open_hashed(uri: str) -> HashedFile:
@@ -175,11 +171,8 @@ def check(uri: str, marker: Marker) -> None:
 
 def sha256_of(uri: str) -> str:
     """The SHA-256 of a file, hexadecimal, read piece by piece."""
-    sha256 = hashlib.sha256()
-    with files.open_file(uri, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+    with files.open_file(uri) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

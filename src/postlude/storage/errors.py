@@ -37,11 +37,6 @@ class LockedError(StorageError):
     """Another process holds the lock."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_SHAPE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-
-
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
     """Tell what prevents a read from ``uri`` as a :class:`StorageError`."""
@@ -64,19 +59,19 @@ def writing(uri: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
+    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise NotWritable(
+            f"'{uri}' cannot be written ({_reason(error)}): a file and a folder are in each other's place. "
+            "Choose another place or remove what stands there."
+        ) from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull(
                 f"There is no room left to write '{uri}' ({_reason(error)}). Free some space there and run again."
             ) from error
-        if error.errno in _REFUSED or isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise NotWritable(
                 f"'{uri}' may not be written ({_reason(error)}). Choose another place or change its permissions."
-            ) from error
-        if error.errno in _SHAPE:
-            raise NotWritable(
-                f"'{uri}' cannot be written ({_reason(error)}): a file and a folder are in each other's place. "
-                "Choose another place or remove what stands there."
             ) from error
         raise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -15,29 +16,24 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def dump(value: Any, *, indent: int | None = None) -> str:
     """The JSON text of a value, ASCII only. TypeError on what JSON cannot hold."""
-    return json.dumps(_strict(value), allow_nan=False, indent=indent)
+    return json.dumps(_map(_strict, value), allow_nan=False, indent=indent)
 
 
 def load(text: str | bytes) -> Any:
     """The value of a JSON text. ValueError if it is none."""
-    return _restored(json.loads(text))
+    return _map(lambda leaf: _SPECIAL.get(leaf, leaf), json.loads(text))
 
 
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same value with every leaf changed."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: _map(change, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return value
+        return [_map(change, item) for item in value]
+    return change(value)
 
 
-def _restored(value: Any) -> Any:
-    if isinstance(value, str):
-        return _SPECIAL.get(value, value)
-    if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    return value
+def _strict(leaf: Any) -> Any:
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return "NaN" if math.isnan(leaf) else "Infinity" if leaf > 0 else "-Infinity"
+    return leaf

@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, Any
 
@@ -26,9 +26,6 @@ from postlude.storage.errors import StorageError, reading, writing
 
 UNFINISHED = ".unfinished"
 """How the name of a local file or folder ends while it is being written: no listing shows it."""
-
-_EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""The extra of this package that brings what a protocol needs."""
 
 
 def is_local(uri: str) -> bool:
@@ -74,11 +71,12 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     if mode not in ("r", "w", "rb", "wb"):
         raise ValueError(f"A file is opened with one of r, w, rb, wb, not '{mode}'.")
     writes = mode[0] == "w"
-    if is_local(uri):
-        binary = _open_for_writing(uri) if writes else _open_for_reading(uri)
-    else:
-        filesystem, path = _remote(uri)
-        with writing(uri) if writes else reading(uri):
+    with writing(uri) if writes else reading(uri):
+        if is_local(uri):
+            path = local_path(uri)
+            binary = _open_for_writing(uri, path) if writes else io.BufferedReader(io.FileIO(path))
+        else:
+            filesystem, path = _remote(uri)
             binary = filesystem.open(path, mode[0] + "b")
     return binary if mode.endswith("b") else io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
 
@@ -171,14 +169,11 @@ def remove(uri: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens if there is none."""
     if is_local(uri):
         path = local_path(uri)
-        with writing(uri):
-            try:
-                if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path)
-                else:
-                    os.remove(path)
-            except FileNotFoundError:
-                return
+        with writing(uri), suppress(FileNotFoundError):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
         return
     filesystem, path = _remote(uri)
     with writing(uri):
@@ -254,16 +249,9 @@ class _LocalFile(io.FileIO):
             super().close()
 
 
-def _open_for_writing(uri: str, path: str | None = None) -> IO[bytes]:
-    path = path or local_path(uri)
-    with writing(uri):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        return io.BufferedWriter(_LocalFile(path, uri), buffer_size=2**17)
-
-
-def _open_for_reading(uri: str) -> IO[bytes]:
-    with reading(uri):
-        return open(local_path(uri), "rb")
+def _open_for_writing(uri: str, path: str) -> IO[bytes]:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    return io.BufferedWriter(_LocalFile(path, uri), buffer_size=2**17)
 
 
 # --- remote ---------------------------------------------------------------------------------------------------
@@ -283,8 +271,7 @@ def _filesystem(protocol: str) -> Any:
         # A listing that is cached hides what another process writes.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        remedy = f"Install it with: pip install 'postlude[{extra}]'." if extra else f"{error}."
+        remedy = "Install it with: pip install 'postlude[s3]'." if protocol in ("s3", "s3a") else f"{error}."
         raise StorageError(f"'{protocol}://' needs a package that is not installed here. {remedy}") from error
     except ValueError as error:
         if protocol in fsspec.available_protocols():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from postlude.storage import commits, files
 from postlude.storage.errors import writing
@@ -57,38 +57,28 @@ def fetch(uri: str, into: str) -> str:
     return into
 
 
-def copy_folder(uri: str, target: str) -> None:
+def copy_file(uri: str, target: str) -> None:
+    """Copy a file; what was at ``target`` is replaced."""
+    with files.open_file(uri) as source, files.open_file(target, "wb") as file:
+        shutil.copyfileobj(source, file, 2**20)
+
+
+def copy_folder(uri: str, target: str, bring: Callable[[str, str], None] = copy_file) -> None:
     """Copy a committed folder, which replaces the folder ``target`` when the copy is whole.
 
-    NotFound if nothing was committed at ``uri``, CorruptError if what arrives is not what was committed.
+    ``bring`` brings each file; :func:`link_file` shares it. NotFound if nothing was committed at ``uri``, CorruptError
+    if what arrives is not what was committed.
     """
     marker = commits.read_marker(uri)
     with new_folder(target, marker.extra) as work:
         for below in marker.files:
-            with files.open_file(files.join(work, below), "wb") as file:
-                _copy(files.join(uri, below), file)
-        commits.check(work, marker)
-
-
-def link_folder(uri: str, target: str) -> None:
-    """Make ``target`` the same committed folder as ``uri``, sharing its files where both are local.
-
-    The files of a committed folder are never written again, so that neither can change under the other. Errors as for
-    :func:`copy_folder`.
-    """
-    if not (files.is_local(uri) and files.is_local(target)):
-        copy_folder(uri, target)
-        return
-    marker = commits.read_marker(uri)
-    with new_folder(target, marker.extra) as work:
-        for below in marker.files:
-            link_file(files.join(uri, below), files.join(work, below))
+            bring(files.join(uri, below), files.join(work, below))
         commits.check(work, marker)
 
 
 def link_file(uri: str, target: str) -> None:
-    """Give a file that is never written again a second name, which replaces what had that name; a copy where there can
-    be no link: behind remote URIs, and between file systems."""
+    """Give a file that is never written again, as those of a committed folder, a second name, which replaces what had
+    that name; a copy where there can be no link: behind remote URIs, and between file systems."""
     if files.is_local(uri) and files.is_local(target):
         source, path = files.local_path(uri), files.local_path(target)
         with writing(target):
@@ -102,12 +92,6 @@ def link_file(uri: str, target: str) -> None:
             else:
                 return
     copy_file(uri, target)
-
-
-def copy_file(uri: str, target: str) -> None:
-    """Copy a file; what was at ``target`` is replaced."""
-    with files.open_file(target, "wb") as file:
-        _copy(uri, file)
 
 
 def files_below(folder: str) -> list[str]:
@@ -126,11 +110,6 @@ def _settle(folder: str, below: str) -> commits.Digest:
 
 
 def _upload(folder: str, uri: str, below: str) -> commits.Digest:
-    with commits.open_hashed(files.join(uri, below)) as target:
-        _copy(os.path.join(folder, below), target)
-    return target.digest
-
-
-def _copy(uri: str, target: IO[bytes] | commits.HashedFile) -> None:
-    with files.open_file(uri) as source:
+    with open(os.path.join(folder, below), "rb") as source, commits.open_hashed(files.join(uri, below)) as target:
         shutil.copyfileobj(source, target, 2**20)
+    return target.digest

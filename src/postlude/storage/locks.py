@@ -7,7 +7,6 @@ the machines, or at once where the holder was a process of this machine that is 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import secrets
@@ -129,9 +128,7 @@ def _try_flock(descriptor: int) -> bool:
     for _ in range(_ATTEMPTS):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise
+        except (BlockingIOError, PermissionError):
             time.sleep(_PAUSE_SECONDS)
         else:
             return True
@@ -235,9 +232,7 @@ def _lease_holder(uri: str) -> Holder | None:
     if lease is None or time.time() - lease["renewed"] > LEASE_SECONDS:
         return None
     by = Holder(lease["host"], lease["pid"], lease["since"])
-    gone = by.host == socket.gethostname() and not _is_alive(by.pid, lease["token"])
-    return None if gone else by
-
-
-def _is_alive(pid: int, token: str) -> bool:
-    return token in _own_tokens if pid == os.getpid() else psutil.pid_exists(pid)
+    if by.host != socket.gethostname():
+        return by
+    is_alive = lease["token"] in _own_tokens if by.pid == os.getpid() else psutil.pid_exists(by.pid)
+    return by if is_alive else None
