@@ -103,7 +103,7 @@ def milliseconds_of_a_call(ranks: int) -> float:
     demand = Demand.of(compute, compute.pools["train"])
     with open_cluster(compute) as cluster:
         held = placement.place(demand, ranks, 60.0, lambda: False)
-        with WorkerGroup("idle", demand, held, ranks, WorkerSetup.here("idle", 1, {}), cluster.interface) as group:
+        with WorkerGroup("idle", demand, held, ranks, WorkerSetup("idle", 1, {}), cluster.interface) as group:
             spent = []
             for _ in range(CALLS):
                 begin = time.perf_counter()

@@ -207,7 +207,7 @@ def test_code_is_sent_to_nodes_that_have_another_disk(nodes, tmp_path):
     demand = Demand.of(compute, Pool())
     with open_cluster(compute) as cluster:
         held = placement.place(demand, 1, 60.0, lambda: False)
-        setup = WorkerSetup("sent", "/", [], 1, {})
+        setup = WorkerSetup("sent", 1, {}, folder="/", path=[])
         with WorkerGroup("sent", demand, held, 1, setup, cluster.interface) as group:
             (outcome,) = ray.get(group.work("sent_package:place", None, lease_seconds=60.0))
     place = outcome.value

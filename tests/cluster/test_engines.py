@@ -98,7 +98,7 @@ def test_engines_stay_warm_and_whatever_is_killed_the_run_ends_as_if_undisturbed
 
 
 def test_weights_that_are_gone_with_who_wrote_them_leave_the_engine_as_it_is(tmp_path):
-    host, choice = EngineHost(WorkerSetup.here("host", 1, {})), Native(apart=True)
+    host, choice = EngineHost(WorkerSetup("host", 1, {})), Native(apart=True)
     serving = Serving(context=64, weights=10**6, concurrency=4, dtype="float32", seconds=60.0)
     asked, sampling = [Request("a", (1, 2, 3), 0)], Sampling(8, frozenset(), 1.0, seed=1)
     folder = write_random_model(tmp_path / "weights", 1)

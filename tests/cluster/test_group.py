@@ -56,7 +56,7 @@ def group(cluster):
     compute, pool = Compute(), Pool(workers=2)
     demand = Demand.of(compute, pool)
     held = placement.place(demand, 2, 30.0, lambda: False)
-    setup = WorkerSetup.here("test", 1, {"OF_MY_OWN": "yes"})
+    setup = WorkerSetup("test", 1, {"OF_MY_OWN": "yes"})
     with WorkerGroup("test", demand, held, 2, setup, cluster.interface) as made:
         yield made
 
@@ -92,7 +92,7 @@ def test_what_a_rank_raises_comes_with_its_rank_and_traceback(group):
 
 def test_a_group_of_the_same_name_takes_the_place_of_one_that_was_left_behind(cluster):
     demand = Demand.of(Compute(), Pool())
-    setup = WorkerSetup.here("test", 1, {})
+    setup = WorkerSetup("test", 1, {})
     first = WorkerGroup("twice", demand, placement.place(demand, 1, 30.0, lambda: False), 1, setup, "lo")
     with WorkerGroup("twice", demand, placement.place(demand, 1, 30.0, lambda: False), 1, setup, "lo") as second:
         assert [result["sum"] for result in watched(second, account, np.ones(1))] == [1.0]
@@ -105,7 +105,7 @@ def test_a_group_of_the_same_name_takes_the_place_of_one_that_was_left_behind(cl
 def test_a_rank_that_dies_at_work_is_a_failure_of_its_process(cluster):
     demand = Demand.of(Compute(), Pool())
     held = placement.place(demand, 1, 30.0, lambda: False)
-    with WorkerGroup("dies", demand, held, 1, WorkerSetup.here("test", 1, {}), "lo") as group:
+    with WorkerGroup("dies", demand, held, 1, WorkerSetup("test", 1, {}), "lo") as group:
         with pytest.raises(Failure) as raised:
             watched(group, fail, (0, "dies"))
         assert raised.value.kind is Kind.PROCESS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,13 @@ def test_killed_anywhere_a_stage_is_taken_over_whole_or_has_not_begun(place: str
         source = find_finished_elsewhere(second)[identity.fingerprint]
         try:
             with killed_at(number):
-                take_over(second.stage("a"), source, identity.as_revision(3))
+                take_over(second.stage("a"), source, replace(identity, revision=3))
             was_killed = False
         except Killed:
             was_killed = True
             if not second.stage("a").is_done():
                 assert not second.stage("a").has_begun()
-                take_over(second.stage("a"), source, identity.as_revision(3))
+                take_over(second.stage("a"), source, replace(identity, revision=3))
         stage = second.stage("a")
         assert stage.is_done()
         storage.verify(stage.artifact)

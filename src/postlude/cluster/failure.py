@@ -34,24 +34,15 @@ class Kind(Enum):
     COLLECTIVE = "collective"
     """Ranks lost each other, though none is known to have died."""
 
+    @property
+    def recovers(self) -> bool:
+        """Whether the group is formed anew."""
+        return self not in (Kind.USER, Kind.PROGRAM)
 
-@dataclass(frozen=True)
-class Policy:
-    """What is done about failures of a kind: whether the group is formed anew, and out of which budget."""
-
-    recovers: bool
-    budget: str = "failures"
-
-
-POLICY = {
-    Kind.USER: Policy(recovers=False),
-    Kind.PROGRAM: Policy(recovers=False),
-    Kind.PREEMPTION: Policy(recovers=True, budget="preemptions"),
-    Kind.NODE: Policy(recovers=True),
-    Kind.PROCESS: Policy(recovers=True),
-    Kind.HANG: Policy(recovers=True),
-    Kind.COLLECTIVE: Policy(recovers=True),
-}
+    @property
+    def budget(self) -> str:
+        """Out of which key of ``compute.supervision`` that is paid."""
+        return "preemptions" if self is Kind.PREEMPTION else "failures"
 
 
 @dataclass(frozen=True)
@@ -71,24 +62,16 @@ class Outcome:
     host: str = ""
 
 
+@dataclass(eq=False)
 class Failure(Exception):
     """A group did not come to its end."""
 
-    def __init__(
-        self,
-        kind: Kind,
-        reason: str,
-        rank: int | None = None,
-        host: str = "",
-        trace: str = "",
-        error: UserError | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.kind, self.reason, self.rank, self.host, self.trace, self.error = kind, reason, rank, host, trace, error
-
-    @property
-    def policy(self) -> Policy:
-        return POLICY[self.kind]
+    kind: Kind
+    reason: str
+    rank: int | None = None
+    host: str = ""
+    trace: str = ""
+    error: UserError | None = None
 
     def __str__(self) -> str:
         who = "" if self.rank is None else f"rank {self.rank}" + (f" on {self.host}" if self.host else "") + ": "
@@ -102,9 +85,9 @@ class ProgramError(UserError):
 def outcome_of(rank: int, host: str, error: BaseException) -> Outcome:
     """What an exception says of the work of a rank. For the process in which it was raised."""
     trace = "".join(traceback.format_exception(error))
-    reason = f"{type(error).__name__}: {str(error) or 'without a message'}".splitlines()[0]
     if isinstance(error, UserError):
         return Outcome(rank, error=error, kind=Kind.USER, reason=str(error), trace=trace, host=host)
+    reason = f"{type(error).__name__}: {str(error) or 'without a message'}".splitlines()[0]
     kind = Kind.COLLECTIVE if _is_of_a_collective(error) else Kind.PROGRAM
     return Outcome(rank, kind=kind, reason=reason, trace=trace, host=host)
 

@@ -183,13 +183,13 @@ class Supervisor:
 
     def _recover(self, failure: Failure, seconds: float) -> None:
         """Charge a failure to its budget and wait a little; raise what cannot be recovered from."""
-        if not failure.policy.recovers:
+        if not failure.kind.recovers:
             raise failure.error or ProgramError(f"{failure}\n\n{failure.trace}".rstrip())
         reached = self._progress()
         if reached != self._reached:
             self._reached = reached
             self._spent.clear()
-        budget = failure.policy.budget
+        budget = failure.kind.budget
         self._spent[budget] += 1
         allowed = getattr(self._job.limits, budget)
         where = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}

@@ -47,9 +47,8 @@ def ray_variables(transport: Transport) -> dict[str, str]:
 def check_transport(compute: Compute) -> None:
     """:class:`ComputeError` if the manifest requires encryption and something would cross the network without it."""
     transport = compute.transport
-    if not transport.require_encryption or not compute.provider.is_remote:
-        return
-    if _certificates(transport) is None and not transport.network_is_encrypted:
+    may_refuse = transport.require_encryption and compute.provider.is_remote
+    if may_refuse and _certificates(transport) is None and not transport.network_is_encrypted:
         raise ComputeError(
             "compute.transport requires encryption, and Ray would send clear text between hosts. Give "
             "compute.transport.tls with the files that `postlude certificates` makes, or say network_is_encrypted: "
@@ -92,8 +91,6 @@ def probe(address: str, transport: Transport) -> None:
             else:
                 _shake_hands(plain, address, tls)
     except OSError as error:
-        if isinstance(error, ssl.SSLError):
-            raise
         raise ComputeError(
             f"No Ray cluster answers at {address}: {error}. Is its head running, and reachable?"
         ) from error

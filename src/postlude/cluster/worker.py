@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
@@ -41,20 +41,15 @@ class WorkerSetup:
 
     name: str
     """What it works on: a word for logs."""
-    folder: str
-    """The working directory."""
-    path: Sequence[str]
-    """Where modules are looked for."""
     threads: int
     environment: Mapping[str, str]
     """Variables, set before anything heavy is imported."""
     modules: Sequence[str] = ()
     """To be imported before the work begins: what is heavy is over when the ranks begin together."""
-
-    @staticmethod
-    def here(name: str, threads: int, environment: Mapping[str, str], modules: Sequence[str] = ()) -> WorkerSetup:
-        """As in this process."""
-        return WorkerSetup(name, os.getcwd(), list(sys.path), threads, dict(environment), modules)
+    folder: str = field(default_factory=os.getcwd)
+    """The working directory, by default that of this process."""
+    path: Sequence[str] = field(default_factory=lambda: list(sys.path))
+    """Where modules are looked for, by default where this process does."""
 
     def enter(self) -> None:
         """Make it that of this process."""
@@ -93,37 +88,31 @@ class Worker:
 
     def __init__(self, rank: int, setup: WorkerSetup) -> None:
         die_with_parent()
-        self._rank, self._name = rank, setup.name
         setup.enter()
-        self._threads, self._modules = setup.threads, setup.modules
+        self._rank, self._setup = rank, setup
         self._stop, self._relay = Interruption(), Relay()
         self._noticed = False
         self._lease = Lease()
         _on_terminate(self._notice)
 
     def __repr__(self) -> str:  # what Ray puts before a line that the process prints
-        return f"{self._name}:{self._rank}"
+        return f"{self._setup.name}:{self._rank}"
 
     # --- work -----------------------------------------------------------------------------------------------
 
     def take_place(self, world: int, place_on_node: int, meeting: str, interface: str | None) -> None:
         """Learn the other ranks: how many, this one's number on its node, and where they meet (host:port)."""
         host, port = meeting.rsplit(":", 1)
-        os.environ.update(
-            RANK=str(self._rank),
-            WORLD_SIZE=str(world),
-            LOCAL_RANK=str(place_on_node),
-            MASTER_ADDR=host,
-            MASTER_PORT=port,
-        )
+        os.environ.update(RANK=str(self._rank), WORLD_SIZE=str(world), LOCAL_RANK=str(place_on_node))
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
         interface = interface or _interface_of(ray.util.get_node_ip_address())
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         import torch
 
-        torch.set_num_threads(self._threads)
-        for module in self._modules:
+        torch.set_num_threads(self._setup.threads)
+        for module in self._setup.modules:
             importlib.import_module(module)
         self._relay.take_console()
 

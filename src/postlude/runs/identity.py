@@ -7,7 +7,7 @@ one fingerprint have one result, whichever run they are in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from postlude import storage
@@ -105,10 +105,6 @@ class Identity:
         if identity.fingerprint != fingerprint:
             raise storage.CorruptError(f"'{uri}' is damaged: its fingerprint does not fit its content.")
         return identity
-
-    def as_revision(self, revision: int) -> Identity:
-        """The same, counted as this revision of its stage."""
-        return replace(self, revision=revision)
 
 
 def _first_few(names: list[str]) -> str:

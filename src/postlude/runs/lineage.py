@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from postlude import storage
@@ -59,9 +59,6 @@ class Ancestor:
     """The files of base models and data that it was made of, by what they are and by URI, with their content."""
     parents: tuple[Ancestor, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def walk(run: Run, name: str) -> Ancestor | None:
     """The artifact of a stage with all that it comes from, as far back as there is a lineage; None if there is none.
@@ -93,10 +90,8 @@ def _ancestor(run: Run, record: Mapping[str, Any], place: str | None) -> Ancesto
 
 
 def _place_of(run: Run, parent: Mapping[str, Any]) -> str | None:
-    for place in _candidates(run, parent["stage"]):
-        if storage.is_committed(place) and artifact_digest(place) == parent["artifact_sha256"]:
-            return place
-    return None
+    committed = filter(storage.is_committed, _candidates(run, parent["stage"]))
+    return next((place for place in committed if artifact_digest(place) == parent["artifact_sha256"]), None)
 
 
 def _candidates(run: Run, name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -87,27 +87,25 @@ class Stage:
             state_file = exact_json.load(storage.read_text(self._state))
         except storage.NotFound:
             return Status()
-        state = state_file["state"]
-        if state == "running" and not self._is_held():
-            state = "interrupted"
-        return Status(state, state_file["begun_at"], state_file["changed_at"], state_file["details"])
+        if state_file["state"] == "running" and not self._is_held():
+            state_file["state"] = "interrupted"
+        return Status(**state_file)
 
     def enter(self, state: State, **details: Any) -> None:
         """Note that the stage is in this state from now on. ``details`` replace those of the state before."""
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        begun_at = self.status().begun_at or now
-        state_file = {"state": state, "begun_at": begun_at, "changed_at": now, "details": details}
-        storage.write_text(self._state, exact_json.dump(state_file, indent=2) + "\n")
+        status = Status(state, self.status().begun_at or now, now, details)
+        storage.write_text(self._state, exact_json.dump(asdict(status), indent=2) + "\n")
 
     def committed(self) -> tuple[int, int]:
         """How far the stage is for good: the step of its newest checkpoint, and how many portions of other work or
         parts of stored streams are there. Only good for telling whether something was added."""
-        newest = next(iter(self.checkpoints()), None)
+        newest = next((checkpoint.step for checkpoint in self.checkpoints()), 0)
         folders = [storage.join(self.uri, "portions"), self.annotations]
         folders += [storage.join(self.annotations, name) for name in storage.list_directory(self.annotations)]
-        return newest.step if newest else 0, sum(len(storage.list_directory(folder)) for folder in folders)
+        return newest, sum(len(storage.list_directory(folder)) for folder in folders)
 
     def has_begun(self) -> bool:
         """Whether it has made a step: before that there is nothing to lose.

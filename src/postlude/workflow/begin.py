@@ -46,15 +46,14 @@ def identity_now(resolved: Resolved, run: Run, decision: Decision) -> Identity:
         inputs[need] = run.stage(need).result_fingerprint() or ""
         revisions[need] = identity.revision if identity else 1
     now = Identifier(resolved, run)(decision.stage, inputs, revisions)
-    return now.as_revision(decision.identity.revision)
+    return replace(now, revision=decision.identity.revision)
 
 
 def make_room(run: Run, decision: Decision) -> None:
     """Move aside what stands in a stage that begins anew."""
     if decision.replaces:
         number = set_aside(run, decision.stage)
-        reasons = list(decision.reasons)
-        events.record(run.events, "stage_set_aside", decision.stage, revision=number, reasons=reasons)
+        events.record(run.events, "stage_set_aside", decision.stage, revision=number, reasons=decision.reasons)
 
 
 def try_take_over(run: Run, decision: Decision, identity: Identity) -> bool:
@@ -67,8 +66,7 @@ def try_take_over(run: Run, decision: Decision, identity: Identity) -> bool:
     except (storage.CorruptError, storage.NotFound) as error:
         say(f"{decision.stage}: not taken over from {source.run_name}: {error}")
         return False
-    origin = {"run": source.run_name, "revision": identity.revision}
-    events.record(run.events, "stage_taken_over", decision.stage, **origin)
+    events.record(run.events, "stage_taken_over", decision.stage, run=source.run_name, revision=identity.revision)
     return True
 
 

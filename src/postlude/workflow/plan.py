@@ -209,10 +209,10 @@ def _decide(
         reasons = standing.identity.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
     if standing.begun and not reasons and not is_forced:
         action: Action = "keep" if standing.done else "resume"
-        return Decision(name, action, wanted.as_revision(standing.revision), needed, step=standing.step)
+        return Decision(name, action, replace(wanted, revision=standing.revision), needed, step=standing.step)
     if standing.begun and not standing.done and not inputs and not is_forced:
-        return Decision(name, "refuse", wanted.as_revision(standing.revision), needed, reasons=reasons)
-    identity = wanted.as_revision(standing.revision + standing.begun)
+        return Decision(name, "refuse", replace(wanted, revision=standing.revision), needed, reasons=reasons)
+    identity = replace(wanted, revision=standing.revision + standing.begun)
     source = None if is_forced else elsewhere(wanted.fingerprint)
     if source is not None:
         why = [*reasons, f"finished there with the same fingerprint {wanted.fingerprint[:12]}"]

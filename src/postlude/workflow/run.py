@@ -7,9 +7,9 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from postlude import storage
+from postlude.cluster.providers.base import Provider, open_cluster
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import dump_lock, lock, read_lock
 from postlude.manifest.schema import Manifest
@@ -22,9 +22,6 @@ from postlude.workflow.compute import check_compute, threads_of
 from postlude.workflow.plan import Decision, Plan, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
-
-if TYPE_CHECKING:
-    from postlude.cluster.providers.base import Cluster
 
 INTERRUPTED = 130
 
@@ -80,7 +77,7 @@ def dry_run(
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 
-def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -> str | None:
+def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) -> str | None:
     """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
 
     A stage begins when all that it needs is done and its pool is free, on a group of workers of the cluster; without
@@ -105,10 +102,8 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Cluster | None) -
 
 
 @contextmanager
-def workers_for(manifest: Manifest) -> Iterator[Cluster]:
+def workers_for(manifest: Manifest) -> Iterator[Provider]:
     """The cluster that the manifest names, found to have the nodes and the network for its pools, or ComputeError."""
-    from postlude.cluster.providers.base import open_cluster
-
     with open_cluster(manifest.compute) as cluster:
         from postlude.cluster.bandwidth import check_bandwidth  # loads Ray, which reads its environment then
         from postlude.cluster.placement import check_topology
@@ -138,11 +133,6 @@ def run_of(resolved: Resolved) -> Run:
 def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
     """Take the run for this process. LockedError if another process has it, and still has it after the wait."""
     deadline = time.monotonic() + wait_seconds
-    try:
-        return run.hold()
-    except storage.LockedError:
-        if not wait_seconds:
-            raise
     with waiting(f"the run {run.name}, in use by {run.holder() or 'another process'}"):
         while True:
             try:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
@@ -22,7 +23,6 @@ from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
 if TYPE_CHECKING:
-    from postlude.cluster.providers.base import Cluster
     from postlude.cluster.supervisor import Supervisor
 
 FUNCTION = "postlude.stages.run:run_stage"
@@ -42,7 +42,7 @@ class StagesAtWork:
     """Takes decisions to their ends. Once a stage fails or is asked to stop nothing begins any more; what is at work
     goes on to its end, or to a checkpoint where the request reached it. Without a ``cluster`` stages run here."""
 
-    def __init__(self, run: Run, resolved: Resolved, cluster: Cluster | None, stop: Interruption) -> None:
+    def __init__(self, run: Run, resolved: Resolved, cluster: Provider | None, stop: Interruption) -> None:
         self.run, self.resolved, self.cluster, self.stop = run, resolved, cluster, stop
         self.decisions: dict[str, Decision] = {}
         """The stages that are at work on groups of workers."""
@@ -151,7 +151,7 @@ class StagesAtWork:
         if pool is None:
             return nullcontext()
         threads = pool.cpus_per_worker or threads_of(manifest, name)
-        setup = WorkerSetup.here(name, threads, compute.environment)
+        setup = WorkerSetup(name, threads, compute.environment)
         seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
         return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
@@ -172,7 +172,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setup=WorkerSetup.here(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
+            setup=WorkerSetup(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -52,7 +52,7 @@ class StageStatus:
             "revision": self.revision,
             "fingerprint": self.fingerprint,
             "taken_over_from": self.taken_over_from,
-            "lineage": self.lineage.to_json() if self.lineage else None,
+            "lineage": asdict(self.lineage) if self.lineage else None,
             "readings": self.readings,
         }
 

@@ -1,4 +1,4 @@
-"""What the rest of the project asks of a provider of nodes, and the cluster that it is given by one.
+"""What the rest of the project asks of a provider of nodes, and the cluster that it opens.
 
 A provider is one class in one file, registered under the kind ``providers``; nothing outside that file knows its name.
 Whatever the nodes are, Ray runs on them: once :meth:`Provider.open` has joined it, placement, supervision and recovery
@@ -10,21 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import ClassVar
 
 from postlude.cluster.transport import check_transport
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute, ProviderConfig
 from postlude.runs import Run
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Nodes on which workers can be started."""
-
-    interface: str | None = None
-    """The network interface by which ranks meet, where it is the same on every node."""
 
 
 class Provider(ProviderConfig):
@@ -69,8 +60,8 @@ def provider_of(compute: Compute) -> Provider:
 
 
 @contextmanager
-def open_cluster(compute: Compute) -> Iterator[Cluster]:
-    """The cluster that the manifest names, for as long as the context lasts.
+def open_cluster(compute: Compute) -> Iterator[Provider]:
+    """Join the cluster of the provider that the manifest names, for as long as the context lasts.
 
     :class:`ComputeError` if it is not there, does not let this process in, or is not encrypted where it has to be.
     Where this process has opened one already, that one is used and stays open.
@@ -78,25 +69,25 @@ def open_cluster(compute: Compute) -> Iterator[Cluster]:
     check_transport(compute)
     provider = provider_of(compute)
     # What Ray's own code reads when it is loaded has to be there before.
-    with _environment(provider.defaults), _environment(provider.variables(compute), over=True):
+    defaults = {name: value for name, value in provider.defaults.items() if name not in os.environ}
+    with _environment({**defaults, **provider.variables(compute)}):
         import ray
 
         if ray.is_initialized():
-            yield Cluster(provider.interface)
+            yield provider
             return
         with provider.open(compute):
             try:
-                yield Cluster(provider.interface)
+                yield provider
             finally:
                 ray.shutdown()
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str], over: bool = False) -> Iterator[None]:
-    """Variables for the processes that Ray starts, where the user has not set them; ``over`` what the user has set."""
-    added = {name: value for name, value in variables.items() if over or name not in os.environ}
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables for this process and those that it starts, for as long as the context lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
