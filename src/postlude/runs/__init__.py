@@ -4,7 +4,6 @@ from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
 from postlude.runs.identity import Identity
 from postlude.runs.lineage import LINEAGE, Ancestor, artifact_digest, provenance, walk
-from postlude.runs.revisions import revision_of, revisions, set_aside
+from postlude.runs.revisions import find_finished_elsewhere, revision_of, revisions, set_aside, take_over
 from postlude.runs.run import Run
 from postlude.runs.stage import Checkpoint, Stage, State, Status
-from postlude.runs.takeover import find_finished_elsewhere, take_over

@@ -33,8 +33,7 @@ def find(place: str) -> Stage:
     UserError, with the nearest names, if there is no such run or stage.
     """
     run, name = _split(place)
-    if run is None:
-        run = open_run(place)
+    run = run or open_run(place)
     stages = run.stages()
     if name is not None:
         match = next((stage for stage in stages if stage.name == name), None)

@@ -1,7 +1,8 @@
-"""Revisions: what a stage made before it was begun anew stands under ``RUN/revisions/STAGE/0001/``.
+"""Stages that move. What a stage made before it was begun anew stands under ``RUN/revisions/STAGE/0001/``; what another
+run made with the same fingerprint is taken over, not made again: local files are linked, remote ones copied.
 
-Kept are the artifact with its lineage, metrics, losses by example and what the stage was begun with; checkpoints and
-stored streams go.
+Kept are the artifact with its lineage, which stays that of the run that made it, metrics, losses by example and what
+the stage was begun with; checkpoints and stored streams go.
 Every function here may be killed at any moment and called again: until a revision stands whole, the stage is where it
 was, and after that it is gone from there or counts as not begun.
 """
@@ -9,9 +10,12 @@ was, and after that it is gone from there or counts as not begun.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from postlude import storage
+from postlude.runs.find import list_runs
+from postlude.runs.identity import Identity
 from postlude.runs.run import Run
 from postlude.runs.stage import Stage
 from postlude.storage import exact_json
@@ -75,11 +79,11 @@ def _copy(stage: Stage, place: str) -> None:
     storage.remove(place)
     if stage.has_artifact():
         storage.copy_folder(stage.artifact, storage.join(place, storage.name(stage.artifact)))
-    for below in (*files_kept(stage), "state.json"):
+    for below in (*_files_kept(stage), "state.json"):
         storage.copy_file(storage.join(stage.uri, below), storage.join(place, below))
 
 
-def files_kept(stage: Stage) -> Iterator[str]:
+def _files_kept(stage: Stage) -> Iterator[str]:
     """The files of a stage beside its artifact that are kept when it moves, by path below it; its state is not one."""
     left = {storage.name(stage.artifact), storage.name(stage.annotations), "checkpoints", "state.json", _WHOLE}
     for name in storage.list_directory(stage.uri):
@@ -94,3 +98,38 @@ def _below(uri: str, path: str) -> Iterator[str]:
         return
     for name in storage.list_directory(place):
         yield from _below(uri, storage.join(path, name))
+
+
+def find_finished_elsewhere(run: Run) -> Mapping[str, Stage]:
+    """The finished stages of the other runs in the same folder, by the fingerprint of their results.
+
+    A stage that was taken over itself is passed by for the one that made it, if that is still there.
+    """
+    finished: dict[str, Stage] = {}
+    others = [other for other in list_runs(storage.parent(run.uri)) if other.name != run.name]
+    for stage in (stage for other in others for stage in other.stages() if stage.is_done()):
+        identity = stage.identity()
+        if identity is not None:
+            result = identity.result_fingerprint(stage.applied_amendments())
+            if result not in finished or identity.taken_over_from is None:
+                finished[result] = stage
+    return finished
+
+
+def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
+    """Make a stage that has not begun what ``source`` is. ``identity`` is what it is in this run.
+
+    CorruptError, with nothing changed, if the artifact of ``source`` is not what was committed. The state is written
+    last: killed before, the stage has not begun.
+    """
+    storage.verify(source.artifact)
+    stage.clear()
+    storage.copy_folder(source.artifact, stage.artifact, storage.link_file)
+    for below in _files_kept(source):
+        bring = storage.copy_file if below.endswith((".jsonl", ".json")) else storage.link_file  # journals are added to
+        bring(storage.join(source.uri, below), storage.join(stage.uri, below))
+    made_by = source.identity()
+    origin = (made_by.taken_over_from if made_by else None) or source.run_name
+    replace(identity, taken_over_from=origin).write(stage.identity_uri)
+    details = source.status().details
+    stage.enter("done", **{**details, "revision": identity.revision, "taken_over_from": origin})
