@@ -9,6 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
+from postlude import storage
 from postlude.runs import Run
 from postlude.telemetry import events, progress
 from postlude.telemetry.progress import StageProgress, duration, stage_table, waiting
@@ -65,9 +66,10 @@ def test_plain_lines_come_at_intervals(capsys: pytest.CaptureFixture[str], clock
 
 
 def test_alarms_are_told_at_once(shown: io.StringIO) -> None:
+    journal = storage.Journal("memory://telling/events.jsonl")
     with StageProgress("sft") as stage:
-        stage.event(events.make("alarm", "sft", what="checkpoint not saved", reason="[disk] full"))
-        stage.event(events.make("checkpoint_saved", "sft", step=3, uri="x"))
+        stage.event(events.record(journal, "alarm", "sft", what="checkpoint not saved", reason="[disk] full"))
+        stage.event(events.record(journal, "checkpoint_saved", "sft", step=3, uri="x"))
     assert "sft: ALARM: checkpoint not saved: [disk] full" in shown.getvalue()
     assert "checkpoint_saved" not in shown.getvalue()
 

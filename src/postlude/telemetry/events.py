@@ -191,15 +191,13 @@ class Failure(Event, kind="failure"):
     step: int | None = None
 
 
-def make(kind: str, stage: str | None = None, **fields: Any) -> Event:
-    """An event of this moment. KeyError if there is no such kind, ValidationError if ``fields`` are not those of it."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return _KINDS[kind](time=now, kind=kind, stage=stage, **fields)
-
-
 def record(journal: Journal, kind: str, stage: str | None = None, **fields: Any) -> Event:
-    """Make an event as :func:`make` and add it to a run's journal; it is durable when the call returns."""
-    event = make(kind, stage, **fields)
+    """Make an event of this moment and add it to a run's journal; it is durable when the call returns.
+
+    KeyError if there is no such kind, ValidationError if ``fields`` are not those of it.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    event = _KINDS[kind](time=now, kind=kind, stage=stage, **fields)
     journal.append(event.model_dump(exclude_none=True), sync=True)
     return event
 

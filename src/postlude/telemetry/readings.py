@@ -141,20 +141,16 @@ def _own_seconds(reading: Reading) -> float:
 
 
 def _stragglers(now: Mapping[int, Reading], past: Mapping[int, Sequence[Reading]]) -> list[Finding]:
+    if len(now) < 2 or any(len(past.get(rank, ())) < _USUAL - 1 for rank in now):
+        return []
+    rounds = [now, *({rank: past[rank][-number] for rank in now} for number in range(1, _USUAL))]
     findings = []
     for rank in now:
-        rounds = [now, *({other: past[other][-n] for other in now} for n in range(1, _USUAL) if _has(past, now, n))]
-        if len(now) < 2 or len(rounds) < _USUAL:
-            continue
         if all(_is_slow(each, rank) for each in rounds):
             others = median(_own_seconds(now[other]) for other in now if other != rank)
             own = f"{_own_seconds(now[rank]):.2f} s a step in forward and data"
             findings.append(Finding("straggler", rank, f"{own}, where the others take {others:.2f}"))
     return findings
-
-
-def _has(past: Mapping[int, Sequence[Reading]], now: Mapping[int, Reading], number: int) -> bool:
-    return all(len(past.get(rank, ())) >= number for rank in now)
 
 
 def _is_slow(readings: Mapping[int, Reading], rank: int) -> bool:
