@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
 
@@ -124,11 +124,8 @@ class _LocalLines:
             return 0
 
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
-        try:
-            content = files.read_bytes(self.uri)
-        except NotFound:
-            return
-        yield from _number_lines(self.uri, content)
+        with suppress(NotFound):
+            yield from _number_lines(self.uri, files.read_bytes(self.uri))
 
     def replace(self, lines: list[bytes]) -> None:
         content = b"".join(lines)

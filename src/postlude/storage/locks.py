@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -201,16 +202,14 @@ class _Lease(Lock):
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
-            try:
+            # A store that cannot be reached for a moment is tried again; check() tells when it was too long.
+            with suppress(OSError):
                 if not self._is_own():
                     self._lost = True
                     return
                 now = time.time()
                 files.write_bytes(self._uri, self._content(now))
                 self._renewed = now
-            except OSError:
-                # A store that cannot be reached for a moment is tried again; check() tells when it was too long.
-                continue
 
     def _content(self, renewed: float) -> bytes:
         return exact_json.dump({**asdict(self._holder), "token": self._token, "renewed": renewed}).encode()
