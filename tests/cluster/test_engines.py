@@ -14,7 +14,7 @@ from postlude.cluster.engines import EngineHost
 from postlude.cluster.worker import WorkerSetup
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.engines.native import Native
-from postlude.rollout.serving.server import Serving
+from postlude.rollout.serving.server import EngineDied, Serving
 from stages.conftest import outcomes, write_random_model
 from stages.test_engines import rooms
 
@@ -103,14 +103,12 @@ def test_weights_that_are_gone_with_who_wrote_them_leave_the_engine_as_it_is(tmp
     asked, sampling = [Request("a", (1, 2, 3), 0)], Sampling(8, frozenset(), 1.0, seed=1)
     folder = write_random_model(tmp_path / "weights", 1)
     try:
-        assert host.take(choice, serving, ("first", 0), folder, True) == ("done", 1)
+        assert host.take(choice, serving, ("first", 0), folder, True) == 1
         said = host.generate(asked, sampling, None)
-        assert said[0] == "done"
-        died, why = host.take(choice, serving, ("first", 1), str(tmp_path / "gone"), True)
-        assert died == "died"
-        assert str(tmp_path / "gone") in why
+        with pytest.raises(EngineDied, match=str(tmp_path / "gone")):
+            host.take(choice, serving, ("first", 1), str(tmp_path / "gone"), True)
         assert host.generate(asked, sampling, None) == said
-        assert host.take(choice, serving, ("second", 0), folder, True) == ("done", 1)
+        assert host.take(choice, serving, ("second", 0), folder, True) == 1
         assert Path(folder, "config.json").exists()
         assert not list(rooms(os.getpid())[0].rglob("*.safetensors"))
     finally:

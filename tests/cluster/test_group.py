@@ -15,10 +15,11 @@ from postlude.cluster.failure import Failure, Kind
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.placement import Demand, check_topology
 from postlude.cluster.providers.base import open_cluster
-from postlude.cluster.watch import Watch
+from postlude.cluster.watch import Observer, Watch
 from postlude.cluster.worker import WorkerSetup
 from postlude.errors import ComputeError, DataError
 from postlude.manifest.compute import Compute, Pool, Supervision
+from postlude.storage import Journal
 from postlude.telemetry.relay import Relay
 from postlude.training.interruption import Interruption
 
@@ -41,7 +42,8 @@ def fail(how: tuple[int, str], stop: Interruption, display: Relay) -> None:
 def watched(group: WorkerGroup, function: Callable[..., Any], task: Any) -> list[Any]:
     """What every rank returns."""
     name = f"cluster.test_group:{function.__name__}"
-    return Watch(group, Supervision(), lambda look: None).until_over(name, task, lambda: None)
+    observer = Observer(Journal("memory://readings.jsonl"), print, seconds=60.0)
+    return Watch(group, Supervision(), lambda look: None, observer).until_over(name, task, lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from postlude.cluster import placement
 from postlude.cluster.placement import Demand
@@ -76,8 +75,7 @@ def measure_bandwidth(demand: Demand, workers: int) -> list[tuple[str, str, floa
     stations = []
     try:
         for number in range(workers):
-            here = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
-            stations.append(actor.options(num_cpus=0, scheduling_strategy=here).remote())
+            stations.append(actor.options(num_cpus=0, scheduling_strategy=placement.at(room, number)).remote())
         places = ray.get([station.place.remote() for station in stations], timeout=60.0)
         pairs = [(sender, (sender + 1) % workers) for sender in range(workers)]
         apart = [pair for pair in pairs if places[pair[0]][0] != places[pair[1]][0]] or pairs[:1]

@@ -38,17 +38,13 @@ def make_certificates(folder: str, hosts: Sequence[str], days: int) -> list[str]
     written: list[str] = []
     if not (place / AUTHORITY).exists():
         written += _write_pair(place / AUTHORITY, place / _AUTHORITY_KEY, *_new_authority(days))
-    authority, own_key = _read_authority(place)
+    authority = x509.load_pem_x509_certificate((place / AUTHORITY).read_bytes())
+    authority_key = serialization.load_pem_private_key((place / _AUTHORITY_KEY).read_bytes(), None)
+    assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
     for host, address in addresses.items():
-        certificate, key = _new_certificate(host, address, authority, own_key, days)
+        certificate, key = _new_certificate(host, address, authority, authority_key, days)
         written += _write_pair(place / f"{host}.pem", place / f"{host}.key", certificate, key)
     return written
-
-
-def _read_authority(place: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    key = serialization.load_pem_private_key((place / _AUTHORITY_KEY).read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return x509.load_pem_x509_certificate((place / AUTHORITY).read_bytes()), key
 
 
 def _new_authority(days: int) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from postlude import storage
 from postlude.cluster import placement
 from postlude.cluster.group import GONE_SECONDS, NAMESPACE, actor_name, actor_options, remove_left_behind
 from postlude.cluster.placement import Demand
@@ -48,8 +48,6 @@ HOME_SECONDS = 30.0
 MOST_CALLS = 64
 VERSIONS = 3
 STARTED_ANEW = "It has started anew, and has no weights."
-Answer = tuple[str, Any]
-"""``done`` with a result, ``died`` with the reason, or ``failed`` with the error."""
 
 
 # --- where the engine is ------------------------------------------------------------------------------------
@@ -89,35 +87,9 @@ class EngineHost:
 
     def take(
         self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
-    ) -> Answer:
+    ) -> int:
         """Have an engine with weights, known by their source and version: its serial number. They are in a folder, or
         were received; all of them, or what has changed. Where they are gone before they are read it stays as it is."""
-        return _answer(lambda: self._take(choice, serving, weights, folder, whole))
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> Answer:
-        """As :meth:`postlude.rollout.engine.Engine.generate`."""
-        server = self._server
-        if server is None:
-            return "died", STARTED_ANEW
-        return _answer(lambda: server.generate(requests, sampling, enough))
-
-    def kill(self, serial: int) -> None:
-        """Kill the engine, unless it is another by now."""
-        with self._lock:
-            if serial == self._serial:
-                self._end()
-
-    def close(self) -> None:
-        """Leave no process and no file."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
-        if self._room is not None:
-            self._room.close()
-
-    def _take(
-        self, choice: EngineChoice, serving: Serving, weights: tuple[str, int], folder: str | None, whole: bool
-    ) -> int:
         place = self._folder(choice, serving.weights) / _key(weights)
         with self._lock:
             if folder is not None:
@@ -139,6 +111,26 @@ class EngineHost:
             self._weights = weights
             return self._serial
 
+    def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> Sequence[Completion]:
+        """As :meth:`postlude.rollout.engine.Engine.generate`."""
+        if (server := self._server) is None:
+            raise EngineDied(STARTED_ANEW)
+        return server.generate(requests, sampling, enough)
+
+    def kill(self, serial: int) -> None:
+        """Kill the engine, unless it is another by now."""
+        with self._lock:
+            if serial == self._serial:
+                self._end()
+
+    def close(self) -> None:
+        """Leave no process and no file."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        if self._room is not None:
+            self._room.close()
+
     def _end(self) -> None:
         if self._server is not None:
             self._server.kill()
@@ -154,31 +146,15 @@ class EngineHost:
 def _link_all(folder: Path, place: Path) -> None:
     """Have the files of a folder in another as well: an engine that reads them does not die with who wrote them."""
     try:
-        shutil.copytree(folder, place, copy_function=_link_or_copy)
-    except (OSError, shutil.Error) as error:
+        shutil.copytree(folder, place, copy_function=storage.link_file)
+    except (OSError, shutil.Error, storage.StorageError) as error:
         shutil.rmtree(place, ignore_errors=True)
         raise EngineDied(f"The weights cannot be taken over, and who wrote them may be gone: {error}") from error
-
-
-def _link_or_copy(file: str, other: str) -> None:
-    try:
-        os.link(file, other)
-    except OSError:  # they are on two file systems
-        shutil.copyfile(file, other)
 
 
 def _key(weights: tuple[str, int]) -> str:
     """The folder in which weights are received."""
     return "-".join(map(str, weights))
-
-
-def _answer(call: Callable[[], Any]) -> Answer:
-    try:
-        return "done", call()
-    except EngineDied as error:
-        return "died", str(error)
-    except (UserError, ValueError) as error:
-        return "failed", error
 
 
 # --- who asks it --------------------------------------------------------------------------------------------
@@ -208,12 +184,13 @@ class HostedServer:
         whole = whole or self._is_near or not self._serving.adapter_rank
         if near is None:
             self._send(folder, _key(weights), "" if whole else ADAPTER)
-        self._serial = self._ask("take", START_SECONDS, self._choice, self._serving, weights, near, whole)
+        self._serial = self._get("take", self._choice, self._serving, weights, near, whole, seconds=START_SECONDS)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
     ) -> list[Completion]:
-        return list(self._ask("generate", self._serving.seconds + CALL_SECONDS, list(requests), sampling, enough))
+        seconds = self._serving.seconds + CALL_SECONDS
+        return list(self._get("generate", list(requests), sampling, enough, seconds=seconds))
 
     def kill(self) -> None:
         if self._host is not None:
@@ -250,22 +227,18 @@ class HostedServer:
         for call in under_way:
             _result(call, CALL_SECONDS)
 
-    def _ask(self, method: str, seconds: float, *arguments: Any) -> Any:
-        kind, answer = self._get(method, *arguments, seconds=seconds)
-        if kind == "died":
-            raise EngineDied(answer)
-        if kind == "failed":
-            raise answer
-        return answer
-
     def _get(self, method: str, *arguments: Any, seconds: float) -> Any:
         return _result(getattr(self._host, method).remote(*arguments), seconds)
 
 
 def _result(call: Any, seconds: float) -> Any:
-    """What a host answers. EngineDied if it is gone, or does not within the time."""
+    """What a host answers, or what it raises. EngineDied if it is gone, or does not answer within the time."""
     try:
         return ray.get(call, timeout=seconds)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EngineDied | UserError | ValueError):
+            raise error.cause from None
+        raise
     except ray.exceptions.GetTimeoutError as error:
         raise EngineDied(f"The host of the engine has not answered for {seconds:g} seconds.") from error
     except ray.exceptions.RayActorError as error:
@@ -301,9 +274,9 @@ def engine_hosts(
     try:
         remove_left_behind(f"{name}:engines")
         for number, host_name in enumerate(host_names(name, count)):
-            where = PlacementGroupSchedulingStrategy(room, number, placement_group_capture_child_tasks=False)
             options = {**actor_options(demand), "max_restarts": -1, "max_concurrency": MOST_CALLS}
-            hosts.append(actor.options(name=host_name, scheduling_strategy=where, **options).remote(setting))
+            placed = actor.options(name=host_name, scheduling_strategy=placement.at(room, number), **options)
+            hosts.append(placed.remote(setting))
         yield
     finally:
         closings = [host.close.remote() for host in hosts]

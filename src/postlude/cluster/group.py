@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from postlude.cluster import placement
 from postlude.cluster.failure import Failure, Kind
@@ -44,8 +43,8 @@ class WorkerGroup:
         try:
             remove_left_behind(name)
             for rank in range(size):
-                here = PlacementGroupSchedulingStrategy(room, rank, placement_group_capture_child_tasks=False)
-                named = actor.options(name=actor_name(name, rank), scheduling_strategy=here, **options)
+                place = placement.at(room, rank)
+                named = actor.options(name=actor_name(name, rank), scheduling_strategy=place, **options)
                 self.workers.append(named.remote(rank, setup))
             self.addresses = self._await_start([worker.address.remote() for worker in self.workers])
             meeting = f"{self.addresses[0].host}:{self.addresses[0].free_port}"

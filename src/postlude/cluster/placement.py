@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute, Pool
@@ -134,6 +135,11 @@ def place(demand: Demand, workers: int, seconds: float, give_up: Callable[[], bo
             remove_placement_group(group)
             return None
     return group
+
+
+def at(group: PlacementGroup, number: int) -> PlacementGroupSchedulingStrategy:
+    """One of the places that were reserved, as Ray is told of it."""
+    return PlacementGroupSchedulingStrategy(group, number, placement_group_capture_child_tasks=False)
 
 
 def remove(group: PlacementGroup) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 from postlude.cluster import placement
 from postlude.cluster.failure import Failure, Kind, ProgramError
 from postlude.cluster.group import WorkerGroup
-from postlude.cluster.observer import Observer
 from postlude.cluster.placement import Demand
-from postlude.cluster.watch import Watch
+from postlude.cluster.watch import Observer, Watch
 from postlude.cluster.worker import Look, WorkerSetup
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Supervision
@@ -65,7 +64,7 @@ class Supervisor:
         progress: Callable[[], Any],
         tell: Callable[..., None],
         show: Callable[[Look], None],
-        observer: Observer | None = None,
+        observer: Observer,
     ) -> None:
         self._job, self._progress, self._tell, self._show, self._observer = job, progress, tell, show, observer
         self._stop, self._abandon = threading.Event(), threading.Event()
@@ -191,20 +190,19 @@ class Supervisor:
             self._spent.clear()
         budget = failure.kind.budget
         self._spent[budget] += 1
-        allowed = getattr(self._job.limits, budget)
+        attempt, allowed = self._spent[budget], getattr(self._job.limits, budget)
         where = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}
         self._tell("worker_failure", reason=failure.reason, trace=failure.trace or None, **where)
         if self._stop.is_set() and failure.kind is not Kind.PREEMPTION:
             return  # the next group is not formed
-        if self._spent[budget] > allowed:
+        if attempt > allowed:
             raise ProgramError(
-                f"{failure} This was the {self._spent[budget]}. of the {budget} since the last checkpoint, and "
+                f"{failure} This was the {attempt}. of the {budget} since the last checkpoint, and "
                 f"compute.supervision.{budget} allows {allowed}. Run again to go on from that checkpoint."
                 + (f"\n\n{failure.trace}" if failure.trace else "")
             )
-        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self._spent[budget] - 2))
-        pause = 0.0 if self._spent[budget] == 1 else pause
-        self._tell("recovery", attempt=self._spent[budget], pause_seconds=pause)
+        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 2)) if attempt > 1 else 0.0
+        self._tell("recovery", attempt=attempt, pause_seconds=pause)
         self._stop.wait(max(pause, self._safe_at - time.monotonic()))
 
 

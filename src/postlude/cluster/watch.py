@@ -2,7 +2,8 @@
 
 Found out are: a process that died, a node that is gone, a rank that does not answer, one that makes no progress, and
 whatever the ranks say themselves. Once one has failed, the others get a moment to say how they fared, because the one
-that is heard first is seldom the first cause.
+that is heard first is seldom the first cause. What is seen of the ranks at work is written down at intervals, with the
+alarms that follow from it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import ray
@@ -17,9 +19,10 @@ import ray
 from postlude.cluster import placement
 from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
-from postlude.cluster.observer import Observer
-from postlude.cluster.worker import Look
+from postlude.cluster.worker import Address, Look
 from postlude.manifest.compute import Supervision
+from postlude.storage import Journal
+from postlude.telemetry.readings import Alarms, Reading
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 1.0
@@ -31,16 +34,42 @@ LOST_SECONDS = 30.0
 """How long to wait for Ray to tell which process or node is gone, when ranks have lost each other."""
 
 
+class Observer:
+    """Keeps a reading of each rank in a journal, one line a rank, every so many seconds; ``tell`` records an alarm (its
+    kind and fields)."""
+
+    def __init__(self, journal: Journal, tell: Callable[..., None], seconds: float) -> None:
+        self._journal, self._tell, self._seconds = journal, tell, seconds
+        self.begin(0)
+
+    def begin(self, size: int) -> None:
+        """A group of this size was formed: what others did before it says nothing of it."""
+        self._alarms, self._size = Alarms(), size
+        self._newest: dict[int, Reading] = {}
+        self._due = time.monotonic() + self._seconds
+
+    def saw(self, rank: int, address: Address, look: Look, round_trip_seconds: float) -> None:
+        """Take a look at a rank; ``round_trip_seconds`` is how long it took."""
+        if time.monotonic() >= self._due and rank not in self._newest:
+            self._newest[rank] = look.reading
+            line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "rank": rank}
+            line |= {"host": address.host, "round_trip_seconds": round_trip_seconds, **look.reading.to_json()}
+            self._journal.append(line)
+        if len(self._newest) == self._size:
+            for alarm in self._alarms.look(self._newest):
+                self._tell("alarm", what=f"{alarm.what}, rank {alarm.rank}", reason=alarm.reason)
+            self._newest, self._due = {}, time.monotonic() + self._seconds
+
+
 class Watch:
     """One call of a function on all ranks of a group. ``show`` gets what the leading rank has to show, ``observer``
     every look at any."""
 
     def __init__(
-        self, group: WorkerGroup, limits: Supervision, show: Callable[[Look], None], observer: Observer | None = None
+        self, group: WorkerGroup, limits: Supervision, show: Callable[[Look], None], observer: Observer
     ) -> None:
         self._group, self._limits, self._show, self._observer = group, limits, show, observer
-        if observer is not None:
-            observer.begin(group.size)
+        observer.begin(group.size)
         self._works: dict[Any, int] = {}
         self._looks: dict[Any, int] = {}
         self._outcomes: dict[int, Outcome] = {}
@@ -100,8 +129,7 @@ class Watch:
         except ray.exceptions.RayError:
             return  # the work itself tells, or the silence
         self._seen(rank, look)
-        if self._observer is not None:
-            self._observer.saw(rank, self._group.addresses[rank], look, time.monotonic() - self._asked[rank])
+        self._observer.saw(rank, self._group.addresses[rank], look, time.monotonic() - self._asked[rank])
 
     def _seen(self, rank: int, look: Look) -> None:
         now = time.monotonic()

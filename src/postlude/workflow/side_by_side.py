@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from postlude.cluster.providers.base import Provider
@@ -30,14 +30,6 @@ FUNCTION = "postlude.stages.run:run_stage"
 _POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class _AtWork:
-    """A stage that a thread supervises."""
-
-    supervisor: Supervisor
-    result: Future[Any]
-
-
 class StagesAtWork:
     """Takes decisions to their ends. Once a stage fails or is asked to stop nothing begins any more; what is at work
     goes on to its end, or to a checkpoint where the request reached it. Without a ``cluster`` stages run here."""
@@ -49,7 +41,8 @@ class StagesAtWork:
         self.failure: Exception | None = None
         self.interrupted: str | None = None
         """The stage that was asked to stop."""
-        self._at_work: dict[str, _AtWork] = {}
+        self._at_work: dict[str, tuple[Supervisor, Future[Any]]] = {}
+        """Of each the supervisor, and the thread's word when it has ended."""
         self._threads = ThreadPoolExecutor(thread_name_prefix="supervisor")
 
     @property
@@ -88,18 +81,18 @@ class StagesAtWork:
                 return supervisor.run()
 
         self.decisions[decision.stage] = decision
-        self._at_work[decision.stage] = _AtWork(supervisor, self._threads.submit(supervise))
+        self._at_work[decision.stage] = supervisor, self._threads.submit(supervise)
 
     def wait(self) -> None:
         """Wait until a stage at work has ended, or a moment; of those that have ended, note how."""
         if self.stop.requested:
-            for at_work in self._at_work.values():
-                at_work.supervisor.stop()
-        wait([at_work.result for at_work in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
-        for name in [name for name, at_work in self._at_work.items() if at_work.result.done()]:
-            at_work, decision = self._at_work.pop(name), self.decisions.pop(name)
-            error = at_work.result.exception()
-            results = at_work.result.result() if error is None else None
+            for supervisor, _ in self._at_work.values():
+                supervisor.stop()
+        wait([future for _, future in self._at_work.values()], _POLL_SECONDS, FIRST_COMPLETED)
+        for name, future in [(name, future) for name, (_, future) in self._at_work.items() if future.done()]:
+            del self._at_work[name]
+            decision, error = self.decisions.pop(name), future.exception()
+            results = future.result() if error is None else None
             self._end(decision, results[0] if results else None, error)
             if self.failure and self._at_work:
                 names = ", ".join(self._at_work)
@@ -107,8 +100,8 @@ class StagesAtWork:
 
     def close(self) -> None:
         """Kill whatever is still at work."""
-        for at_work in self._at_work.values():
-            at_work.supervisor.abandon()
+        for supervisor, _ in self._at_work.values():
+            supervisor.abandon()
         self._threads.shutdown()
 
     def _needs_no_work(self, decision: Decision) -> bool:
@@ -156,9 +149,9 @@ class StagesAtWork:
         return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
     def _supervisor(self, decision: Decision, progress: StageProgress) -> Supervisor:
-        from postlude.cluster.observer import Observer
         from postlude.cluster.placement import Demand
         from postlude.cluster.supervisor import Job, Supervisor
+        from postlude.cluster.watch import Observer
         from postlude.cluster.worker import WorkerSetup
 
         assert self.cluster is not None

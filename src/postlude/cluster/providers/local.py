@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 from postlude import storage
 from postlude.cluster.providers.base import Provider
@@ -153,9 +154,7 @@ def _own_token() -> dict[str, str]:
 
 def _sweep(above: str) -> None:
     """Remove the folders of processes that were killed."""
-    for name in os.listdir(above):
-        if not name.startswith(_FOLDER):
-            continue
-        with suppress(OSError), open(os.path.join(above, name, "held")) as held:
+    for path in Path(above).glob(f"{_FOLDER}*/held"):
+        with suppress(OSError), path.open() as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(os.path.join(above, name), ignore_errors=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
