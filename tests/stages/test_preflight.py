@@ -8,7 +8,7 @@ import pytest
 
 from postlude.errors import ComputeError, DataError
 from postlude.manifest.problem import ManifestError
-from postlude.workflow.preview import preview
+from postlude.workflow.validate import preview
 
 DIGITS = {"function": "stages.scores:digits"}
 

@@ -8,6 +8,7 @@ import typer
 
 from postlude.cli.arguments import AsJson, ManifestPath, Overrides, StageName
 from postlude.cli.output import show, show_json
+from postlude.errors import UserError
 
 
 def init(
@@ -18,7 +19,6 @@ def init(
 ) -> None:
     """Write a commented manifest that runs as it is."""
     from postlude import storage
-    from postlude.errors import UserError
     from postlude.manifest.starter import starter
 
     path = output or f"{recipe}.yaml"
@@ -70,7 +70,7 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Show the packed blocks as they will be trained on, each token marked as trained or not."""
-    from postlude.workflow import preview as workflow
+    from postlude.workflow import validate as workflow
 
     report = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks)
     if html is not None:

@@ -17,11 +17,9 @@ class Report(Protocol):
 
     def to_json(self) -> Any:
         """The report as objects that JSON knows."""
-        ...
 
     def render(self) -> Any:
         """The report as something that rich can print."""
-        ...
 
 
 def show(report: Report, as_json: bool) -> None:

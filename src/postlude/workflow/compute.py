@@ -76,10 +76,17 @@ def check_compute(manifest: Manifest) -> None:
     """:class:`ComputeError` if this machine cannot hold the pools of the manifest. Of another's machines nothing is
     known before it is asked."""
     compute = manifest.compute
+    refuses_clear_text = compute.transport.require_encryption and not compute.transport.network_is_encrypted
     check_transport(compute)
     check_collectives(compute, map(pool_name, manifest.stages.values()))
     for name, stage in manifest.stages.items():
-        _check_engines_elsewhere(manifest, name)
+        rollout = getattr(stage, "rollout", None)
+        if refuses_clear_text and rollout is not None and rollout.engine.is_asked_in_clear_text:
+            raise ComputeError(
+                f"compute.transport requires encryption, and the stage '{name}' asks servers at addresses, over HTTP "
+                "in clear text. Give its engines a pool with rollout.pool, which Ray's TLS protects, or say "
+                "network_is_encrypted: true if what lies below encrypts."
+            )
         engines = engines_of(manifest, stage)
         if engines is not None and engines.least != engines.most:
             raise ComputeError(
@@ -93,18 +100,3 @@ def check_compute(manifest: Manifest) -> None:
             except ManifestError as error:
                 raise ComputeError(f"stages.{name}: {error}") from error
     provider_of(compute).check_pools(compute)
-
-
-def _check_engines_elsewhere(manifest: Manifest, stage: str) -> None:
-    """ComputeError if encryption is required and a stage's engines are servers that others have started: they are asked
-    in clear text."""
-    transport = manifest.compute.transport
-    rollout = getattr(manifest.stages[stage], "rollout", None)
-    if rollout is None or not transport.require_encryption or transport.network_is_encrypted:
-        return
-    if rollout.engine.is_asked_in_clear_text:
-        raise ComputeError(
-            f"compute.transport requires encryption, and the stage '{stage}' asks servers at addresses, over HTTP in "
-            "clear text. Give its engines a pool with rollout.pool, which Ray's TLS protects, or say "
-            "network_is_encrypted: true if what lies below encrypts."
-        )

@@ -38,7 +38,7 @@ def detach(manifest_path: str, overrides: Sequence[str], options: Sequence[str])
     run = run_of(resolved)
     if run.holder() is not None:
         run.hold()  # says who has it
-    make_plan(resolved, run, Selection(None, None, None))
+    make_plan(resolved, run, Selection())
     command = ["-m", "postlude", "run", manifest_path, *overrides, *options]
     return run, provider_of(resolved.manifest.compute).submit(run, command)
 

@@ -147,19 +147,15 @@ class _Writer:
             return
         self._joins += 1
         join = f"join_{self._joins}"
-        starts = [f"branch_{self._joins}_{number}" for number in range(1, len(head.chains) + 1)]
-        # A branch that begins with branches of its own needs a step to split at.
-        firsts = [
-            self.names[chain[0]] if isinstance(chain[0], str) else start
-            for chain, start in zip(head.chains, starts, strict=True)
-        ]
-        self._write(step, work, ", ".join(f"self.{first}" for first in firsts), inputs)
-        for branch, first in zip(head.chains, firsts, strict=True):
-            begin = branch[0]
+        branches: list[tuple[str, str, Sequence[str | Branches]]] = []
+        for number, (begin, *more) in enumerate(head.chains, start=1):
             if isinstance(begin, str):
-                self.follow(first, f"run({begin!r})", join, branch[1:])
-            else:
-                self.follow(first, "pass", join, branch)
+                branches.append((self.names[begin], f"run({begin!r})", more))
+            else:  # a branch that begins with branches of its own needs a step to split at
+                branches.append((f"branch_{self._joins}_{number}", "pass", [begin, *more]))
+        self._write(step, work, ", ".join(f"self.{first}" for first, _, _ in branches), inputs)
+        for first, first_work, following in branches:
+            self.follow(first, first_work, join, following)
         self.follow(join, "pass", end, rest, inputs=", inputs")
 
     def _write(self, step: str, work: str, following: str, inputs: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +19,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 """Only an adapter has this file."""
 
 
-def place_of(model: str) -> str:
-    """The directory or hub name that MODEL means: a path, a hub name, or RUN/STAGE."""
-    return artifact_of(model) or model
-
-
 def generate(
     model: str, prompt: str | Sequence[dict[str, str]], max_tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
-    """Pieces of the reply to a prompt, or to the messages of a conversation, as they are made."""
+    """Pieces of the reply of a model (a path, a hub name, or RUN/STAGE) to a prompt, or to the messages of a
+    conversation, as they are made."""
     from postlude.rollout.talk import talk
 
-    yield from talk(place_of(model), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    yield from talk(artifact_of(model) or model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 def export(place: str, out: str, merge: bool = False) -> None:
@@ -58,9 +53,7 @@ def export(place: str, out: str, merge: bool = False) -> None:
         _check_base_is_whole(artifact)
     for name in storage.list_directory(artifact):
         if name != storage.MARKER:
-            copied = storage.open_file(storage.join(artifact, name), "rb")
-            with copied as source, storage.open_file(storage.join(out, name), "wb") as target:
-                shutil.copyfileobj(source, target)
+            storage.copy_file(storage.join(artifact, name), storage.join(out, name))
 
 
 def _check_base_is_whole(artifact: str) -> None:
@@ -79,4 +72,4 @@ def verify(model: str) -> Verification:
     from postlude.model.load import load_model
     from postlude.model.verify import verify as compare
 
-    return compare(load_model(ModelFrom(path=model), place_of(model), None, seed=0))
+    return compare(load_model(ModelFrom(path=model), artifact_of(model) or model, None, seed=0))

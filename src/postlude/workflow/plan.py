@@ -134,13 +134,12 @@ class Refused(ManifestError):
     """A stage that has begun was changed."""
 
 
-def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) -> Plan:
+def make_plan(resolved: Resolved, run: Run, selection: Selection) -> Plan:
     """What a run of the selected stages will do.
 
     :class:`Refused` with the differences if a stage that has begun and is not finished was changed; ManifestError for
     a selection that cannot be.
     """
-    selection = selection or Selection()
     chosen = selection.stages(resolved.manifest)
     forced = selection.forced(resolved.manifest)
     needed = set(chosen).union(*(ancestors(resolved.manifest, name) for name in chosen))
@@ -167,9 +166,9 @@ def make_plan(resolved: Resolved, run: Run, selection: Selection | None = None) 
             + "\nUndo the change, give the run another name, begin the stage anew with --from, or change what may "
             "change while a stage runs with `postlude amend`."
         )
-    pools = {name: pools_of(resolved.manifest.stages[name]) for name in needed}
-    placed = [replace(decision, pools=pools[decision.stage]) for decision in decisions if decision.stage in chosen]
-    return Plan(run, placed)
+    decisions = [decision for decision in decisions if decision.stage in chosen]
+    stages = resolved.manifest.stages
+    return Plan(run, [replace(decision, pools=pools_of(stages[decision.stage])) for decision in decisions])
 
 
 def decide(

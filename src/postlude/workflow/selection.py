@@ -50,9 +50,7 @@ class Selection:
             raise ManifestError(
                 "--stage stands alone: it is one stage with what it needs. Leave it or --from/--until out."
             )
-        if self.begin is None or self.until in (None, self.begin):
-            return
-        if self.begin not in ancestors(manifest, str(self.until)):
+        if self.begin and self.until and self.begin not in {self.until} | ancestors(manifest, self.until):
             raise ManifestError(
                 f"--from {self.begin} --until {self.until}: the stage '{self.until}' does not hang on '{self.begin}', "
                 "so there is nothing between them. Give another stage, or one of the two options."

@@ -1,7 +1,8 @@
-"""``postlude validate``: a preflight without a GPU, stopped by the first thing that would stop the run.
+"""``postlude validate`` and ``postlude preview``: what is looked at before anything runs.
 
-What is looked at follows from the kind of stage (its ``preflight``). What a stage makes in it of a few records stands
-in for the data that it will make, for the stages that read those.
+A preflight needs no GPU, and is stopped by the first thing that would stop the run. What is looked at follows from the
+kind of stage (its ``preflight``). What a stage makes in it of a few records stands in for the data that it will make,
+for the stages that read those.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from postlude import storage
+from postlude.data.preview import Preview
 from postlude.errors import UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
@@ -24,7 +26,7 @@ from postlude.stages.stage import open_stage
 from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
-from postlude.workflow.run import workers_for
+from postlude.workflow.run import run_of, workers_for
 from postlude.workflow.selection import Selection
 
 
@@ -91,3 +93,16 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     report.awaited = stage.parts.makers(datasets_used(config).values())
     stage.preflight(report, synthetic)
     return report
+
+
+def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1) -> Preview:
+    """What a stage (the first by default) would see first, token by token: the first ``blocks`` packed blocks that it
+    trains on, or the first prompts that it puts to a model.
+
+    Data and models that another stage makes are taken from the run, if they are there. Writes nothing into the run.
+    """
+    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    name = Selection(stage).stages(resolved.manifest)[-1 if stage else 0]
+    with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
+        task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=1)
+        return open_stage(task, Workers(), Mode(artifacts=run_of(resolved))).preview(blocks)
