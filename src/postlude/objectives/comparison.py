@@ -53,15 +53,12 @@ class Comparison(Protocol):
 
     def measure(self, rows: slice, logits: Tensor, peak: Tensor, tiles: Sequence[slice]) -> Distances:
         """Compare; ``logits`` [rows, vocabulary] become ``exp(logits - peak)`` in place, but for what is set apart."""
-        ...
 
     def gradient(self, tile: slice, part: Tensor, share: Tensor) -> None:
         """Make ``share`` [rows, 1] times the gradient of a tile's logits of what :meth:`measure` left there."""
-        ...
 
     def gradient_apart(self, share: Tensor) -> AtPlaces | None:
         """The same at the places that were set apart."""
-        ...
 
 
 class LiveComparison:
