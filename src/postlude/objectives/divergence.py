@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.objectives.comparison import AtPlaces, Comparison, Kind, LiveComparison, StoredComparison
-from postlude.objectives.forward_gradients import ForwardGradients, add_at, scaled
 from postlude.objectives.head import FusedHead
-from postlude.objectives.logits import LogitChunks, Projection
+from postlude.objectives.logits import ForwardGradients, LogitChunks, Projection, add_at, scaled
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -213,7 +214,10 @@ class _Table:
             return [], None
         places: dict[tuple[int, ...], int] = {}  # of the different prompts, which several answers may share
         owners = [places.setdefault(answer.request.tokens, len(places)) for answer in answers]
-        tokens, mask = (tensor.to(self._device) for tensor in _left_padded(list(places)))
+        # The id of padding means nothing: it is never attended to.
+        prompts = [torch.tensor(prompt, device=self._device) for prompt in places]
+        tokens = pad_sequence(prompts, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         cache = self._new_cache()
         logits = self._engine.forward(tokens, mask, positions, cache)
@@ -236,17 +240,6 @@ class _Table:
         for answer, token, log_probability in zip(answers, tokens.tolist(), values.tolist(), strict=True):
             answer.tokens.append(token)
             answer.log_probabilities.append(log_probability)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [prompts, longest] int64 both. The id of padding means nothing: it is never attended to."""
-    longest = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return tokens, mask
 
 
 @contextmanager
