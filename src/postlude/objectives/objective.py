@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from postlude.data.batch import PackedBatch
 
 
-class Head(Protocol):
-    """A named head of a model, applied to hidden states. ``hidden`` is [rows, hidden] throughout."""
-
-
-class LanguageHead(Head, Protocol):
-    """The head ``lm``: never holds [rows, vocabulary]."""
+class LanguageHead(Protocol):
+    """The head ``lm``: never holds [rows, vocabulary]. ``hidden`` is [rows, hidden] throughout."""
 
     def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum (a scalar to differentiate) and the unweighted value of each row, [rows], detached.
@@ -45,7 +41,7 @@ class LanguageHead(Head, Protocol):
         """The likeliest tokens [rows, k], and their log-probabilities with that of the rest last [rows, k + 1]."""
 
 
-class ScalarHead(Head, Protocol):
+class ScalarHead(Protocol):
     """The head ``scalar``: one number for each row."""
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.engine import Completion, Death, Ended, Enough, Request, Sampling
+from postlude.model.language_model import LanguageModel
+from postlude.rollout.engine import Completion, Death, Ended, Enough, Request, Sampling, with_version
 from postlude.rollout.rows import Rows, new_cache
 from postlude.rollout.sampling import choose, draw, stream_key, uniforms
+from postlude.training.precision import Precision
 
 
 class NativeEngine:
@@ -110,6 +112,35 @@ class NativeEngine:
                 "engine generates with. Choose a model of attention layers."
             )
         return output.logits[:, -1, : self.vocabulary]
+
+
+class PolicyEngine(NativeEngine):
+    """Answers with a model that is trained in this process, ``batch`` completions at a time, in its precision.
+
+    Nothing is copied: the weights are those of the last step.
+    """
+
+    def __init__(self, policy: LanguageModel, precision: Precision, batch: int) -> None:
+        super().__init__(policy.causal, policy.vocabulary, batch)
+        self.policy, self._precision = policy, precision
+        self._version = 0
+
+    def update(self, version: int) -> None:
+        """Note that the weights are now those after ``version`` steps."""
+        self._version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
+    ) -> list[Completion]:
+        """See :meth:`postlude.rollout.engine.Engine.generate`."""
+        if not requests:
+            return []
+        with (
+            self.policy.plain(),
+            self._precision.autocast(self.policy.device),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            return with_version(super().generate(requests, sampling, enough), self._version)
 
 
 class _Answer:
