@@ -27,7 +27,7 @@ class Rows:
 
 def ledger(epochs: int | None = 2, **rows: list[int]) -> Ledger:
     sources = {name: Rows(groups) for name, groups in (rows or {"a": [3, 4], "b": [5]}).items()}
-    return Ledger(sources, dict.fromkeys(sources, 1.0), seed=7, epochs=epochs)  # type: ignore[arg-type]
+    return Ledger(sources, dict.fromkeys(sources, 1.0), seed=7, epochs=epochs)
 
 
 @pytest.mark.capability("The prompt ledger: each prompt is trained or dropped, exactly once")
