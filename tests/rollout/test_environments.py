@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_an_episode_goes_on_in_its_process_and_is_played_again_in_another(counti
         with open(counting.marks) as file:
             return [tuple(line.strip().split(":")) for line in file]
 
-    with RewardPool(1, 20.0) as pool:
+    with closing(RewardPool(1, 20.0)) as pool:
         assert reply(pool, "a") == Reply("a", reward=1)
         assert reply(pool, "a", "b") == Reply("a+b", reward=2)
         assert [said for _, said in marks()] == ["a", "b"]

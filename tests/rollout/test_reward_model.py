@@ -10,7 +10,7 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, NewModel, TokenizerFrom
 from postlude.model.load import load_model
-from postlude.rollout.reward_model import RewardModel
+from postlude.rollout.scoring import RewardModel
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,7 +114,7 @@ def test_parts_are_weighted_and_told_apart(monkeypatch):
         {"function": {"name": "regex", "pattern": "4"}, "weight": 2.0},
         {"function": "exact_match", "label": "exact"},
     ]
-    with RewardPool(1, 60.0) as pool:
+    with closing(RewardPool(1, 60.0)) as pool:
         scorer = Scorer([reward(part) for part in parts], pytest.fail, pool)  # type: ignore[arg-type]
         right, words = scorer.score([(prompt, "4"), (prompt, "four, that is 4")])
     assert right.parts == {"number": 1.0, "regex": 0.0, "regex_2": 1.0, "exact": 1.0}

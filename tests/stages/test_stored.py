@@ -254,7 +254,7 @@ def test_with_the_whole_vocabulary_stored_the_loss_is_that_of_a_live_teacher(les
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_with_few_tokens_stored_the_divergence_is_within_the_bound(lessons, kind):
-    """The bounds of postlude.objectives.comparison.StoredComparison, taken over the tokens of the first step."""
+    """The bounds of postlude.objectives.divergence.StoredComparison, taken over the tokens of the first step."""
     live = tuned(lessons, "live", divergence=kind, batch={"tokens": 4096, "block": 4096}, steps=1)[0]
     stage = opened(lessons)
     with stage.data.loader() as loader:

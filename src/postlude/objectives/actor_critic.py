@@ -11,7 +11,7 @@ The critic is a model of its own with the head ``scalar``, or that head on the p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,7 +61,8 @@ class ActorCritic(Objective):
             errors, clipped = torch.maximum(errors, (held - returns).square()), (held - returns).square() > errors
         total = float(len(rows))
         loss = 0.5 * errors.sum() / max(step.normalizers["sampled_tokens"], 1.0)
-        return Outcome(
+        return replace(
+            outcome,
             loss=outcome.loss + self.value_coefficient * loss,
             metrics={
                 **outcome.metrics,
@@ -69,6 +70,4 @@ class ActorCritic(Objective):
                 "value": (values.detach().sum(), total),
                 "value_clip_share": (clipped.double().sum(), total),
             },
-            example_loss=outcome.example_loss,
-            example_tokens=outcome.example_tokens,
         )

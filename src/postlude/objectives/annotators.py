@@ -21,18 +21,15 @@ class Annotator(Protocol):
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams that it computes."""
-        ...
 
     def vocabulary(self, own: int, policy: int) -> int:
         """Over how many tokens the head goes, given how many the frozen model and the trained one have.
 
         ValueError, with what to do, if it cannot be.
         """
-        ...
 
     def __call__(self, head: FusedHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """The values of each stream, [rows, *width], of ``hidden`` [rows, hidden] and the tokens after them, [rows]."""
-        ...
 
 
 @dataclass(frozen=True)

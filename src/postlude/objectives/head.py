@@ -22,9 +22,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.model.tensor_parallel import VocabularyPart, gather
-from postlude.objectives.forward_gradients import ForwardGradients, collects, own_gradient, rounded, scaled, zeros
-from postlude.objectives.logits import Gradients, Limits, LogitChunks, Projection, product_dtype
-from postlude.objectives.softmax import SharedSoftmax, Softmax
+from postlude.objectives.logits import (
+    ForwardGradients,
+    Gradients,
+    Limits,
+    LogitChunks,
+    Projection,
+    SharedSoftmax,
+    Softmax,
+    product_dtype,
+    rounded,
+    scaled,
+)
 
 
 class FusedHead:
@@ -80,16 +89,8 @@ class FusedHead:
             raise ValueError("Weights that need a gradient cannot take this path: use log_probabilities.")
         projection = self.projection(hidden, 1.0)
         with torch.autocast(hidden.device.type, enabled=False):
-            return _WeightedLikelihood.apply(
-                self.softmax.enter(hidden),
-                self.weight,
-                self.bias,
-                targets,
-                weights,
-                self,
-                projection,
-                torch.is_grad_enabled(),
-            )
+            own, wanted = self.softmax.enter(hidden), torch.is_grad_enabled()
+            return _WeightedLikelihood.apply(own, self.weight, self.bias, targets, weights, self, projection, wanted)
 
     def log_probabilities(
         self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
@@ -255,16 +256,9 @@ class _LogProbabilities(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_logp: Tensor, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
-        inputs = (hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             chunks, softmax = ctx.head.chunks(ctx.projection, len(hidden)), ctx.head.softmax
-            needed = list(ctx.needs_input_grad[:3])
-            in_place = needed[1] and ctx.head.in_place and collects(weight, chunks)
-            needed[1] &= not in_place
-            sums = [zeros(of, need, chunks) for of, need in zip(inputs, needed, strict=True)]
-            if in_place:
-                sums[1] = own_gradient(weight)
-            gradients = Gradients(chunks, sums)
+            gradients = Gradients(chunks, (hidden, weight, bias), ctx.needs_input_grad[:3], ctx.head.in_place)
             for rows in chunks.chunks:
                 own, target = hidden[rows].to(chunks.product), targets[rows].unsqueeze(1)
                 upstream = of_logp[rows].unsqueeze(1)
@@ -284,6 +278,4 @@ class _LogProbabilities(torch.autograd.Function):
                 softmax.add_at(target, logits, upstream, chunks.slope(at_target))
                 for tile in chunks.tiles:
                     gradients.add(rows, own, tile, logits[:, tile])
-        if in_place:
-            sums[1] = None
-        return (*rounded(sums, [None if of is None else of.dtype for of in inputs]), None, None, None, None)
+        return (*rounded(gradients.sums(), gradients.dtypes), None, None, None, None)

@@ -87,12 +87,12 @@ def mismatch(batch: PackedBatch) -> PackedBatch | None:
     """
     lengths = batch.lengths[: batch.documents].tolist()
     weight = batch.weight
-    pieces, start = [], 0
-    for length in lengths:
-        trained = weight[start : start + length].nonzero().squeeze(-1)
-        begin = int(trained[0]) if len(trained) else length
-        pieces.append((slice(start, start + begin), slice(start + begin, start + length)))
-        start += length
+    prompts, answers = [], []
+    for places in torch.arange(sum(lengths), device=weight.device).split(lengths):
+        trained = weight[places].nonzero()
+        begin = int(trained[0]) if len(trained) else len(places)
+        prompts.append(places[:begin])
+        answers.append(places[begin:])
     by_block: dict[int, list[int]] = {}
     for document, block in enumerate(batch.block[: batch.documents].tolist()):
         by_block.setdefault(block, []).append(document)
@@ -104,18 +104,17 @@ def mismatch(batch: PackedBatch) -> PackedBatch | None:
     ]
     if not mixed:
         return None
-    parts = [part for document, other in mixed for part in (pieces[document][0], pieces[other][1])]
-    tokens = torch.cat([batch.tokens[part] for part in parts])
-    sizes = torch.tensor([_size(pieces[d][0]) + _size(pieces[o][1]) for d, o in mixed], device=tokens.device)
-    weights = torch.cat([weight[part] for part in parts])  # those of a prompt are zero
-    documents = torch.arange(len(mixed), device=tokens.device)
-    chosen = torch.tensor([document for document, _ in mixed], device=tokens.device)
+    parts = [torch.cat([prompts[document], answers[other]]) for document, other in mixed]
+    places = torch.cat(parts)
+    sizes = torch.tensor([len(part) for part in parts], device=places.device)
+    documents = torch.arange(len(mixed), device=places.device)
+    chosen = torch.tensor([document for document, _ in mixed], device=places.device)
     return replace(
         batch,
-        tokens=tokens,
-        positions=torch.cat([torch.arange(int(size), device=tokens.device) for size in sizes]),
+        tokens=batch.tokens[places],
+        positions=torch.cat([torch.arange(len(part), device=places.device) for part in parts]),
         lengths=sizes.to(batch.lengths.dtype),
-        streams={WEIGHT.name: weights},
+        streams={WEIGHT.name: weight[places]},  # those of a prompt are zero
         document=documents.repeat_interleave(sizes),
         unit=documents,
         place=torch.zeros_like(documents),
@@ -125,7 +124,3 @@ def mismatch(batch: PackedBatch) -> PackedBatch | None:
         example_ids=tuple(batch.example_ids[document] for document, _ in mixed),
         sources=tuple(batch.sources[document] for document, _ in mixed),
     )
-
-
-def _size(part: slice) -> int:
-    return part.stop - part.start

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from postlude.data.batch import PackedBatch
 
 
-class Head(Protocol):
-    """A named head of a model, applied to hidden states. ``hidden`` is [rows, hidden] throughout."""
-
-
-class LanguageHead(Head, Protocol):
-    """The head ``lm``: never holds [rows, vocabulary]."""
+class LanguageHead(Protocol):
+    """The head ``lm``: never holds [rows, vocabulary]. ``hidden`` is [rows, hidden] throughout."""
 
     def negative_log_likelihood(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum (a scalar to differentiate) and the unweighted value of each row, [rows], detached.
@@ -35,25 +31,21 @@ class LanguageHead(Head, Protocol):
         The weights must be known before the forward pass: the gradient is made during it. An objective whose
         ``loss_is_likelihood`` puts all factors, normalisers too, into the weights.
         """
-        ...
 
     def log_probabilities(
         self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [rows], and the entropy [rows] on request; differentiable in both."""
-        ...
 
     def top_log_probabilities(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The likeliest tokens [rows, k], and their log-probabilities with that of the rest last [rows, k + 1]."""
-        ...
 
 
-class ScalarHead(Head, Protocol):
+class ScalarHead(Protocol):
     """The head ``scalar``: one number for each row."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] to [rows]."""
-        ...
 
 
 class Step(Protocol):
@@ -67,15 +59,12 @@ class Step(Protocol):
 
     def hidden(self, model: str = "policy") -> Tensor:
         """Hidden states of a model at every token of the batch, [tokens, hidden]; computed once, then kept."""
-        ...
 
     def head(self, name: str, model: str = "policy"):
         """A head of a model: :class:`LanguageHead` under ``lm``, :class:`ScalarHead` under ``scalar``."""
-        ...
 
     def on(self, batch: PackedBatch) -> Step:
         """The same step on a batch that the objective makes of this one."""
-        ...
 
 
 @dataclass
@@ -99,12 +88,10 @@ class Objective(Protocol):
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams it reads beside the weight."""
-        ...
 
     @property
     def heads(self) -> Mapping[str, tuple[str, ...]]:
         """The heads it uses, by model: ``{"policy": ("lm",)}``."""
-        ...
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -118,7 +105,6 @@ class Objective(Protocol):
 
     def count(self, batch: PackedBatch) -> Mapping[str, float]:
         """Its normalisers, counted on one micro-batch: trained tokens, documents, units, ..."""
-        ...
 
     def measure(self, step: Step) -> Mapping[str, float]:
         """A pass without gradients before the step, called only where ``statistics`` names anything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
@@ -109,9 +109,8 @@ class Answerer:
             parts = self.workers.gather((self.workers.data_rank, share, self.engine.deaths()))
         for death in (death for *_, deaths in parts for death in deaths):
             self.tell("engine_died", engine=death.engine, reason=death.reason)
-        by_rank: Mapping[int, list[Group]] = {rank: part for rank, part, _ in parts if part is not None}
-        places = {rank: iter(part) for rank, part in by_rank.items()}
-        return [next(places[place % self.askers]) for place in range(len(groups))]
+        shares: Mapping[int, Iterator[Group]] = {rank: iter(part) for rank, part, _ in parts if part is not None}
+        return [next(shares[place % self.askers]) for place in range(len(groups))]
 
     def _work(self, answering: Answering) -> None:
         trajectories = [trajectory for group in answering.own for trajectory in group]
@@ -125,7 +124,7 @@ class Answerer:
         begun = {sample.issue.number for sample in trajectories if sample.sampled_tokens}
         live = [sample for sample in trajectories if not sample.complete]
         while live:
-            self._sample(live, lambda some: None if share is None else enough_of(some, begun, share))
+            self._sample(live, begun, share)
             live = [] if self.environment is None else self._reply(self.environment, live)
 
     def _reply(self, environment: Environment, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -172,14 +171,13 @@ class Answerer:
         """What an engine knows a trajectory's prompt by."""
         return f"{sample.prompt.example_id}@{sample.issue.number}" if self.is_repeated else sample.prompt.example_id
 
-    def _sample(
-        self, trajectories: Sequence[Trajectory], enough: Callable[[Sequence[Trajectory]], Enough | None]
-    ) -> None:
+    def _sample(self, trajectories: Sequence[Trajectory], begun: Container[int], share: float | None) -> None:
         """One turn of each, or of enough of them."""
         by_source: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_source.setdefault(trajectory.prompt.source, []).append(trajectory)
-        for source, some in by_source.items():
+        for source, samples in by_source.items():
+            enough = None if share is None else enough_of(samples, begun, share)
             requests = [
                 Request(
                     self._id(sample),
@@ -188,10 +186,10 @@ class Answerer:
                     sample.sampled_tokens,
                     int(min(self._most(sample) - sample.sampled_tokens, self._room_left(sample))),
                 )
-                for sample in some
+                for sample in samples
             ]
-            completions = self.engine.generate(requests, self.sampling(source), enough(some))
-            for sample, completion in zip(some, completions, strict=True):
+            completions = self.engine.generate(requests, self.sampling(source), enough)
+            for sample, completion in zip(samples, completions, strict=True):
                 sample.answer(completion, self.encoders[source].text)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,30 +18,24 @@ from postlude.rollout.trajectory import Trajectory
 from postlude.training.frozen import Assessor
 
 
+@dataclass
 class Assessment:
-    """Makes documents of what was answered. Every rank does it with the same groups, and gets the same.
+    """Makes documents of what was answered. Every rank does it with the same groups, and gets the same."""
 
-    ``tell`` takes an event, its kind and fields.
-    ``correction`` is the bound of the correction for an engine that is not quite the policy, and None takes it for the
-    policy; ``gap`` is how far its log-probabilities may be from the policy's, on average. ``reference`` is the model
-    that the policy is compared with, ``critic`` the one that says what was to be expected.
-    """
-
-    def __init__(
-        self,
-        assessor: Assessor,
-        algorithm: Algorithm,
-        tell: Callable[..., None],
-        gap: float = 1e-3,
-        correction: float | None = None,
-        reference: str | None = None,
-        critic: str | None = None,
-    ) -> None:
-        self.algorithm = algorithm
-        self._assessor, self._tell = assessor, tell
-        self._gap, self._correction, self._reference, self._critic = gap, correction, reference, critic
-        self._compared = False
-        """Whether the engine was found to have the policy's weights."""
+    assessor: Assessor
+    algorithm: Algorithm
+    tell: Callable[..., None]
+    """Takes an event, its kind and fields."""
+    gap: float = 1e-3
+    """How far the engine's log-probabilities may be from the policy's, on average."""
+    correction: float | None = None
+    """The bound of the correction for an engine that is not quite the policy; None takes it for the policy."""
+    reference: str | None = None
+    """The model that the policy is compared with."""
+    critic: str | None = None
+    """The model that says what was to be expected."""
+    _compared: bool = field(default=False, init=False)
+    """Whether the engine was found to have the policy's weights."""
 
     def of(self, groups: Sequence[Group], version: int) -> tuple[list[Document], dict[str, float]]:
         """The samples as documents with all the streams that are trained on, and the metrics of the round. The policy's
@@ -63,19 +57,19 @@ class Assessment:
 
     def _ask_models(self, documents: Sequence[Document], sampled: Sequence[dict[str, np.ndarray]]) -> None:
         """Add to the streams of the sampled tokens what the models of the step say of them."""
-        if self._correction is not None:
-            for streams, old in zip(sampled, self._assessor.log_probabilities("policy", documents), strict=True):
+        if self.correction is not None:
+            for streams, old in zip(sampled, self.assessor.log_probabilities("policy", documents), strict=True):
                 ratio = np.exp(old - streams[BEHAVIOUR_LOGP.name])
-                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, self._correction)}
+                streams |= {OLD_LOGP.name: old, CORRECTION.name: np.minimum(ratio, self.correction)}
         else:
             for streams in sampled:
                 streams[OLD_LOGP.name] = streams[BEHAVIOUR_LOGP.name]
-        if self._reference is not None:
-            references = self._assessor.log_probabilities(self._reference, documents)
+        if self.reference is not None:
+            references = self.assessor.log_probabilities(self.reference, documents)
             for streams, reference in zip(sampled, references, strict=True):
                 streams[REFERENCE_LOGP.name] = reference
-        if self._critic is not None:
-            for streams, value in zip(sampled, self._assessor.values(self._critic, documents), strict=True):
+        if self.critic is not None:
+            for streams, value in zip(sampled, self.assessor.values(self.critic, documents), strict=True):
                 streams[VALUE.name] = value
 
     def _engine_gaps(
@@ -83,7 +77,7 @@ class Assessment:
     ) -> dict[str, float]:
         """How far the engine's log-probabilities are from the policy's, over the tokens that its present weights
         sampled. EngineLost where that is more than the arithmetic explains: the engine has other weights."""
-        if self._correction is None:
+        if self.correction is None:
             return {}
         gaps = [
             np.abs(streams[OLD_LOGP.name] - streams[BEHAVIOUR_LOGP.name])[np.array(sample.sampled_versions) == version]
@@ -93,15 +87,15 @@ class Assessment:
         if not len(all_gaps):
             return {}
         mean, worst = float(all_gaps.mean()), float(all_gaps.max())
-        if mean > self._gap:
+        if mean > self.gap:
             if not self._compared:
                 raise EngineLost(
                     f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
                     f"{len(all_gaps)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
-                    f"{self._gap:g}. It has not the policy's weights, or computes another model of them."
+                    f"{self.gap:g}. It has not the policy's weights, or computes another model of them."
                 )
             reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
-            self._tell("alarm", what="the engine is not the policy", reason=reason, step=version)
+            self.tell("alarm", what="the engine is not the policy", reason=reason, step=version)
         self._compared = True
         return {"engine_gap": mean, "engine_gap_worst": worst}
 

@@ -100,25 +100,20 @@ class Engine(Protocol):
     @property
     def context(self) -> int | None:
         """How many tokens a prompt and its completion may have together; None if nothing bounds it."""
-        ...
 
     @property
     def is_external(self) -> bool:
         """Whether it works in a process of its own, so that it can answer while this one trains."""
-        ...
 
     def update(self, version: int) -> None:
         """Take over the weights of the policy as they now are, after ``version`` steps. What is being answered goes on
         with them."""
-        ...
 
     def deaths(self) -> Sequence[Death]:
         """The engines that have died since this was last asked."""
-        ...
 
     def close(self) -> None:
         """Leave no process and no file."""
-        ...
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
@@ -127,4 +122,3 @@ class Engine(Protocol):
 
         ValueError for a prompt without tokens, or one that leaves no room in the context.
         """
-        ...

@@ -46,7 +46,6 @@ class Episode(Protocol):
 
     async def step(self, said: str) -> Reply:
         """The answer to what the policy said in its turn."""
-        ...
 
 
 class Environment(Component):

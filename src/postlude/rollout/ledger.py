@@ -13,24 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from postlude.data.dataset import Dataset
 from postlude.data.mixture import Mixture
 from postlude.data.order import SourceOrder
 from postlude.errors import DataError
-
-
-class RowSource(Protocol):
-    """What is drawn from: rows in groups in files."""
-
-    @property
-    def groups(self) -> Sequence[int]: ...
-
-    @property
-    def files(self) -> Sequence[Sequence[int]]: ...
-
-    @property
-    def seekable(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Ledger:
     """
 
     def __init__(
-        self, sources: Mapping[str, RowSource], weights: Mapping[str, float], seed: int, epochs: int | None
+        self, sources: Mapping[str, Dataset], weights: Mapping[str, float], seed: int, epochs: int | None
     ) -> None:
         self.rows = {name: sum(source.groups) for name, source in sources.items()}
         for name, rows in self.rows.items():

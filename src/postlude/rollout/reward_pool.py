@@ -54,7 +54,7 @@ class RewardPool:
     """Calls reward functions, and what else is somebody's own code, in ``workers`` processes, which start with the
     first call. ``seconds`` is how long one call may take.
 
-    A context manager: on leaving, no process is left. Nor is one when this process dies, however it dies.
+    Once it is closed no process is left. Nor is one when this process dies, however it dies.
     """
 
     def __init__(self, workers: int, seconds: float) -> None:
@@ -114,12 +114,6 @@ class RewardPool:
         """Kill what is at work, and wait until it is gone."""
         for process in list(self._processes):
             self._remove(process)
-
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _give(self, waiting: deque[int], calls: Sequence[Any]) -> None:
         """Give every process that has nothing to do something to do."""

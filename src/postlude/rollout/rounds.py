@@ -89,10 +89,12 @@ class Rounds:
         """One round: the loop itself. What is ``ahead`` is answered while this round is assessed and trained on."""
         if not self._ahead:
             self._begin(1)
-        answered = self._split_off_cut(self.answerer.finish(self._ahead.popleft()))
+        finished = self.answerer.finish(self._ahead.popleft())
+        cut = {group[0].issue for group in finished if not complete(group)}
+        self._cut += [group for group in finished if group[0].issue in cut]  # these go on with the next round
         busy = self._measure_busy()
         self._begin(min(self.rules.ahead, self._rounds_left() - 1))
-        groups = self._collect(answered)
+        groups = self._collect([group for group in finished if group[0].issue not in cut])
         with self.phases.measure("assess"):
             documents, metrics = self.assessment.of(groups, self.step)
         self._planned.fill(self.rules, groups, documents, {**metrics, **busy})
@@ -117,12 +119,6 @@ class Rounds:
             cuts = self.rules.oversample > 1 and not self.ledger.exhausted
             self._ahead.append(self.answerer.start(going_on + begun, self.rules.prompts if cuts else None))
 
-    def _split_off_cut(self, answered: Sequence[Group]) -> list[Group]:
-        """The groups of records that are answered wholly; the others are kept for the next round."""
-        cut = {group[0].issue for group in answered if not complete(group)}
-        self._cut += [group for group in answered if group[0].issue in cut]
-        return [group for group in answered if group[0].issue not in cut]
-
     def _rounds_left(self) -> int:
         """How many rounds the steps that are left will take, this one included; far too many where no number of steps
         ends the stage."""
@@ -142,17 +138,16 @@ class Rounds:
     def _collect(self, answered: list[Group]) -> list[Group]:
         """What of the answered groups can be learned from, and where that is too little, of others that are then
         issued, answered and scored in their place."""
-        kept = self._keep(answered)
-        everything = answered
-        self._check_any_scored(everything)
-        for _ in range(MOST_TRIES - 1):
-            missing = self.rules.prompts - len({group[0].issue for group in kept})
-            if missing <= 0 or self.ledger.exhausted:
-                break
-            more = self.answerer.answer(self._issue(missing))
-            kept += self._keep(more)
-            everything = everything + more
+        kept: list[Group] = []
+        everything: list[Group] = []
+        for tries_left in reversed(range(MOST_TRIES)):
+            kept += self._keep(answered)
+            everything += answered
             self._check_any_scored(everything)
+            missing = self.rules.prompts - len({group[0].issue for group in kept})
+            if missing <= 0 or self.ledger.exhausted or not tries_left:
+                break
+            answered = self.answerer.answer(self._issue(missing))
         return kept
 
     def _issue(self, count: int) -> list[Group]:
@@ -248,7 +243,7 @@ class Rounds:
         left = [*self._cut, *(group for answering in self._ahead for group in answering.groups)]
         for issue in {group[0].issue: None for group in left}:
             self._drop(issue, ENDED, [{"issue": issue.number, "epoch": issue.epoch}])
-        self._planned.clear()
+        self._planned = StepQueue()
         self._ahead.clear()
         self._cut.clear()
 
@@ -304,10 +299,4 @@ class Rounds:
         self.engine.close()
         if self.answerer.background is not None:
             self.answerer.background.shutdown(cancel_futures=True)
-        self.answerer.scorer.close()
-
-    def __enter__(self) -> Rounds:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.answerer.scorer.pool.close()

@@ -108,9 +108,6 @@ class StepQueue:
         step = self._steps.popleft()
         return step, [self._documents[place] for place in step.documents]
 
-    def clear(self) -> None:
-        self._steps.clear()
-
     def state(self) -> dict[str, Any]:
         """The steps that are left, with their documents, as JSON."""
         if not self._steps:
@@ -121,11 +118,9 @@ class StepQueue:
             "documents": base64.b64encode(dump_documents([self._documents[number] for number in numbers])).decode(),
             "planned": [
                 {
+                    **vars(step),
                     "documents": [index[number] for number in step.documents],
-                    "epoch": step.epoch,
                     "issues": [issue.number for issue in step.issues],
-                    "lines": list(step.lines),
-                    "metrics": dict(step.metrics),
                 }
                 for step in self._steps
             ],

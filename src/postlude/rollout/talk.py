@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from postlude.errors import UserError
 from postlude.model.adapters.merge import read_merged
@@ -35,7 +35,9 @@ def talk(place: str, prompt: Asked, *, max_tokens: int = 256, temperature: float
     elif causal.dtype == torch.float16:  # a CPU multiplies fp16 a hundred times slower than fp32
         causal.float()
     request = Request("", encode_prompt(tokenizer, prompt))
-    sampling = Sampling(max_tokens, _end_tokens(causal, tokenizer), temperature, seed=seed)
+    configured: Any = causal.generation_config.eos_token_id
+    ends = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
+    sampling = Sampling(max_tokens, frozenset(end for end in ends if end is not None), temperature, seed=seed)
     generator = torch.Generator(causal.device).manual_seed(seed) if temperature else None
     tokens = NativeEngine(causal).stream(request, sampling, generator)
     yield from pieces(tokenizer, (token for token in tokens if token not in sampling.stop_ids))
@@ -67,10 +69,3 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterato
             shown = text
     if len(text) > len(shown):
         yield text[len(shown) :]
-
-
-def _end_tokens(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a reply."""
-    configured: Any = causal.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)

@@ -12,8 +12,8 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.recipes.answering import Answering, Sampled
 from postlude.recipes.online import OnlineRecipe
-from postlude.rollout.colocated import PolicyEngine
 from postlude.rollout.engine import Engine
+from postlude.rollout.native import PolicyEngine
 from postlude.rollout.prompts import PromptEncoder
 from postlude.rollout.serving.external import ExternalEngine, Slot
 from postlude.rollout.serving.server import EngineChoice, Server, Serving

@@ -139,7 +139,7 @@ class Filtering(Work):
         return table
 
     def close(self) -> None:
-        self.scorer.close()
+        self.scorer.pool.close()
 
     def counts(self) -> Mapping[str, Any]:
         return {"records": len(self._rows)}

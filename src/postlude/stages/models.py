@@ -15,7 +15,7 @@ from postlude.model.load import configuration, count_parameters, load_causal, lo
 from postlude.model.places import SCALAR_FILE, configuration_keys
 from postlude.rollout.native import NativeEngine
 from postlude.rollout.reward import Reward
-from postlude.rollout.reward_model import RewardModel
+from postlude.rollout.scoring import RewardModel
 from postlude.stages.parts import Parts
 from postlude.training.precision import DTYPES
 

@@ -51,25 +51,20 @@ class Server(Protocol):
         """Start it with the model in a folder: configuration and safetensors, and beside them an adapter that comes by
         itself. Returns when it answers. ``room`` is a folder for what it writes, which is gone once it is, or
         this process is."""
-        ...
 
     def update(self, folder: Path, version: int) -> None:
         """Have it take over the weights in a folder; what it is answering goes on with them."""
-        ...
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None = None
     ) -> list[Completion]:
         """As :meth:`postlude.rollout.engine.Engine.generate`."""
-        ...
 
     def kill(self) -> None:
         """Leave no process; the room stays."""
-        ...
 
     def close(self) -> None:
         """Leave no process and no room."""
-        ...
 
 
 class EngineChoice(Component):
