@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.dataset import Dataset
@@ -16,6 +18,7 @@ from postlude.data.example import Conversation, Ranked, Text, Tokens
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
+from postlude.model.language_model import LanguageModel
 from postlude.recipes.evaluate import Evaluate
 from postlude.rollout.prompts import PROMPTING
 from postlude.rollout.scoring import passes
@@ -25,11 +28,6 @@ from postlude.stages.parts import Parts
 from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
 from postlude.stages.work import Entry, Tell, Work, read_rows
 from postlude.training.frozen import DocumentLikelihood, likelihoods
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from postlude.model.language_model import LanguageModel
 
 ROWS = 64
 """Records of a portion of ``choice`` and ``held_out``."""
@@ -287,9 +285,7 @@ class Evaluation(Work):
                     values = {key: value for key, value in summary.items() if isinstance(value, int | float)}
                     yield "measured", {"name": f"{model}/{kind}/{name}", "values": values}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: evaluated", title_justify="left")
         table.add_column("what")
         for model in report["models"]:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.dataset import BAD_RECORD
@@ -25,9 +27,6 @@ from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import dropped_by_filters
 from postlude.stages.work import Entry, Tell, Work, read_rows
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _ANY = (Conversation, Text, Tokens, Ranked, Judged)
 
@@ -125,9 +124,7 @@ class Filtering(Work):
         judges = [reward.model for reward in self.config.reward if reward.model is not None]
         return {"rewards": [lineage_of(judge) for judge in judges]} if judges else {}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: filtered", title_justify="left", show_header=False)
         table.add_row("read", f"{report['read']:,}")
         table.add_row("kept", f"{report['records']:,}")

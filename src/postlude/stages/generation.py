@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.preview import Preview
@@ -30,9 +32,6 @@ from postlude.stages.prompts import (
     preview_prompts,
 )
 from postlude.stages.work import Entry, Tell, Work
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 SAME_REWARD = "all completions have the same reward"
 SAME_TEXT = "the best completion says the same as the worst"
@@ -171,9 +170,7 @@ class Generation(Work):
             **({"rewards": [lineage_of(judge) for judge in judges]} if judges else {}),
         }
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: generated", title_justify="left", show_header=False)
         for name in ("prompts", "completions", "records", "tokens"):
             table.add_row(name, f"{report[name]:,}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedConfig
 
 from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
@@ -17,9 +16,6 @@ from postlude.stages.training_models import TrainingModels
 from postlude.telemetry import hardware
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import Precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def plan_of(models: TrainingModels, config: PreTrainedConfig) -> MemoryPlan:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,10 +27,6 @@ from postlude.recipes.merge import Merge
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.work import Entry, Work
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 
 Combine = Callable[[Sequence[Tensor]], Tensor]
 """From the models' tensors of one name, the base's last, to the merged one, in fp32."""
@@ -91,9 +88,7 @@ class Merging(Work):
             )
         return {"models": len(self._starts()), "compared": len(there)}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.text import Text
-
+    def table(self, report: Mapping[str, Any]) -> Text:
         return Text(
             f"{self.parts.task.stage}: {len(self.config.models)} models merged by {report['method']}, "
             f"{report['parameters']:,} parameters in {report['tensors']:,} tensors"

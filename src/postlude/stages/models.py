@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
 from postlude.model.causal import with_weights_in
+from postlude.model.language_model import LanguageModel
 from postlude.model.load import configuration, count_parameters, load_causal, load_model
 from postlude.model.places import SCALAR_FILE, configuration_keys
 from postlude.rollout.native import NativeEngine
@@ -18,11 +20,6 @@ from postlude.rollout.reward import Reward
 from postlude.rollout.reward_model import RewardModel
 from postlude.stages.parts import Parts
 from postlude.training.precision import DTYPES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from postlude.model.language_model import LanguageModel
 
 REWARD_TOKENS = 8192
 """Tokens that go through a reward model at a time."""

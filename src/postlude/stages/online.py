@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.preview import Preview
 from postlude.errors import DataError
@@ -35,9 +36,6 @@ from postlude.training.frozen import Assessor
 from postlude.training.interruption import Interruption
 from postlude.training.summary import Summary
 from postlude.training.timing import Phases
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EXTERNAL_CORRECTION = 2.0
 """The bound of the correction for an engine that is not quite the policy, where the manifest gives none."""

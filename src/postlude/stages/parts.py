@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
+
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.example import Format
@@ -23,9 +25,6 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
 from postlude.runs import Run, artifact_of
 from postlude.training.workers import Workers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ConfigType = TypeVar("ConfigType", bound=StageConfig)
 

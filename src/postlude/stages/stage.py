@@ -6,7 +6,9 @@ kind is one file, with its recipe, and the recipe's entry point.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.preview import Preview
 from postlude.manifest.component import load_named
@@ -16,10 +18,6 @@ from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
 from postlude.training.summary import Summary
 from postlude.training.workers import Workers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 TO_RUN = Mode()
 

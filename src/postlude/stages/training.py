@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data import preview as packed
@@ -31,9 +33,6 @@ from postlude.training.interruption import Interruption
 from postlude.training.meters import Meters
 from postlude.training.summary import Summary
 from postlude.training.trainer import Steps, Trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import RenderableType
+from rich.pretty import Pretty
+from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data.dataset import Dataset
@@ -34,10 +38,6 @@ from postlude.telemetry.progress import console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
 from postlude.training.summary import Summary
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from transformers import PreTrainedTokenizerBase
 
 Entry = Mapping[str, Any]
 """Something that a portion of the work gives; JSON can hold it."""
@@ -93,8 +93,6 @@ class Work(ABC):
 
     def table(self, report: Mapping[str, Any]) -> RenderableType:
         """The report for a person."""
-        from rich.pretty import Pretty
-
         return Pretty(report)
 
     def counts(self) -> Mapping[str, Any]:
