@@ -224,7 +224,7 @@ def work_on_stage(task: StageOnMesh) -> int:
     import copy
 
     from postlude.stages.parts import StageTask
-    from postlude.stages.run import run_stage
+    from postlude.stages.stage import run_stage
     from postlude.telemetry.progress import StageProgress
     from postlude.training.interruption import Interruption
 

@@ -19,7 +19,6 @@ from postlude.model.export import send_model, write_model
 from postlude.model.flops import packed_flops
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.annotate import annotate, forget_annotations
-from postlude.stages.lineage import lineage
 from postlude.stages.memory import check_memory
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
@@ -141,8 +140,7 @@ class Training:
 
     def _lineage(self, summary: Summary) -> dict[str, Any]:
         precision, amendments = self.models.precision, self.parts.stage.amendments.read()
-        return lineage(
-            self.parts,
+        return self.parts.lineage(
             summary.steps,
             model=lineage_of(self.config.model),
             data={name: dataset.fingerprint for name, dataset in self.data.datasets.items()},

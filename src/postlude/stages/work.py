@@ -28,7 +28,6 @@ from postlude.data.example import Example, Record
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
-from postlude.stages.lineage import lineage
 from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import Row, no_preview, rows_of
@@ -157,7 +156,7 @@ class Work(ABC):
         """Write the artifact, with its report and lineage. The report."""
         with self.parts.stage.write_artifact() as folder:
             report = dict(self.finish(portions, folder))
-            origin = lineage(self.parts, self.portions, models=dict(self.parents()), data=dict(self.reads))
+            origin = self.parts.lineage(self.portions, models=dict(self.parents()), data=dict(self.reads))
             for name, content in {"report.json": report, "lineage.json": origin}.items():
                 storage.write_text(storage.join(folder, name), json.dumps(content, indent=2) + "\n")
         return report
