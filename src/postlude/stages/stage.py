@@ -33,21 +33,17 @@ class Stage(Protocol):
 
     def run(self, recorder: Recorder, stop: Interruption) -> Summary:
         """Work from where the stage stopped to its artifact, or until asked to stop. Every rank calls it."""
-        ...
 
     def preview(self, blocks: int) -> Preview:
         """So many packed blocks that it would see first. ManifestError where there is nothing to be seen."""
-        ...
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Find out, without a GPU, what would stop the stage, and fill in the report. ``synthetic`` also sends so many
         made-up records of each format through. UserError for what would stop it."""
-        ...
 
     @property
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the artifact will have. ManifestError for a stage that makes no model."""
-        ...
 
 
 def open_stage(task: StageTask, workers: Workers, mode: Mode = TO_RUN) -> Stage:

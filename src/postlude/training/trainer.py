@@ -63,15 +63,12 @@ class Steps(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as JSON: the same on every rank."""
-        ...
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue with the step that comes after a state."""
-        ...
 
     def close(self) -> None:
         """Leave nothing at work."""
-        ...
 
 
 class Trainer:
