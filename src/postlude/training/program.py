@@ -1,15 +1,18 @@
-"""What a recipe hands to the trainer: an objective, and the models that its step needs."""
+"""What a recipe hands to the trainer: an objective, and the models that its step needs. Imports without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from postlude.manifest.schema import ModelPlace
-from postlude.model.language_model import LanguageModel
-from postlude.objectives.annotators import Annotator
 from postlude.objectives.objective import Objective
 from postlude.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from postlude.model.language_model import LanguageModel
+    from postlude.objectives.annotators import Annotator
 
 
 @dataclass(frozen=True)
