@@ -7,8 +7,7 @@ from transformers import PreTrainedConfig
 
 from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.compute import Pool
-from postlude.manifest.parallel import shape_of
+from postlude.manifest.compute import Pool, shape_of
 from postlude.model import memory, sharded, tensor_parallel, vocabulary
 from postlude.model.memory import MIB, MemoryPlan
 from postlude.objectives.logits import Limits

@@ -19,10 +19,10 @@ from postlude.data.example import Format
 from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import DataError
+from postlude.manifest.compute import Shape, shape_of
 from postlude.manifest.graph import maker_of
 from postlude.manifest.load import restore
 from postlude.manifest.lock import hash_of, versions
-from postlude.manifest.parallel import Shape, shape_of
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
 from postlude.runs import Run, artifact_of, provenance

@@ -23,13 +23,12 @@ from postlude.manifest.amend import apply_amendment
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
-from postlude.training.checkpoint import Checkpointer
+from postlude.training.checkpoint import Checkpointer, restore_optimizers, trained_state
 from postlude.training.meters import Meters
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program
 from postlude.training.schedules import Schedule
-from postlude.training.state import restore_optimizers, trained_state
 from postlude.training.step import Executor, StepResult
 from postlude.training.summary import Summary
 from postlude.training.timing import Phases
