@@ -9,9 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Component, Config, Named, default_name
+from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
 from postlude.manifest.problem import ManifestError
-from postlude.manifest.types import Name, Positive
 
 
 class Elastic(Config):

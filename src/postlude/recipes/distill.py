@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Positive
 from postlude.objectives.nll import Normalizer, WeightedLikelihood
 from postlude.objectives.objective import Objective
 from postlude.recipes.recipe import TrainingRecipe

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
-from postlude.manifest.types import Positive
 from postlude.objectives.nll import WeightedLikelihood
 from postlude.objectives.objective import Objective
 from postlude.recipes.distill import Divergence

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Named
+from postlude.manifest.component import Name, Named, Positive
 from postlude.manifest.schema import Evaluate, ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Name, Positive
 from postlude.recipes.answering import REHEARSED_TOKENS, Answering
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native

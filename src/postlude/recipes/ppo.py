@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named
+from postlude.manifest.component import Config, Named, Positive, Share
 from postlude.manifest.schema import ModelPlace
-from postlude.manifest.types import Positive, Share
 from postlude.objectives.objective import Objective
 from postlude.recipes.group_relative import Clip, ClipBelow, Coefficient
 from postlude.recipes.online import OnlineRecipe

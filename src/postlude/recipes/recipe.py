@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from postlude.data.example import Conversation, Text, Tokens
+from postlude.manifest.component import Name, Positive
 from postlude.manifest.schema import NamesDatasets, StageConfig, TrainingStage
-from postlude.manifest.types import Name, Positive
 from postlude.objectives.objective import Objective
 from postlude.training.program import Annotation, Companion
 

@@ -20,7 +20,7 @@ from postlude.rollout.prompts import PROMPTING, Prompt
 from postlude.rollout.reward import REFERENCE
 from postlude.rollout.trajectory import Trajectory
 from postlude.stages.asking import Asking, columns_of, score_of
-from postlude.stages.models import lineage_of
+from postlude.stages.models import lineage_of, lineage_of_judges
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import (
     PromptReader,
@@ -164,11 +164,7 @@ class Generation(Work):
         return {**report, "nothing_of": left, "dropped_by_filters": dropped_by_filters(self.datasets)}
 
     def parents(self) -> Mapping[str, Any]:
-        judges = [reward.model for reward in self.config.reward if reward.model is not None]
-        return {
-            "model": lineage_of(self.config.model),
-            **({"rewards": [lineage_of(judge) for judge in judges]} if judges else {}),
-        }
+        return {"model": lineage_of(self.config.model), **lineage_of_judges(self.config.reward)}
 
     def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: generated", title_justify="left", show_header=False)

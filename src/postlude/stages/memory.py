@@ -37,12 +37,10 @@ def check_fits(models: TrainingModels, config: PreTrainedConfig, plan: MemoryPla
     setting, base = _setting(models, config), _base_bytes(models)
     fits = memory.what_fits(config, setting, _pool(models).most, limit, base)
     advice = (
-        f"Any of these would fit: {'; '.join(fits)}."
-        if fits
-        else (
-            "No single setting would make it fit: take more workers with 'parallel: {shard: true}', or a smaller model."
-        )
+        "No single setting would make it fit: take more workers with 'parallel: {shard: true}', or a smaller model."
     )
+    if fits:
+        advice = f"Any of these would fit: {'; '.join(fits)}."
     raise ComputeError(
         f"stages.{models.parts.task.stage}: by the memory plan a worker needs {plan.peak_bytes / MIB:,.0f} MiB at its "
         f"peak, and the pool '{models.config.pool}' gives each {limit / MIB:,.0f} MiB. {advice}"

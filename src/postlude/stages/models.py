@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,6 +95,12 @@ class Models:
 def lineage_of(start: ModelPlace) -> dict[str, Any]:
     """A model as the lineage tells it."""
     return start.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def lineage_of_judges(rewards: Sequence[Reward]) -> dict[str, Any]:
+    """The models of rewards as the lineage tells them, if there are any."""
+    judges = [lineage_of(reward.model) for reward in rewards if reward.model is not None]
+    return {"rewards": judges} if judges else {}
 
 
 def stand_in_for(config: PreTrainedConfig) -> ModelFrom:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from postlude import storage
 from postlude.model.mesh import own_part
@@ -116,7 +116,7 @@ class Checkpointer:
         """
         assert self._pending is None, "the save before has not been waited for"
         if background:
-            tensors = tree_map(_copied, tensors)
+            tensors = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tensors)
         self._pending = self._thread.submit(self._write, uri, step, tensors, dict(small))
 
     def wait(self) -> None:
@@ -167,10 +167,6 @@ class Checkpointer:
         items: list[Any] = [None] * self.workers.world
         dist.all_gather_object(items, item, self._group)
         return items
-
-
-def _copied(item: Any) -> Any:
-    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
 
 
 def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from postlude.manifest.amend import apply_amendment
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
-from postlude.training.checkpoint import Checkpointer, restore_optimizers, trained_state
 from postlude.training.meters import Meters
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import LossScale, Precision
@@ -109,7 +108,7 @@ class Trainer:
         self.scale = LossScale(precision)
         self.phases = Phases(synchronize=workers.device.type == "cuda")
         self.executor = Executor(program, workers, precision, self.phases, meters.flops)
-        self.checkpointer = Checkpointer(workers, on_commit)
+        self.checkpointer = checkpoint.Checkpointer(workers, on_commit)
         self.summary = Summary(0)
         self.step = 0
         self._saved_step = -1
@@ -290,7 +289,7 @@ class Trainer:
             "world": self.workers.world,
         }
         with self.phases.measure("checkpoint"):
-            tensors = trained_state(self.program.roles, self.optimizers)
+            tensors = checkpoint.trained_state(self.program.roles, self.optimizers)
             self.checkpointer.save(self.checkpoint_uri(self.step), self.step, tensors, small, background)
             self._saved_step = self.step
         if not background:
@@ -309,9 +308,9 @@ class Trainer:
 
     def restore(self, uri: str) -> None:
         """Continue from a committed checkpoint: the next step is the one that would have come next."""
-        tensors = trained_state(self.program.roles, self.optimizers)
+        tensors = checkpoint.trained_state(self.program.roles, self.optimizers)
         small = checkpoint.load(uri, tensors, self.workers)
-        restore_optimizers(tensors, self.program.roles, self.optimizers)
+        checkpoint.restore_optimizers(tensors, self.program.roles, self.optimizers)
         self.step = self._saved_step = small["step"]
         self.progress, self.skipped_in_a_row = small["progress"], small["skipped_in_a_row"]
         self.totals = small["totals"]
