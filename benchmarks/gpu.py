@@ -117,11 +117,11 @@ def train(place: Place, shape: str, adapter: bool, recompute: str) -> dict[str, 
     from postlude.model.flops import packed_flops
     from postlude.model.language_model import LanguageModel
     from postlude.objectives.nll import NegativeLogLikelihood
+    from postlude.training.meters import Phases
     from postlude.training.optimizers import AdamW
     from postlude.training.precision import LossScale, Precision
     from postlude.training.program import Program, Role
     from postlude.training.step import Executor
-    from postlude.training.timing import Phases
     from postlude.training.workers import Workers
 
     architecture, keys = SHAPES[shape]

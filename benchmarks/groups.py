@@ -84,7 +84,7 @@ def under_torchrun(folder: Path, name: str, ranks: int) -> float:
 
 def as_rank(task: Path) -> None:
     """What each process does that torchrun starts."""
-    from postlude.stages.run import run_stage_here
+    from postlude.stages.stage import run_stage_here
 
     run_stage_here(pickle.loads(task.read_bytes()))
 

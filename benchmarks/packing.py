@@ -31,10 +31,10 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.load import load_model
 from postlude.objectives.nll import WeightedLikelihood
+from postlude.training.meters import Phases
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Role
 from postlude.training.step import Executor
-from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
 SHARED = Path(os.environ.get("POSTLUDE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

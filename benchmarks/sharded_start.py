@@ -45,7 +45,7 @@ def as_rank(what: str, place: str) -> None:
     import torch.distributed  # both sides have it
     from transformers import AutoModelForCausalLM
 
-    from postlude.manifest.parallel import Shape
+    from postlude.manifest.compute import Shape
     from postlude.manifest.schema import ModelFrom
     from postlude.model.load import load_divided
     from postlude.training.workers import Workers

@@ -73,7 +73,7 @@ def manifest_of(folder: Path, name: str, ranks: int, keys: dict[str, Any], steps
 
 def as_rank(task: Path) -> None:
     """What each process does that torchrun starts."""
-    from postlude.stages.run import run_stage_here
+    from postlude.stages.stage import run_stage_here
 
     told = pickle.loads(task.read_bytes())
     run_stage_here(told)

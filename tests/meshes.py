@@ -91,7 +91,7 @@ def batches(share: int, shares: int):
 
 def on_mesh(task: Mesh) -> dict[str, dict[str, Any]]:
     """What each model does on the mesh: its loss and gradients, weights after steps of SGD, losses of AdamW."""
-    from postlude.manifest.parallel import Shape
+    from postlude.manifest.compute import Shape
     from postlude.training.workers import Workers
 
     def shape(world: int):
@@ -130,10 +130,10 @@ def model_of(place: Path, workers, adapter: dict[str, Any] | None = None):
 
 def executor_of(model, workers, optimizer):
     from postlude.objectives.nll import NegativeLogLikelihood
+    from postlude.training.meters import Phases
     from postlude.training.precision import Precision
     from postlude.training.program import Program, Role
     from postlude.training.step import Executor
-    from postlude.training.timing import Phases
 
     model.make_trainable(True)
     model.train()
@@ -224,7 +224,7 @@ def work_on_stage(task: StageOnMesh) -> int:
     import copy
 
     from postlude.stages.parts import StageTask
-    from postlude.stages.run import run_stage
+    from postlude.stages.stage import run_stage
     from postlude.telemetry.progress import StageProgress
     from postlude.training.interruption import Interruption
 
@@ -275,7 +275,7 @@ def train_with_overflow(task: Overflow) -> list[dict[str, Any]]:
 
     from postlude.data.document import define_stream
     from postlude.data.loader import Loader
-    from postlude.manifest.parallel import Shape
+    from postlude.manifest.compute import Shape
     from postlude.objectives.nll import NegativeLogLikelihood
     from postlude.recipes.sft import SFT
     from postlude.training.meters import Meters
@@ -349,7 +349,7 @@ class Growing:
 
 def grown_rows(task: Growing) -> dict[str, np.ndarray]:
     """The rows of embedding and head, gathered."""
-    from postlude.manifest.parallel import Shape
+    from postlude.manifest.compute import Shape
     from postlude.manifest.schema import ModelFrom
     from postlude.model.load import load_divided
     from postlude.training.workers import Workers

@@ -15,7 +15,7 @@ import traceback
 from multiprocessing.connection import wait
 from typing import Any
 
-IMPORTED = ["postlude.stages.run", "postlude.stages.parts", "torch.distributed.checkpoint", "torch._dynamo"]
+IMPORTED = ["postlude.stages.stage", "postlude.stages.parts", "torch.distributed.checkpoint", "torch._dynamo"]
 
 
 def run_ranks(function: str, task: Any, ranks: int, threads: int = 1) -> list[Any]:

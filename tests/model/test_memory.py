@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.parallel import Shape
+from postlude.manifest.compute import Shape
 from postlude.model.memory import MIB, Setting, plan, what_fits
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}

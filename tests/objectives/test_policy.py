@@ -14,10 +14,10 @@ from postlude.manifest.schema import ModelFrom, NewModel
 from postlude.model.load import load_model
 from postlude.objectives.actor_critic import ActorCritic
 from postlude.objectives.policy import PolicyGradient
+from postlude.training.meters import Phases
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Role
 from postlude.training.step import Executor
-from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

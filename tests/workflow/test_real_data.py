@@ -17,7 +17,7 @@ from postlude.runs import Run
 from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
 from postlude.training import checkpoint
-from postlude.training.state import trained_state
+from postlude.training.checkpoint import trained_state
 from postlude.training.workers import Workers
 from postlude.workflow.run import run
 

@@ -6,8 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config
-from postlude.manifest.types import Positive
+from postlude.manifest.component import Config, Positive
 
 Held = Literal["int8", "nf4"]
 """How the weights of frozen linear layers are packed: 8 bits with a scale for each row, or 4 bits of a normal

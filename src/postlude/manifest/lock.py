@@ -129,9 +129,9 @@ def bearing(resolved: Resolved, stage: str) -> dict[str, Any]:
     config = resolved.manifest.stages[stage]
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
-    free = (*config.pool_keys, *config.free, *_unset_later(config))
+    free = [f"stages.{stage}.{key}" for key in (*config.pool_keys, *config.free, *_unset_later(config))]
     leaves = _flat(basis(resolved.tree, stage, data, config.all_pools))
-    return {key: value for key, value in leaves.items() if not _is_free(key, stage, free)}
+    return {key: value for key, value in leaves.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)}
 
 
 def _unset_later(config: BaseModel, path: str = "") -> Iterator[str]:
@@ -170,22 +170,26 @@ def versions() -> dict[str, str]:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit = _git_commit(Path(__file__).parent)
+    commit = _git_commit(Path(__file__))
     return {**installed, "postlude_commit": commit} if commit else installed
 
 
-def _git_commit(folder: Path) -> str | None:
+def _git_commit(file: Path) -> str | None:
     """The commit that this package's files are checked out from, with ``-dirty`` if they differ from it.
 
     A package that only happens to be installed below a repository is not of its commit: git must know this file.
     """
     try:
         for arguments in (
-            ["ls-files", "--error-unmatch", __file__],
+            ["ls-files", "--error-unmatch", str(file)],
             ["describe", "--always", "--abbrev=40", "--dirty"],
         ):
             done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(file.parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
             )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -205,10 +209,6 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
         for name, item in items
         for key, value in _flat(item, f"{path}.{name}" if path else str(name)).items()
     }
-
-
-def _is_free(key: str, stage: str, free: Collection[str]) -> bool:
-    return any(key == f"stages.{stage}.{name}" or key.startswith(f"stages.{stage}.{name}.") for name in free)
 
 
 def hash_of(document: Any) -> str:

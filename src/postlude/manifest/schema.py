@@ -10,10 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.component import Component, Config, Named, default_name
+from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Name, Positive
 
 
 class NamesDatasets:
@@ -83,6 +82,15 @@ class DatasetConfig(Config):
 # --- parts of a stage ---------------------------------------------------------------------------------------
 
 
+class NewModel(Config):
+    """A model with random weights."""
+
+    architecture: str
+    """The model type as transformers names it: qwen3, llama, gemma3_text, ..."""
+    config: dict[str, Any] = {}
+    """Keys of the architecture's own configuration; ``vocab_size`` follows the tokenizer where it is not given."""
+
+
 class ModelPlace(Config):
     """A model that is there, or will be: exactly one of ``path`` and ``from``."""
 
@@ -101,15 +109,6 @@ class ModelFrom(ModelPlace):
 
     new: NewModel | None = None
     """Random weights in a given shape."""
-
-
-class NewModel(Config):
-    """A model with random weights."""
-
-    architecture: str
-    """The model type as transformers names it: qwen3, llama, gemma3_text, ..."""
-    config: dict[str, Any] = {}
-    """Keys of the architecture's own configuration; ``vocab_size`` follows the tokenizer where it is not given."""
 
 
 class TrainTokenizer(Config):
@@ -337,6 +336,3 @@ class Manifest(Config):
     """Where metrics and events go besides the run directory."""
     stages: Annotated[dict[Name, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
     """What is to be done, by name. Which stage waits for which follows from ``{from: STAGE}`` wherever it stands."""
-
-
-ModelFrom.model_rebuild()

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.parallel import Shape
+from postlude.manifest.compute import Shape
 from postlude.model import anatomy, attention, quantized, recompute, sharded, vocabulary
 from postlude.model.adapters.inject import inject, new_config
 from postlude.model.anatomy import linear_layers

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from postlude.manifest.parallel import Shape
+from postlude.manifest.compute import Shape
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class LazyTensor(Protocol):
 
     def read(self, region: Region) -> Tensor:
         """A part of it, as stored."""
-        ...
 
 
 Sources = Mapping[str, LazyTensor]

@@ -6,8 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named, default_name
-from postlude.manifest.types import Positive
+from postlude.manifest.component import Config, Named, Positive, default_name
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward

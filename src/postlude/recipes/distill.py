@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Positive
-from postlude.objectives.nll import Normalizer
+from postlude.objectives.nll import Normalizer, WeightedLikelihood
+from postlude.objectives.objective import Objective
 from postlude.recipes.recipe import TrainingRecipe
-
-if TYPE_CHECKING:
-    from postlude.objectives.objective import Objective
-    from postlude.training.program import Annotation, Companion
+from postlude.training.program import Annotation, Companion
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 BALANCED = 0.5
@@ -62,19 +60,15 @@ class Distill(TrainingRecipe):
     def objective(self) -> Objective:
         from postlude.objectives.distillation import Distillation
         from postlude.objectives.divergence import Measure
-        from postlude.objectives.nll import WeightedLikelihood
 
         measure = Measure(self.divergence, self.beta or BALANCED, self.temperature, self.hard_loss)
         return Distillation(measure, WeightedLikelihood(self.normalize), self.teacher.top_k)
 
     def companions(self) -> Mapping[str, Companion]:
-        from postlude.training.program import Companion
-
         return {} if self.teacher.top_k else {"teacher": Companion(self.teacher)}
 
     def annotations(self) -> Mapping[str, Annotation]:
         from postlude.objectives.annotators import LikeliestTokens
-        from postlude.training.program import Annotation
 
         if self.teacher.top_k is None:
             return {}

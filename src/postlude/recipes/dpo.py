@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from postlude.data.document import Document, Unit
 from postlude.manifest.component import Component, Named, lookup, names
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
+from postlude.objectives.objective import Objective
 from postlude.objectives.preference import PreferenceLoss
 from postlude.recipes.recipe import TrainingRecipe
-
-if TYPE_CHECKING:
-    from postlude.data.document import Document, Unit
-    from postlude.objectives.objective import Objective
-    from postlude.training.program import Annotation, Companion
+from postlude.training.program import Annotation, Companion
 
 LOSSES = "preference_losses"
 
@@ -103,23 +101,18 @@ class DPO(TrainingRecipe):
 
     def units(self, documents: Sequence[Document]) -> tuple[Unit, ...]:
         """A pair, or a single answer; of a longer list the best answer and the worst."""
-        from postlude.data.document import Unit
-
         return (Unit(tuple(documents) if len(documents) <= 2 else (documents[0], documents[-1])),)
 
     def objective(self) -> Objective:
         return self._complete_loss().objective(self.precompute_reference)
 
     def companions(self) -> Mapping[str, Companion]:
-        from postlude.training.program import Companion
-
         if not self.loss.needs_reference or self.precompute_reference:
             return {}
         return {"reference": Companion(self.reference or self.model)}
 
     def annotations(self) -> Mapping[str, Annotation]:
         from postlude.objectives.annotators import TokenLikelihood
-        from postlude.training.program import Annotation
 
         if not self.precompute_reference:
             return {}

@@ -7,10 +7,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config
+from postlude.manifest.component import Config, Name, Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Name, Positive
 from postlude.recipes.answering import DEADLINES, Sampled
 from postlude.recipes.recipe import Datasets, WorkRecipe
 

@@ -6,9 +6,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config
+from postlude.manifest.component import Config, Positive
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Positive
 from postlude.recipes.answering import Rewarding
 from postlude.recipes.recipe import Datasets, WorkRecipe
 from postlude.rollout.reward import Reward

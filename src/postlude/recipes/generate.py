@@ -10,10 +10,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from postlude.manifest.component import Config
+from postlude.manifest.component import Config, Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Positive
 from postlude.recipes.answering import DEADLINES, Sampled
 from postlude.recipes.recipe import Datasets, WorkRecipe
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from postlude.objectives.objective import Objective
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.advantages import Baseline, Scale
 
 if TYPE_CHECKING:
-    from postlude.objectives.objective import Objective
     from postlude.rollout.algorithm import Algorithm
 
 Clip = Annotated[float, Field(gt=0)]

@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from postlude.manifest.component import Name
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Name
 from postlude.recipes.recipe import WorkRecipe
 
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
-from postlude.manifest.types import Positive
+from postlude.objectives.nll import WeightedLikelihood
+from postlude.objectives.objective import Objective
 from postlude.recipes.distill import Divergence
 from postlude.recipes.online import OnlineRecipe
+from postlude.training.program import Companion
 
 if TYPE_CHECKING:
-    from postlude.objectives.objective import Objective
     from postlude.rollout.algorithm import Algorithm
-    from postlude.training.program import Companion
 
 
 class OnPolicyDistill(OnlineRecipe):
@@ -46,12 +47,9 @@ class OnPolicyDistill(OnlineRecipe):
     def objective(self) -> Objective:
         from postlude.objectives.distillation import Distillation
         from postlude.objectives.divergence import Measure
-        from postlude.objectives.nll import WeightedLikelihood
 
         measure = Measure(self.divergence, self.beta, self.rollout.temperature, 0.0)
         return Distillation(measure, WeightedLikelihood("token"), None)
 
     def companions(self) -> Mapping[str, Companion]:
-        from postlude.training.program import Companion
-
         return {"teacher": Companion(self.teacher)}

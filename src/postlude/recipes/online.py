@@ -7,26 +7,24 @@ other models it has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Named
+from postlude.manifest.component import Name, Named, Positive
 from postlude.manifest.schema import Evaluate, ModelPlace
 from postlude.manifest.starter import StarterFiles
-from postlude.manifest.types import Name, Positive
 from postlude.recipes.answering import REHEARSED_TOKENS, Answering
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
+from postlude.training.program import Companion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from postlude.objectives.policy import PolicyGradient
     from postlude.rollout.algorithm import Algorithm
-    from postlude.training.program import Companion
 
 
 class Rollout(Answering):
@@ -165,8 +163,6 @@ class OnlineRecipe(TrainingRecipe):
         return False
 
     def companions(self) -> Mapping[str, Companion]:
-        from postlude.training.program import Companion
-
         return {"reference": Companion(self.reference or self.model)} if self.compares else {}
 
     def policy_gradient(self, **keys: Any) -> PolicyGradient:

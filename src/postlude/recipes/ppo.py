@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named
+from postlude.manifest.component import Config, Named, Positive, Share
 from postlude.manifest.schema import ModelPlace
-from postlude.manifest.types import Positive, Share
+from postlude.objectives.objective import Objective
 from postlude.recipes.group_relative import Clip, ClipBelow, Coefficient
 from postlude.recipes.online import OnlineRecipe
 from postlude.training.optimizers import Optimizer
+from postlude.training.program import Companion
 
 if TYPE_CHECKING:
-    from postlude.objectives.objective import Objective
     from postlude.rollout.algorithm import Algorithm
-    from postlude.training.program import Companion
 
 HEAD_ON_POLICY = "policy"
 
@@ -93,8 +92,6 @@ class PPO(OnlineRecipe):
         return ActorCritic(policy, self.critic, self.critic_.coefficient, self.critic_.clip)
 
     def companions(self) -> Mapping[str, Companion]:
-        from postlude.training.program import Companion
-
         if self.critic == HEAD_ON_POLICY:
             return super().companions()
         optimizer = self.critic_.optimizer or Optimizer.of(self.optimizer)

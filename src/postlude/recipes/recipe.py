@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from postlude.data.example import Conversation, Text, Tokens
+from postlude.manifest.component import Name, Positive
 from postlude.manifest.schema import NamesDatasets, StageConfig, TrainingStage
-from postlude.manifest.types import Name, Positive
+from postlude.objectives.objective import Objective
+from postlude.training.program import Annotation, Companion
 
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
-    from postlude.objectives.objective import Objective
-    from postlude.training.program import Annotation, Companion
 
 Datasets = Annotated[dict[str, Annotated[float, Field(ge=1, le=1)]], Field(min_length=1), NamesDatasets()]
 """Data sets by name, each with the weight 1: all of its records are used, once."""

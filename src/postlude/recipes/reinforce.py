@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from postlude.manifest.types import Positive
+from postlude.manifest.component import Positive
 from postlude.recipes.group_relative import Coefficient, GroupRelative, Normalize
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.advantages import Baseline, Scale

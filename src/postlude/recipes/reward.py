@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from postlude.data.example import Ranked
 from postlude.manifest.starter import StarterFiles
+from postlude.objectives.objective import Objective
 from postlude.recipes.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from postlude.data.document import Document, Unit
-    from postlude.objectives.objective import Objective
 
 
 class RewardModel(TrainingRecipe):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from postlude.manifest.component import Named, default_name
 from postlude.manifest.starter import StarterFiles
-from postlude.objectives.objective import ObjectiveConfig
+from postlude.objectives.objective import Objective, ObjectiveConfig
 from postlude.recipes.recipe import TrainingRecipe
-
-if TYPE_CHECKING:
-    from postlude.objectives.objective import Objective
 
 
 class SFT(TrainingRecipe):

@@ -15,7 +15,7 @@ from postlude.rollout.reward_pool import Task, Unscored
 from postlude.rollout.scoring import Score, Scorer
 from postlude.rollout.trajectory import Trajectory
 from postlude.telemetry.pulse import beat
-from postlude.training.timing import Phases
+from postlude.training.meters import Phases
 from postlude.training.workers import Workers
 
 Group = list[Trajectory]

@@ -22,7 +22,7 @@ from postlude.model.language_model import LanguageModel
 from postlude.rollout.prompts import Prompt
 from postlude.rollout.reward import Reward, part_names
 from postlude.rollout.reward_pool import RewardPool, Unscored
-from postlude.training.frozen import batches_of, over_packs, packs_of
+from postlude.training.frozen import batches_of, over_packs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RewardModel:
     def score(self, answers: Sequence[tuple[str, Answer]]) -> list[float]:
         """The score of each answer, which come with their example ids. DataError for one that is too long."""
         documents = [self._document(example_id, answer) for example_id, answer in answers]
-        batches = batches_of(packs_of(documents, self._block))
+        batches = batches_of(documents, self._block)
         scores = over_packs(documents, batches, self._last_values, self._model.device)
         return [scores[place] for place in range(len(documents))]
 

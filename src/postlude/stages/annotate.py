@@ -21,7 +21,6 @@ import torch
 from postlude import __version__, storage
 from postlude.data.annotations import AnnotationFiles, StoredStreams, document_key, with_values
 from postlude.data.document import Block, Unit
-from postlude.data.encoded_dataset import EncodedDataset
 from postlude.data.records import digest, record_json
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
@@ -47,7 +46,10 @@ def annotate(models: TrainingModels, recorder: Recorder, stop: Callable[[], bool
     check_annotations(models)
     passes = [_Pass(models, name, annotation) for name, annotation in annotations.items()]
     if models.parts.workers.leads:
-        _remove_others(models, {storage.name(work.parts.uri) for work in passes})
+        kept = {storage.name(work.parts.uri) for work in passes}
+        for name in storage.list_directory(models.parts.stage.annotations):
+            if name not in kept:
+                storage.discard(storage.join(models.parts.stage.annotations, name))
     models.parts.workers.barrier()
     if not all(work.run(recorder, stop) for work in passes):
         return None
@@ -141,10 +143,8 @@ class _Pass:
 
     def open(self) -> StoredStreams:
         """What was stored, where it can be mapped into memory; remote parts are fetched once, by the leading rank."""
-        workers, into = (
-            self._models.parts.workers,
-            storage.join(_fetched(self._models.parts), storage.name(self.parts.uri)),
-        )
+        workers = self._models.parts.workers
+        into = storage.join(_fetched(self._models.parts), storage.name(self.parts.uri))
         if workers.leads:
             with waiting("stored streams to be fetched"):
                 storage.fetch(self.parts.uri, into)
@@ -184,7 +184,7 @@ class _Pass:
             "seed": models.parts.manifest.seed,
             "annotator": repr(self._annotation.annotator),
             "policy": models.vocabulary(models.config.model),
-            "data": [_what_is_read(source) for source in self._sources],
+            "data": [[source.dataset.fingerprint, source.encoder.given_template] for source in self._sources],
             "recipe": [models.config.recipe, models.config.version],
             "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],
             "begun": str(models.parts.begun),
@@ -193,10 +193,6 @@ class _Pass:
             "postlude": __version__,
         }
         return digest(record_json(follows_from, canonical=True))[:16]
-
-
-def _what_is_read(source: EncodedDataset) -> list[str | None]:
-    return [source.dataset.fingerprint, source.encoder.given_template]
 
 
 def _files_of(place: str) -> list[list[str]]:
@@ -208,12 +204,6 @@ def _files_of(place: str) -> list[list[str]]:
         return [[place, str(getattr(configuration(ModelPlace(path=place), place, None), "_commit_hash", None))]]
     found = storage.expand(storage.join(glob.escape(place), "**"))
     return [[storage.name(uri), storage.modified_fingerprint(uri)] for uri in found if not storage.is_directory(uri)]
-
-
-def _remove_others(models: TrainingModels, kept: set[str]) -> None:
-    for name in storage.list_directory(models.parts.stage.annotations):
-        if name not in kept:
-            storage.discard(storage.join(models.parts.stage.annotations, name))
 
 
 def _fetched(parts: Parts) -> str:

@@ -21,7 +21,7 @@ from postlude.rollout.trajectory import Trajectory
 from postlude.stages.engines import fixed_engine, stop_ids_of
 from postlude.stages.models import Models
 from postlude.stages.prompts import encoders_of
-from postlude.training.timing import Phases
+from postlude.training.meters import Phases
 from postlude.training.workers import Workers
 
 

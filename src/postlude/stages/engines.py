@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from postlude.manifest.compute import Pool
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
+from postlude.model.language_model import LanguageModel
 from postlude.recipes.answering import Answering, Sampled
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.engine import Engine
@@ -23,11 +26,6 @@ from postlude.stages.parts import Parts
 from postlude.stages.training_models import TrainingModels
 from postlude.training.precision import DTYPES
 from postlude.training.workers import Workers
-
-if TYPE_CHECKING:
-    import torch
-
-    from postlude.model.language_model import LanguageModel
 
 VERSIONS = 3
 """Of the weights that may be there at a time: one that is read, one that waits, one that is written."""

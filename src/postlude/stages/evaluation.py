@@ -6,16 +6,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.dataset import Dataset
-from postlude.data.encode import Encoded, Encoder
+from postlude.data.encode import Encoder
 from postlude.data.example import Conversation, Ranked, Text, Tokens
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
+from postlude.model.language_model import LanguageModel
 from postlude.recipes.evaluate import Evaluate
 from postlude.rollout.prompts import PROMPTING
 from postlude.rollout.scoring import passes
@@ -25,11 +29,6 @@ from postlude.stages.parts import Parts
 from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
 from postlude.stages.work import Entry, Tell, Work, read_rows
 from postlude.training.frozen import DocumentLikelihood, likelihoods
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from postlude.model.language_model import LanguageModel
 
 ROWS = 64
 """Records of a portion of ``choice`` and ``held_out``."""
@@ -44,8 +43,7 @@ class _Piece:
     model: str
     kind: str
     dataset: str
-    first: int
-    """Which of its records is the first."""
+    rows: Sequence[Row]
 
 
 class Evaluation(Work):
@@ -64,11 +62,14 @@ class Evaluation(Work):
                 self.datasets[kind, name] = parts.dataset(name, accepts, way.limit if way is not None else None)
         self.reads = {f"{kind}.{name}": dataset.fingerprint for (kind, name), dataset in self.datasets.items()}
         self._rows = {key: self.rows({key[1]: dataset}) for key, dataset in self.datasets.items()}
+        most = {"choice": ROWS, "held_out": ROWS}
+        if config.generation is not None:
+            most["generation"] = max(config.generation.concurrency // config.generation.samples, 1)
         self.pieces = [
-            _Piece(model, kind, name, first)
+            _Piece(model, kind, name, rows[first : first + most[kind]])
             for model in config.named_models
             for (kind, name), rows in self._rows.items()
-            for first in range(0, len(rows), self._portion_rows(kind))
+            for first in range(0, len(rows), most[kind])
         ]
         self.portions = len(self.pieces)
         self._asking: tuple[str, Asking] | None = None
@@ -80,22 +81,9 @@ class Evaluation(Work):
     def _first(self) -> str:
         return next(iter(self.config.named_models))
 
-    def _portion_rows(self, kind: str) -> int:
-        """How many records a portion has."""
-        generation = self.config.generation
-        if kind != "generation" or generation is None:
-            return ROWS
-        return max(generation.concurrency // generation.samples, 1)
-
     def do(self, portion: int, tell: Tell) -> list[Entry]:
         piece = self.pieces[portion]
-        rows = self._rows[piece.kind, piece.dataset][piece.first : piece.first + self._portion_rows(piece.kind)]
-        if piece.kind == "generation":
-            entries = self._generate(piece, rows, tell)
-        elif piece.kind == "choice":
-            entries = self._choose(piece, rows)
-        else:
-            entries = self._lose(piece, rows)
+        entries = self._generate(piece, tell) if piece.kind == "generation" else self._measure(piece)
         return [{"model": piece.model, "kind": piece.kind, "data": piece.dataset, **entry} for entry in entries]
 
     def close(self) -> None:
@@ -114,13 +102,13 @@ class Evaluation(Work):
             self._asking = model, Asking(self.models, self.config.named_models[model], generation, generation.data)
         return self._asking[1]
 
-    def _reader(self, name: str) -> PromptReader:
-        generation = self.config.generation
-        return PromptReader({name: self.datasets["generation", name]}, generation.environment if generation else None)
+    @cached_property
+    def _reader(self) -> PromptReader:
+        datasets = {name: dataset for (kind, name), dataset in self.datasets.items() if kind == "generation"}
+        return PromptReader(datasets, self.config.generation.environment if self.config.generation else None)
 
-    def _generate(self, piece: _Piece, rows: Sequence[Row], tell: Tell) -> Iterator[Entry]:
-        prompts = self._reader(piece.dataset).read_all(rows)
-        answered, unasked = self.asking(piece.model).answer(prompts, tell)
+    def _generate(self, piece: _Piece, tell: Tell) -> Iterator[Entry]:
+        answered, unasked = self.asking(piece.model).answer(self._reader.read_all(piece.rows), tell)
         for example in unasked:
             yield {"id": example.example_id, "left": example.reason}
         for group in answered:
@@ -157,54 +145,24 @@ class Evaluation(Work):
             self._model = model, loaded, encoders
         return self._model[1], self._model[2][dataset]
 
-    def _encoded(self, piece: _Piece, rows: Sequence[Row]) -> list[tuple[str, Encoded]]:
-        """The examples of a portion as documents."""
-        read = read_rows({piece.dataset: self.datasets[piece.kind, piece.dataset]}, rows)
+    def _measure(self, piece: _Piece) -> Iterator[Entry]:
+        """What the likelihoods of each example's documents say: which answer is chosen, or the loss."""
+        read = read_rows({piece.dataset: self.datasets[piece.kind, piece.dataset]}, piece.rows)
         examples = [example for _, _, examples in read for example in examples]
-        _, encoder = self._language_model(piece.model, piece.dataset)
-        encoded = encoder.encode(examples, piece.dataset)
-        for (example_id, _), encoding in zip(examples, encoded, strict=True):
+        model, encoder = self._language_model(piece.model, piece.dataset)
+        encoded = list(zip(examples, encoder.encode(examples, piece.dataset), strict=True))
+        for (example_id, _), encoding in encoded:
             if encoding.error is not None:
                 raise DataError(f"The example '{example_id}' cannot be used: {encoding.error}") from encoding.error
-        return [(example_id, encoding) for (example_id, _), encoding in zip(examples, encoded, strict=True)]
-
-    def _likelihoods(
-        self, piece: _Piece, rows: Sequence[Row]
-    ) -> Iterator[tuple[str, Encoded, list[DocumentLikelihood]]]:
-        encoded = self._encoded(piece, rows)
-        model, _ = self._language_model(piece.model, piece.dataset)
         documents = [document for _, encoding in encoded for document in encoding.documents]
         measured = iter(likelihoods(model, documents, self.config.block))
-        for example_id, encoding in encoded:
-            yield example_id, encoding, [next(measured) for _ in encoding.documents]
-
-    def _choose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
-        for example_id, encoding, measured in self._likelihoods(piece, rows):
-            if not measured:
+        for (example_id, _), encoding in encoded:
+            own = [next(measured) for _ in encoding.documents]
+            if not own:
                 yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
                 continue
-            plain = [likelihood.log_probability for likelihood in measured]
-            normalised = [likelihood.log_probability / max(likelihood.tokens, 1) for likelihood in measured]
-            yield {
-                "id": example_id,
-                "log_probabilities": plain,
-                "per_token": normalised,
-                "right": _first_is_best(plain),
-                "right_per_token": _first_is_best(normalised),
-                "tokens": sum(map(len, encoding.documents)),
-            }
-
-    def _lose(self, piece: _Piece, rows: Sequence[Row]) -> Iterator[Entry]:
-        for example_id, encoding, measured in self._likelihoods(piece, rows):
-            if not measured:
-                yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
-                continue
-            yield {
-                "id": example_id,
-                "loss": -sum(likelihood.log_probability for likelihood in measured),
-                "weight": sum(likelihood.weight for likelihood in measured),
-                "tokens": sum(map(len, encoding.documents)),
-            }
+            values = _choice(own) if piece.kind == "choice" else _loss(own)
+            yield {"id": example_id, **values, "tokens": sum(map(len, encoding.documents))}
 
     # --- the report -----------------------------------------------------------------------------------------
 
@@ -287,9 +245,7 @@ class Evaluation(Work):
                     values = {key: value for key, value in summary.items() if isinstance(value, int | float)}
                     yield "measured", {"name": f"{model}/{kind}/{name}", "values": values}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: evaluated", title_justify="left")
         table.add_column("what")
         for model in report["models"]:
@@ -312,16 +268,14 @@ class Evaluation(Work):
     def preview(self, blocks: int) -> Preview:
         if self.config.generation is None:
             raise no_preview(self.parts)
-        prompts = chain.from_iterable(
-            self._reader(name).read_all(self._rows["generation", name]) for name in self.config.generation.data
-        )
-        return preview_prompts(prompts, self.asking(self._first).encoders, blocks)
+        rows = chain.from_iterable(self._rows["generation", name] for name in self.config.generation.data)
+        return preview_prompts(self._reader.read_all(rows), self.asking(self._first).encoders, blocks)
 
     def counts(self) -> Mapping[str, Any]:
         counts: dict[str, Any] = {}
         for (kind, name), dataset in self.datasets.items():
             if kind == "generation":
-                prompts = self._reader(name).read_all(self._rows[kind, name])
+                prompts = self._reader.read_all(self._rows[kind, name])
                 encoders = self.asking(self._first).encoders
                 counts[f"{kind}.{name}"] = count_prompts(self.parts.task.stage, prompts, encoders)
             else:
@@ -343,6 +297,25 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
+
+
+def _choice(answers: Sequence[DocumentLikelihood]) -> dict[str, Any]:
+    """Whether the first of several answers is the likeliest, as a whole and by token."""
+    plain = [answer.log_probability for answer in answers]
+    normalised = [answer.log_probability / max(answer.tokens, 1) for answer in answers]
+    return {
+        "log_probabilities": plain,
+        "per_token": normalised,
+        "right": _first_is_best(plain),
+        "right_per_token": _first_is_best(normalised),
+    }
+
+
+def _loss(documents: Sequence[DocumentLikelihood]) -> dict[str, Any]:
+    return {
+        "loss": -sum(document.log_probability for document in documents),
+        "weight": sum(document.weight for document in documents),
+    }
 
 
 def _first_is_best(values: Sequence[float]) -> float:

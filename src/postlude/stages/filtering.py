@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.dataset import BAD_RECORD
@@ -21,13 +23,10 @@ from postlude.rollout.reward import REFERENCE
 from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.scoring import Scorer
 from postlude.stages.asking import require_scores
-from postlude.stages.models import lineage_of
+from postlude.stages.models import lineage_of_judges
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import dropped_by_filters
 from postlude.stages.work import Entry, Tell, Work, read_rows
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _ANY = (Conversation, Text, Tokens, Ranked, Judged)
 
@@ -122,12 +121,9 @@ class Filtering(Work):
         return set(best[: max(1, round(share * len(rewards)))])
 
     def parents(self) -> Mapping[str, Any]:
-        judges = [reward.model for reward in self.config.reward if reward.model is not None]
-        return {"rewards": [lineage_of(judge) for judge in judges]} if judges else {}
+        return lineage_of_judges(self.config.reward)
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: filtered", title_justify="left", show_header=False)
         table.add_row("read", f"{report['read']:,}")
         table.add_row("kept", f"{report['records']:,}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from postlude import storage
 from postlude.data.preview import Preview
@@ -18,7 +20,7 @@ from postlude.rollout.prompts import PROMPTING, Prompt
 from postlude.rollout.reward import REFERENCE
 from postlude.rollout.trajectory import Trajectory
 from postlude.stages.asking import Asking, columns_of, score_of
-from postlude.stages.models import lineage_of
+from postlude.stages.models import lineage_of, lineage_of_judges
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import (
     PromptReader,
@@ -30,9 +32,6 @@ from postlude.stages.prompts import (
     preview_prompts,
 )
 from postlude.stages.work import Entry, Tell, Work
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 SAME_REWARD = "all completions have the same reward"
 SAME_TEXT = "the best completion says the same as the worst"
@@ -165,15 +164,9 @@ class Generation(Work):
         return {**report, "nothing_of": left, "dropped_by_filters": dropped_by_filters(self.datasets)}
 
     def parents(self) -> Mapping[str, Any]:
-        judges = [reward.model for reward in self.config.reward if reward.model is not None]
-        return {
-            "model": lineage_of(self.config.model),
-            **({"rewards": [lineage_of(judge) for judge in judges]} if judges else {}),
-        }
+        return {"model": lineage_of(self.config.model), **lineage_of_judges(self.config.reward)}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.table import Table
-
+    def table(self, report: Mapping[str, Any]) -> Table:
         table = Table(title=f"{self.parts.task.stage}: generated", title_justify="left", show_header=False)
         for name in ("prompts", "completions", "records", "tokens"):
             table.add_row(name, f"{report[name]:,}")

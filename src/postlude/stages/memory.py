@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedConfig
 
 from postlude.errors import ComputeError
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.compute import Pool
-from postlude.manifest.parallel import shape_of
+from postlude.manifest.compute import Pool, shape_of
 from postlude.model import memory, sharded, tensor_parallel, vocabulary
 from postlude.model.memory import MIB, MemoryPlan
 from postlude.objectives.logits import Limits
@@ -17,9 +15,6 @@ from postlude.stages.training_models import TrainingModels
 from postlude.telemetry import hardware
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import Precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def plan_of(models: TrainingModels, config: PreTrainedConfig) -> MemoryPlan:
@@ -42,12 +37,10 @@ def check_fits(models: TrainingModels, config: PreTrainedConfig, plan: MemoryPla
     setting, base = _setting(models, config), _base_bytes(models)
     fits = memory.what_fits(config, setting, _pool(models).most, limit, base)
     advice = (
-        f"Any of these would fit: {'; '.join(fits)}."
-        if fits
-        else (
-            "No single setting would make it fit: take more workers with 'parallel: {shard: true}', or a smaller model."
-        )
+        "No single setting would make it fit: take more workers with 'parallel: {shard: true}', or a smaller model."
     )
+    if fits:
+        advice = f"Any of these would fit: {'; '.join(fits)}."
     raise ComputeError(
         f"stages.{models.parts.task.stage}: by the memory plan a worker needs {plan.peak_bytes / MIB:,.0f} MiB at its "
         f"peak, and the pool '{models.config.pool}' gives each {limit / MIB:,.0f} MiB. {advice}"

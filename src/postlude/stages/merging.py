@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,10 +27,6 @@ from postlude.recipes.merge import Merge
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.work import Entry, Work
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 
 Combine = Callable[[Sequence[Tensor]], Tensor]
 """From the models' tensors of one name, the base's last, to the merged one, in fp32."""
@@ -50,15 +47,12 @@ class Merging(Work):
         return {**self.config.models, **base}
 
     def finish(self, portions: Iterable[Sequence[Entry]], folder: str) -> Mapping[str, Any]:
-        with ExitStack() as stack:
-            models = [
-                stack.enter_context(_opened(self.parts.place_of(start) or "", name))
-                for name, start in self._starts().items()
-            ]
-            check_alike(models)
+        with self._opened(self._starts()) as models:
             merged, combine = models[0].tensors, self._combination()
             _write(models, combine, Path(folder))
-            _write_heads(models, combine, Path(folder))
+            for file, head in models[0].beside.items():
+                heads = {name: _merged([model.beside[file][name] for model in models], combine) for name in head}
+                save_file(heads, Path(folder) / file)
             _copy_rest(models[0].folder, Path(folder))
         return {
             "method": self.config.method,
@@ -66,6 +60,15 @@ class Merging(Work):
             "parameters": sum(math.prod(tensor.shape) for tensor in merged.values()),
             "bytes": sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in merged.values()),
         }
+
+    @contextmanager
+    def _opened(self, starts: Mapping[str, ModelPlace]) -> Iterator[list[_Model]]:
+        """The models of one shape. ManifestError where they are not."""
+        with ExitStack() as stack:
+            places = {name: self.parts.place_of(start) or "" for name, start in starts.items()}
+            models = [stack.enter_context(_opened(place, name)) for name, place in places.items()]
+            check_alike(models)
+            yield models
 
     def _combination(self) -> Combine:
         weights = list(self.config.weights_in_full.values())
@@ -85,15 +88,10 @@ class Merging(Work):
 
     def counts(self) -> Mapping[str, Any]:
         there = {name: start for name, start in self._starts().items() if self.parts.is_there(start)}
-        with ExitStack() as stack:
-            check_alike(
-                [stack.enter_context(_opened(self.parts.place_of(start) or "", name)) for name, start in there.items()]
-            )
-        return {"models": len(self._starts()), "compared": len(there)}
+        with self._opened(there) as models:
+            return {"models": len(self._starts()), "compared": len(models)}
 
-    def table(self, report: Mapping[str, Any]) -> RenderableType:
-        from rich.text import Text
-
+    def table(self, report: Mapping[str, Any]) -> Text:
         return Text(
             f"{self.parts.task.stage}: {len(self.config.models)} models merged by {report['method']}, "
             f"{report['parameters']:,} parameters in {report['tensors']:,} tensors"
@@ -216,13 +214,6 @@ def _write(models: Sequence[_Model], combine: Combine, folder: Path) -> None:
     for name in first:
         writer.add({name: _merged([model.tensors[name] for model in models], combine)})
     writer.close()
-
-
-def _write_heads(models: Sequence[_Model], combine: Combine, folder: Path) -> None:
-    """Those that stand in files of their own."""
-    for file, head in models[0].beside.items():
-        merged = {name: _merged([model.beside[file][name] for model in models], combine) for name in head}
-        save_file(merged, folder / file)
 
 
 def _merged(tensors: Sequence[InFile], combine: Combine) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
 from postlude.model.causal import with_weights_in
+from postlude.model.language_model import LanguageModel
 from postlude.model.load import configuration, count_parameters, load_causal, load_model
 from postlude.model.places import SCALAR_FILE, configuration_keys
 from postlude.rollout.native import NativeEngine
@@ -18,11 +21,6 @@ from postlude.rollout.reward import Reward
 from postlude.rollout.scoring import RewardModel
 from postlude.stages.parts import Parts
 from postlude.training.precision import DTYPES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from postlude.model.language_model import LanguageModel
 
 REWARD_TOKENS = 8192
 """Tokens that go through a reward model at a time."""
@@ -97,6 +95,12 @@ class Models:
 def lineage_of(start: ModelPlace) -> dict[str, Any]:
     """A model as the lineage tells it."""
     return start.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def lineage_of_judges(rewards: Sequence[Reward]) -> dict[str, Any]:
+    """The models of rewards as the lineage tells them, if there are any."""
+    judges = [lineage_of(reward.model) for reward in rewards if reward.model is not None]
+    return {"rewards": judges} if judges else {}
 
 
 def stand_in_for(config: PreTrainedConfig) -> ModelFrom:

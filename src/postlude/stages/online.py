@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.preview import Preview
 from postlude.errors import DataError
@@ -33,11 +34,8 @@ from postlude.stages.training import Supply, Training
 from postlude.telemetry.recorder import Recorder
 from postlude.training.frozen import Assessor
 from postlude.training.interruption import Interruption
-from postlude.training.summary import Summary
-from postlude.training.timing import Phases
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from postlude.training.meters import Phases
+from postlude.training.program import Summary
 
 EXTERNAL_CORRECTION = 2.0
 """The bound of the correction for an engine that is not quite the policy, where the manifest gives none."""

@@ -9,23 +9,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
+from transformers import PreTrainedTokenizerBase
+
+from postlude import __version__
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.example import Format
 from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import DataError
+from postlude.manifest.compute import Shape, shape_of
 from postlude.manifest.graph import maker_of
 from postlude.manifest.load import restore
-from postlude.manifest.parallel import Shape, shape_of
+from postlude.manifest.lock import hash_of, versions
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
-from postlude.runs import Run, artifact_of
+from postlude.runs import Run, artifact_of, provenance
 from postlude.training.workers import Workers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ConfigType = TypeVar("ConfigType", bound=StageConfig)
 
@@ -97,6 +98,20 @@ class Parts:
         """When the stage first ran: what a template is told that asks for the date, also on the day of a resume."""
         begun_at = self.stage.status().begun_at
         return datetime.fromisoformat(begun_at) if begun_at else None
+
+    def lineage(self, steps: int, **fields: Any) -> dict[str, Any]:
+        """What the stage's artifact came from after so many steps, or portions: the manifest, the stages before it, and
+        everything that computed; ``fields`` are those of its kind of stage."""
+        return {
+            "run": self.run.name,
+            "stage": self.task.stage,
+            "recipe": self.config.recipe,
+            "steps": steps,
+            "manifest_sha256": hash_of(self.task.tree),
+            **provenance(self.run, self.task.stage),
+            **fields,
+            "versions": {**versions(), "postlude": __version__},
+        }
 
     # --- data -----------------------------------------------------------------------------------------------
 

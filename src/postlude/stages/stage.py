@@ -1,25 +1,27 @@
-"""What a stage is, whatever it does, and the one place that opens one.
+"""What a stage is, whatever it does, the one place that opens one, and its work on one rank.
 
 A kind of stage is a class with these methods, made from the stage's parts. A recipe names it (``does``), so another
-kind is one file, with its recipe, and the recipe's entry point.
+kind is one file, with its recipe, and the recipe's entry point: :mod:`postlude.stages.training` is the work of those
+that train, :mod:`postlude.stages.work` that of the others.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from postlude.data.preview import Preview
 from postlude.manifest.component import load_named
-from postlude.stages.parts import Mode, Parts, StageTask
+from postlude.stages.parts import Mode, Parts, StageTask, devices_of
 from postlude.stages.report import StageReport
+from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
+from postlude.telemetry.sinks.sink import Sink
 from postlude.training.interruption import Interruption
-from postlude.training.summary import Summary
+from postlude.training.program import Summary
 from postlude.training.workers import Workers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 TO_RUN = Mode()
 
@@ -31,21 +33,17 @@ class Stage(Protocol):
 
     def run(self, recorder: Recorder, stop: Interruption) -> Summary:
         """Work from where the stage stopped to its artifact, or until asked to stop. Every rank calls it."""
-        ...
 
     def preview(self, blocks: int) -> Preview:
         """So many packed blocks that it would see first. ManifestError where there is nothing to be seen."""
-        ...
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Find out, without a GPU, what would stop the stage, and fill in the report. ``synthetic`` also sends so many
         made-up records of each format through. UserError for what would stop it."""
-        ...
 
     @property
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the artifact will have. ManifestError for a stage that makes no model."""
-        ...
 
 
 def open_stage(task: StageTask, workers: Workers, mode: Mode = TO_RUN) -> Stage:
@@ -56,3 +54,25 @@ def open_stage(task: StageTask, workers: Workers, mode: Mode = TO_RUN) -> Stage:
 
 def _finished_tokenizer(task: StageTask, workers: Workers, mode: Mode) -> PreTrainedTokenizerBase:
     return open_stage(task, workers, mode).finished_tokenizer
+
+
+def run_stage_here(task: StageTask) -> Summary:
+    """Work on a stage in this process, which has a terminal and listens to signals: alone, or as the rank that the
+    environment names (torchrun's variables)."""
+    torch.set_num_threads(task.threads)
+    with Interruption().listening() as stop, StageProgress(task.stage) as display:
+        return run_stage(task, stop, display)
+
+
+def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
+    """Work on a stage as one of its ranks, until its artifact is written or until asked to stop."""
+    workers = Workers.join(*devices_of(task))
+    try:
+        stage = open_stage(task, workers)
+        parts = stage.parts
+        shown = display if workers.leads else None  # the others would show the same
+        sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
+        with Recorder(parts.run, task.stage, sinks, workers.rank, shown) as recorder:
+            return stage.run(recorder, stop)
+    finally:
+        workers.leave()

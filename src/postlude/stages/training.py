@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data import preview as packed
@@ -17,7 +19,6 @@ from postlude.model.export import send_model, write_model
 from postlude.model.flops import packed_flops
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.annotate import annotate, forget_annotations
-from postlude.stages.lineage import lineage
 from postlude.stages.memory import check_memory
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
@@ -29,11 +30,8 @@ from postlude.telemetry.recorder import Recorder
 from postlude.training.amendments import Amendments
 from postlude.training.interruption import Interruption
 from postlude.training.meters import Meters
-from postlude.training.summary import Summary
+from postlude.training.program import Summary
 from postlude.training.trainer import Steps, Trainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,7 @@ class Training:
 
     def _lineage(self, summary: Summary) -> dict[str, Any]:
         precision, amendments = self.models.precision, self.parts.stage.amendments.read()
-        return lineage(
-            self.parts,
+        return self.parts.lineage(
             summary.steps,
             model=lineage_of(self.config.model),
             data={name: dataset.fingerprint for name, dataset in self.data.datasets.items()},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data.annotations import StoredStreams
@@ -27,9 +28,6 @@ from postlude.manifest.schema import ModelPlace, TokensFrom
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.parts import Parts, shapes_of
 from postlude.telemetry.progress import waiting
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class TrainingData:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.schema import ModelPlace
 from postlude.model.adapters.inject import WithoutAdapter
 from postlude.model.added_tokens import config_with_tokens
 from postlude.model.attached import AdapterRequest
+from postlude.model.language_model import LanguageModel
 from postlude.model.load import configuration, load_divided, load_model
+from postlude.model.mesh import Mesh
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.models import stand_in_for
 from postlude.stages.training_data import TrainingData
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import Precision
 from postlude.training.program import Program, Role
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig
-
-    from postlude.model.language_model import LanguageModel
-    from postlude.model.mesh import Mesh
 
 
 class TrainingModels:
@@ -77,8 +75,6 @@ class TrainingModels:
 
     def _frozen_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What weights that are not trained are held in: as they are stored, where that is what is computed in."""
-        import torch
-
         computed = self._precision_for(stored).dtype
         return stored if stored == computed else torch.float32
 

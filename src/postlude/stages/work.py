@@ -16,7 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import RenderableType
+from rich.pretty import Pretty
+from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data.dataset import Dataset
@@ -24,7 +28,6 @@ from postlude.data.example import Example, Record
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
-from postlude.stages.lineage import lineage
 from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import Row, no_preview, rows_of
@@ -33,11 +36,7 @@ from postlude.storage import exact_json
 from postlude.telemetry.progress import console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
-from postlude.training.summary import Summary
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from transformers import PreTrainedTokenizerBase
+from postlude.training.program import Summary
 
 Entry = Mapping[str, Any]
 """Something that a portion of the work gives; JSON can hold it."""
@@ -93,8 +92,6 @@ class Work(ABC):
 
     def table(self, report: Mapping[str, Any]) -> RenderableType:
         """The report for a person."""
-        from rich.pretty import Pretty
-
         return Pretty(report)
 
     def counts(self) -> Mapping[str, Any]:
@@ -159,7 +156,7 @@ class Work(ABC):
         """Write the artifact, with its report and lineage. The report."""
         with self.parts.stage.write_artifact() as folder:
             report = dict(self.finish(portions, folder))
-            origin = lineage(self.parts, self.portions, models=dict(self.parents()), data=dict(self.reads))
+            origin = self.parts.lineage(self.portions, models=dict(self.parents()), data=dict(self.reads))
             for name, content in {"report.json": report, "lineage.json": origin}.items():
                 storage.write_text(storage.join(folder, name), json.dumps(content, indent=2) + "\n")
         return report

@@ -21,10 +21,18 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from postlude import storage
+from postlude.model.mesh import own_part
+from postlude.training.program import Role
 from postlude.training.workers import COLLECTIVE_DEADLINE, Workers
 
 State = dict[str, Any]
@@ -108,7 +116,7 @@ class Checkpointer:
         """
         assert self._pending is None, "the save before has not been waited for"
         if background:
-            tensors = tree_map(_copied, tensors)
+            tensors = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tensors)
         self._pending = self._thread.submit(self._write, uri, step, tensors, dict(small))
 
     def wait(self) -> None:
@@ -161,10 +169,6 @@ class Checkpointer:
         return items
 
 
-def _copied(item: Any) -> Any:
-    return item.detach().to("cpu", copy=True) if isinstance(item, torch.Tensor) else item
-
-
 def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
     """Read a committed checkpoint into ``tensors``, in place, and return the small state.
 
@@ -174,3 +178,41 @@ def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
     reader.fs, reader.path = _StorageFiles(), uri  # type: ignore[assignment]
     dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
     return dict(storage.read_marker(uri).extra)
+
+
+# --- what is in one -----------------------------------------------------------------------------------------
+
+
+Optimizers = Mapping[str, list[torch.optim.Optimizer]]
+
+
+def trained_state(roles: Mapping[str, Role], optimizers: Optimizers) -> dict[str, Any]:
+    """What is trained of the weights and optimiser state of every role that has one, by role and parameter name.
+
+    The tensors are the live ones: loading into them restores the model. A tied weight is held once.
+    """
+    state: dict[str, Any] = {}
+    only_trained = StateDictOptions(ignore_frozen_params=True)
+    for name, role in roles.items():
+        if role.optimizer is None:
+            continue
+        seen: set[int] = set()
+        weights = {}
+        for key, tensor in get_model_state_dict(role.model, options=only_trained).items():
+            if isinstance(tensor, torch.Tensor):
+                place = own_part(tensor).untyped_storage().data_ptr()
+                if place and place in seen:  # of a small tensor a rank may have nothing
+                    continue
+                seen.add(place)
+            weights[key] = tensor
+        state[name] = {
+            "model": weights,
+            "optimizer": get_optimizer_state_dict(role.model, optimizers[name]),
+        }
+    return state
+
+
+def restore_optimizers(state: Mapping[str, Any], roles: Mapping[str, Role], optimizers: Optimizers) -> None:
+    """Hand loaded optimiser state, param groups included, back to the optimisers."""
+    for name, parts in state.items():
+        set_optimizer_state_dict(roles[name].model, optimizers[name], optim_state_dict=parts["optimizer"])

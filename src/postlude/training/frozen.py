@@ -30,13 +30,10 @@ Pack = Sequence[int]
 """The places of documents that are packed together."""
 
 
-def packs_of(documents: Sequence[Document], block: int) -> list[Pack]:
-    """Packs of at most ``block`` tokens, or of one longer document."""
-    return list(best_fit([len(document) for document in documents], max([block, *map(len, documents)])))
-
-
-def batches_of(packs: Sequence[Pack], together: int = 1) -> list[Sequence[Pack]]:
-    """Which packs go through a model in one batch: ``together`` of them."""
+def batches_of(documents: Sequence[Document], block: int, together: int = 1) -> list[Sequence[Pack]]:
+    """What goes through a model in one batch: ``together`` packs of at most ``block`` tokens, or of one longer
+    document."""
+    packs = best_fit([len(document) for document in documents], max([block, *map(len, documents)]))
     return [packs[first : first + together] for first in range(0, len(packs), together)]
 
 
@@ -67,27 +64,23 @@ def by_document(batch: PackedBatch, rows: Tensor, values: np.ndarray) -> list[np
 # --- the models of a step -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Assessor:
     """Asks the models of a step about documents, of which each data rank takes its share: every rank calls it with
     the same documents, and gets the values for all. ``block`` and ``micro`` are in tokens."""
 
-    def __init__(
-        self,
-        roles: Mapping[str, Role],
-        workers: Workers,
-        precision: Precision,
-        block: int,
-        micro: int,
-        temperature: float,
-    ) -> None:
-        self._roles, self._workers, self._precision = roles, workers, precision
-        self._block, self._together, self._temperature = block, micro // block, temperature
+    roles: Mapping[str, Role]
+    workers: Workers
+    precision: Precision
+    block: int
+    micro: int
+    temperature: float
 
     def log_probabilities(self, model: str, documents: Sequence[Document]) -> list[np.ndarray]:
         """Of each document's sampled tokens at the temperature they were sampled with, float32 [sampled] each."""
 
         def compute(role: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-            return language_head(role).log_probabilities(hidden, targets, self._temperature)[0]
+            return language_head(role).log_probabilities(hidden, targets, self.temperature)[0]
 
         return self._values(model, compute, documents)
 
@@ -99,15 +92,14 @@ class Assessor:
         self, name: str, of_rows: Callable[[LanguageModel, Tensor, Tensor], Tensor], documents: Sequence[Document]
     ) -> list[np.ndarray]:
         """``of_rows`` of a model, the hidden states before the sampled tokens, and these tokens, for each document."""
-        model, workers = self._roles[name].model, self._workers
-        packs = best_fit([len(document) for document in documents], self._block)
-        batches = batches_of(packs, self._together)
+        model, workers = self.roles[name].model, self.workers
+        batches = batches_of(documents, self.block, self.micro // self.block)
         # Every rank runs as many batches as any other: sharded models are gathered by all at once.
         batches += [[]] * (-len(batches) % workers.data_world)
 
         def compute(batch: PackedBatch) -> list[np.ndarray]:
             rows = batch.trained_rows()
-            with self._precision.autocast(workers.device):
+            with self.precision.autocast(workers.device):
                 before = model.hidden(batch).index_select(0, rows - 1)
                 values = of_rows(model, before, batch.tokens[rows]).float().cpu().numpy()
             return by_document(batch, rows, values)
@@ -156,8 +148,7 @@ class FrozenModel:
             parts = zip(*(by_document(batch, rows, values) for values in streams), strict=True)
             return [dict(zip(self.annotator.streams, part, strict=True)) for part in parts]
 
-        packs = best_fit([len(document) for document in documents], self.block)
-        batches = batches_of(packs, self.micro // self.block)
+        batches = batches_of(documents, self.block, self.micro // self.block)
         results = over_packs(documents, batches, compute, self.device, self.micro if self.pads else None)
         return [results[place] for place in range(len(documents))]
 
@@ -193,5 +184,5 @@ def likelihoods(model: LanguageModel, documents: Sequence[Document], block: int)
         measured = zip(*(column.tolist() for column in columns), strict=True)
         return [DocumentLikelihood(-loss, weight, int(tokens)) for loss, weight, tokens in measured]
 
-    results = over_packs(documents, batches_of(packs_of(documents, block)), compute, model.device)
+    results = over_packs(documents, batches_of(documents, block), compute, model.device)
     return [results[place] for place in range(len(documents))]

@@ -1,15 +1,21 @@
-"""What a recipe hands to the trainer: an objective, and the models that its step needs."""
+"""What a recipe hands to the trainer: an objective, and the models that its step needs; and what it hands back.
+
+Imports without torch: a controller has none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from postlude.manifest.schema import ModelPlace
-from postlude.model.language_model import LanguageModel
-from postlude.objectives.annotators import Annotator
 from postlude.objectives.objective import Objective
 from postlude.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from postlude.model.language_model import LanguageModel
+    from postlude.objectives.annotators import Annotator
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,15 @@ class Program:
 
     objective: Objective
     roles: Mapping[str, Role]
+
+
+@dataclass
+class Summary:
+    """How a call to :meth:`postlude.training.trainer.Trainer.fit`, or the work of a stage, ended."""
+
+    steps: int
+    interrupted: bool = False
+    first_loss: float | None = None
+    last_loss: float | None = None
+    evaluations: dict[str, list[float]] = field(default_factory=dict)
+    """Losses on held-out data by name, in the order they were measured during this call."""

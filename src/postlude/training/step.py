@@ -18,9 +18,9 @@ from postlude.model.language_model import LanguageModel
 from postlude.model.mesh import Mesh, divided_along, own_part
 from postlude.objectives.head import FusedHead
 from postlude.objectives.objective import LanguageHead, Outcome, ScalarHead
+from postlude.training.meters import Phases
 from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Role
-from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
 
@@ -70,19 +70,15 @@ class StepResult:
         return all(torch.isfinite(torch.tensor([self.loss, *self.grad_norms.values()])).tolist())
 
 
+@dataclass(frozen=True)
 class Executor:
     """Runs a program's objective over micro-batches, with or without gradients."""
 
-    def __init__(
-        self,
-        program: Program,
-        workers: Workers,
-        precision: Precision,
-        phases: Phases,
-        flops: Callable[[PackedBatch], float],
-    ) -> None:
-        self.program, self.workers, self.precision = program, workers, precision
-        self.phases, self.flops = phases, flops
+    program: Program
+    workers: Workers
+    precision: Precision
+    phases: Phases
+    flops: Callable[[PackedBatch], float]
 
     @cached_property
     def parameters(self) -> dict[str, list[torch.nn.Parameter]]:

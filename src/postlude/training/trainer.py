@@ -23,16 +23,12 @@ from postlude.manifest.amend import apply_amendment
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
-from postlude.training.checkpoint import Checkpointer
-from postlude.training.meters import Meters
+from postlude.training.meters import Meters, Phases
 from postlude.training.optimizers import Optimizer
 from postlude.training.precision import LossScale, Precision
-from postlude.training.program import Program
+from postlude.training.program import Program, Summary
 from postlude.training.schedules import Schedule
-from postlude.training.state import restore_optimizers, trained_state
 from postlude.training.step import Executor, StepResult
-from postlude.training.summary import Summary
-from postlude.training.timing import Phases
 from postlude.training.workers import Workers
 
 
@@ -63,15 +59,12 @@ class Steps(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as JSON: the same on every rank."""
-        ...
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue with the step that comes after a state."""
-        ...
 
     def close(self) -> None:
         """Leave nothing at work."""
-        ...
 
 
 class Trainer:
@@ -113,7 +106,7 @@ class Trainer:
         self.scale = LossScale(precision)
         self.phases = Phases(synchronize=workers.device.type == "cuda")
         self.executor = Executor(program, workers, precision, self.phases, meters.flops)
-        self.checkpointer = Checkpointer(workers, on_commit)
+        self.checkpointer = checkpoint.Checkpointer(workers, on_commit)
         self.summary = Summary(0)
         self.step = 0
         self._saved_step = -1
@@ -294,7 +287,7 @@ class Trainer:
             "world": self.workers.world,
         }
         with self.phases.measure("checkpoint"):
-            tensors = trained_state(self.program.roles, self.optimizers)
+            tensors = checkpoint.trained_state(self.program.roles, self.optimizers)
             self.checkpointer.save(self.checkpoint_uri(self.step), self.step, tensors, small, background)
             self._saved_step = self.step
         if not background:
@@ -313,9 +306,9 @@ class Trainer:
 
     def restore(self, uri: str) -> None:
         """Continue from a committed checkpoint: the next step is the one that would have come next."""
-        tensors = trained_state(self.program.roles, self.optimizers)
+        tensors = checkpoint.trained_state(self.program.roles, self.optimizers)
         small = checkpoint.load(uri, tensors, self.workers)
-        restore_optimizers(tensors, self.program.roles, self.optimizers)
+        checkpoint.restore_optimizers(tensors, self.program.roles, self.optimizers)
         self.step = self._saved_step = small["step"]
         self.progress, self.skipped_in_a_row = small["progress"], small["skipped_in_a_row"]
         self.totals = small["totals"]

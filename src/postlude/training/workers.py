@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from postlude.manifest.parallel import Shape
+from postlude.manifest.compute import Shape
 from postlude.model.mesh import Mesh
 from postlude.telemetry.readings import note_link
 

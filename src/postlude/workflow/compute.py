@@ -5,9 +5,8 @@ from __future__ import annotations
 from postlude.cluster.providers.base import provider_of
 from postlude.cluster.transport import check_collectives, check_transport
 from postlude.errors import ComputeError
-from postlude.manifest.compute import Pool
+from postlude.manifest.compute import Pool, check_workers
 from postlude.manifest.graph import ancestors, descendants
-from postlude.manifest.parallel import check_workers
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest, StageConfig
 from postlude.telemetry.hardware import cores

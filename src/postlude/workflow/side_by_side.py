@@ -25,7 +25,7 @@ from postlude.workflow.plan import Decision
 if TYPE_CHECKING:
     from postlude.cluster.supervisor import Supervisor
 
-FUNCTION = "postlude.stages.run:run_stage"
+FUNCTION = "postlude.stages.stage:run_stage"
 
 _POLL_SECONDS = 0.5
 
@@ -52,7 +52,7 @@ class StagesAtWork:
 
     def run_here(self, decision: Decision) -> None:
         """Run one stage to its end in this process."""
-        from postlude.stages.run import run_stage_here
+        from postlude.stages.stage import run_stage_here
 
         verify_inputs(self.run, decision.stage, decision.needs)
         if self._needs_no_work(decision):

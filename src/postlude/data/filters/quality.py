@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from postlude.data.filters.filter import Content, ContentFilter, words
-from postlude.manifest.types import Share
+from postlude.manifest.component import Share
 
 _ENOUGH_LINES, _ENOUGH_NGRAMS = 5, 20
 """Below so many, a repetition says nothing."""

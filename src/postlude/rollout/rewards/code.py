@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from postlude.data.example import Record
+from postlude.manifest.component import Positive
 from postlude.manifest.problem import ManifestError
-from postlude.manifest.types import Positive
 from postlude.rollout.reward import Asked, RewardFunction
 from postlude.rollout.sandbox import NotIsolated, SandboxLimits, passes
 
