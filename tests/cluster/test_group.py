@@ -20,13 +20,14 @@ from postlude.cluster.worker import WorkerSetup
 from postlude.errors import ComputeError, DataError
 from postlude.manifest.compute import Compute, Pool, Supervision
 from postlude.storage import Journal
+from postlude.telemetry import hardware
 from postlude.telemetry.relay import Relay
 from postlude.training.interruption import Interruption
 
 
 def account(numbers: np.ndarray, stop: Interruption, display: Relay) -> dict[str, Any]:
     """What each rank tells in these tests."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OF_MY_OWN")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "OF_MY_OWN", "GOMP_SPINCOUNT")
     place = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
     return place | {"sum": float(numbers.sum()), "writable": numbers.flags.writeable}
 
@@ -58,7 +59,7 @@ def group(cluster):
     compute, pool = Compute(), Pool(workers=2)
     demand = Demand.of(compute, pool)
     held = placement.place(demand, 2, 30.0, lambda: False)
-    setup = WorkerSetup("test", 1, {"OF_MY_OWN": "yes"})
+    setup = WorkerSetup("test", 1, {"OF_MY_OWN": "yes", "GOMP_SPINCOUNT": "7"})
     with WorkerGroup("test", demand, held, 2, setup, cluster.interface) as made:
         yield made
 
@@ -79,6 +80,7 @@ def test_a_worker_knows_its_place(group):
     for rank, place in enumerate(watched(group, account, np.ones(1))):
         assert place["RANK"] == place["LOCAL_RANK"] == str(rank)
         assert (place["WORLD_SIZE"], place["OMP_NUM_THREADS"], place["OF_MY_OWN"]) == ("2", "1", "yes")
+        assert place["GOMP_SPINCOUNT"] == "7", "what the user sets stays"
         assert place["folder"] == os.getcwd()
 
 
@@ -97,7 +99,10 @@ def test_a_group_of_the_same_name_takes_the_place_of_one_that_was_left_behind(cl
     setup = WorkerSetup("test", 1, {})
     first = WorkerGroup("twice", demand, placement.place(demand, 1, 30.0, lambda: False), 1, setup, "lo")
     with WorkerGroup("twice", demand, placement.place(demand, 1, 30.0, lambda: False), 1, setup, "lo") as second:
-        assert [result["sum"] for result in watched(second, account, np.ones(1))] == [1.0]
+        [place] = watched(second, account, np.ones(1))
+        assert place["sum"] == 1.0
+        if "OMP_WAIT_POLICY" not in os.environ:
+            assert place["GOMP_SPINCOUNT"] == hardware.SHORT_WAIT["GOMP_SPINCOUNT"]
         with pytest.raises(Failure) as raised:
             watched(first, account, np.ones(1))
         assert raised.value.kind is Kind.PROCESS

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -69,6 +73,69 @@ def test_gpus_are_known_by_the_names_that_drivers_give(name: str, number_format:
 def test_there_is_a_core_and_a_name() -> None:
     assert hardware.cores() >= 1
     assert hardware.device_name("cpu")
+
+
+@pytest.mark.parametrize(
+    ("table", "quotas", "cores"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, [1.5]),
+        ("0::/", {"cpu.max": "max 100000"}, []),
+        ("0::/run/job", {"run/cpu.max": "300000 100000", "run/job/cpu.max": "max 100000"}, [3.0]),
+        ("0::/of/the/host", {"cpu.max": "200000 100000"}, [2.0]),
+        (
+            "9:memory:/elsewhere\n4:cpu,cpuacct:/job\n0::/",
+            {"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000", "cpu/cpu.cfs_quota_us": "-1"},
+            [0.5],
+        ),
+        ("", {}, []),
+    ],
+)
+def test_quotas_of_control_groups_of_both_versions_are_read(tmp_path, table, quotas, cores) -> None:
+    """Files as cgroups(7), the kernel's admin-guide/cgroup-v2 and scheduler/sched-bwc describe them."""
+    own = tmp_path / "cgroup"
+    own.write_text(table)
+    for name, value in quotas.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(value + "\n")
+    assert list(hardware._quotas(own, tmp_path)) == cores
+
+
+def test_a_process_in_a_group_with_a_quota_has_so_many_cores() -> None:
+    """A control group of version 1 or 2 is made, where this machine lets us."""
+    code = "from postlude.telemetry import hardware; input(); print(hardware.cores())"
+    above = Path("/sys/fs/cgroup")
+    group = (above / "cpu" if (above / "cpu").is_dir() else above) / f"postlude-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no right to make control groups")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as process:
+        try:
+            if (group / "cpu.cfs_quota_us").exists():
+                (group / "cpu.cfs_quota_us").write_text("100000")
+            elif (group / "cpu.max").exists():
+                (group / "cpu.max").write_text("100000 100000")
+            else:
+                process.kill()
+                pytest.skip("control groups without the cpu controller")
+            (group / "cgroup.procs").write_text(str(process.pid))
+            assert process.communicate("\n")[0] == "1\n"
+        finally:
+            process.wait()
+            group.rmdir()
+
+
+def test_threads_wait_as_the_user_says_else_shortly(monkeypatch) -> None:
+    for name in ("OMP_WAIT_POLICY", *hardware.SHORT_WAIT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    hardware.wait_shortly()
+    assert {name: os.environ[name] for name in hardware.SHORT_WAIT} == {**hardware.SHORT_WAIT, "GOMP_SPINCOUNT": "5"}
+    for name in hardware.SHORT_WAIT:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    hardware.wait_shortly()
+    assert not set(hardware.SHORT_WAIT) & set(os.environ)
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ import psutil
 import ray
 
 from postlude.cluster.failure import Outcome, outcome_of
+from postlude.telemetry import hardware
 from postlude.telemetry.pulse import Pulse, pulse, stack
 from postlude.telemetry.readings import Reading, read
 from postlude.telemetry.relay import Relay, Relayed
@@ -57,6 +58,7 @@ class WorkerSetup:
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.path if entry not in sys.path and os.path.isdir(entry))
         os.environ.update({"OMP_NUM_THREADS": str(self.threads), **self.environment})
+        hardware.wait_shortly()
 
 
 @dataclass(frozen=True)
