@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -17,7 +16,6 @@ from postlude.manifest.schema import ModelFrom, TokenizerFrom
 from postlude.model.attached import AdapterRequest
 from postlude.model.export import write_merged, write_model
 from postlude.model.load import load_causal, load_model
-from postlude.model.places import ADAPTER_CONFIG_FILE
 from postlude.training.workers import Workers
 
 KINDS = {
@@ -203,14 +201,6 @@ def test_targets_that_are_not_there_are_named(bases) -> None:
 def test_there_must_be_an_adapter_to_continue(bases) -> None:
     with pytest.raises(ManifestError, match="there is no adapter to train on"):
         adapted(bases / "llama", **{"continue": True})
-
-
-def test_what_of_peft_is_not_known_is_refused(bases, tmp_path) -> None:
-    folder = written(adapted(bases / "llama", rank=2), tmp_path / "adapter")
-    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps({**config, "rank_pattern": {"q_proj": 8}}))
-    with pytest.raises(ManifestError, match="uses rank_pattern of PEFT"):
-        load_causal(ModelFrom(path=str(folder)), str(folder), None, seed=0)
 
 
 @pytest.mark.parametrize("keys", [{"rank": 4, "continue": True}, {"rank": 0}, {"dropout": 1.0}, {"targets": []}])

@@ -23,14 +23,13 @@ from transformers import (
 
 from postlude import storage
 from postlude.model import vocabulary
-from postlude.model.adapters.merge import base_state
+from postlude.model.adapters.merge import base_state, config_of
 from postlude.model.adapters.stored import digest_of, open_model, write_adapter_files
 from postlude.model.anatomy import decoder_of
 from postlude.model.attached import Attached
 from postlude.model.language_model import LanguageModel
 from postlude.model.places import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
     LINEAGE_FILE,
     LM_HEAD_FILE,
     SCALAR_FILE,
@@ -135,7 +134,7 @@ def write_merged(place: str, out: Path) -> None:
     What else the artifact has beside its weights is copied.
     """
     with open_model(place) as stored:
-        config = stored.config()
+        config = config_of(stored)
         causal = on_meta(config)
         sources = open_sources(stored, causal)
         config.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
@@ -147,7 +146,10 @@ def write_merged(place: str, out: Path) -> None:
         files.close()
         write_config(written, out)
         for path in sorted(Path(stored.folder).iterdir()):
-            if path.is_file() and path.name not in (ADAPTER_CONFIG_FILE, ADAPTER_FILE, storage.MARKER):
+            is_of_adapter = path.name in (ADAPTER_CONFIG_FILE, storage.MARKER) or (
+                path.suffix in (".safetensors", ".bin") and path.name != SCALAR_FILE
+            )
+            if path.is_file() and not is_of_adapter and not (out / path.name).exists():
                 (out / path.name).write_bytes(path.read_bytes())
 
 

@@ -18,7 +18,7 @@ from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom, ModelPlace, NewModel
 from postlude.model import vocabulary
-from postlude.model.adapters.merge import read_merged
+from postlude.model.adapters.merge import config_of, read_merged
 from postlude.model.adapters.start import Start, attach, load_adapted
 from postlude.model.adapters.stored import StoredModel, open_model
 from postlude.model.added_tokens import add_tokens, config_with_tokens
@@ -82,7 +82,7 @@ def _config_of(
     stored: StoredModel, tokenizer: PreTrainedTokenizerBase | None, new_tokens: NewTokens | None = None
 ) -> PreTrainedConfig:
     """The configuration of a model in files. ManifestError if the tokenizer does not fit it."""
-    config = stored.config()
+    config = config_of(stored)
     if tokenizer is not None:
         size = config_with_tokens(config, new_tokens).get_text_config().vocab_size
         vocabulary.check_tokenizer(tokenizer, size, stored.place)
@@ -137,7 +137,7 @@ def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTok
     """The configuration of the model that :func:`load_model` would make, without its weights."""
     if place is not None:
         with open_model(place, (".json",)) as stored:
-            return stored.config()
+            return config_of(stored)
     if not isinstance(start, ModelFrom) or start.new is None:
         raise ValueError("A model that is not new needs the place of its files.")
     config = _new_config(start.new, tokenizer)

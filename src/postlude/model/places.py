@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from postlude import storage
@@ -51,6 +52,26 @@ def local_files(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[str]:
 def local_folder(folder: str, patterns: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
     """The path of what :func:`local_files` gives; of a hub name files with these patterns are downloaded."""
     return Path(folder if Path(folder).exists() else snapshot_download(folder, allow_patterns=list(patterns)))
+
+
+def adapter_folder(folder: str) -> str | None:
+    """Where the files of an adapter are, of a local folder or a hub name that holds one; of the latter they are
+    downloaded. None for what is no adapter."""
+    if Path(folder).exists():
+        return folder if Path(folder, ADAPTER_CONFIG_FILE).exists() else None
+    try:
+        is_adapter = find_adapter_config_file(folder) is not None
+    except (OSError, ValueError):
+        return None  # there is no such model, which is told when its configuration is read
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "adapter_model.*", SCALAR_FILE]
+    return snapshot_download(folder, allow_patterns=patterns) if is_adapter else None
+
+
+def absolute(place: str) -> str:
+    """A place that means the same from any folder."""
+    if storage.is_local(place) and (path := Path(storage.local_path(place))).exists():
+        return str(path.absolute())
+    return place
 
 
 def read_config(folder: str, place: str) -> PreTrainedConfig:

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from postlude.data.tokenizer import NewTokens
 from postlude.manifest.problem import ManifestError
 from postlude.model import tensor_parallel
-from postlude.model.adapters.merge import merge_sources
+from postlude.model.adapters.merge import merged_sources
 from postlude.model.adapters.start import Start, start_of
 from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
@@ -137,10 +137,7 @@ def open_sources(stored: StoredModel, causal: PreTrainedModel) -> dict[str, Lazy
     """The weights of a model out of its files, by its own names for them, with the adapters on it merged into it.
     ManifestError for files that are missing or broken, and for a conversion that is not known here."""
     files = open_checkpoint(local_folder(stored.whole_folder), stored.whole_place)
-    sources = rename_as_in_model(files, causal)
-    for adapter in stored.adapters:
-        sources = merge_sources(sources, adapter)
-    return sources
+    return merged_sources(rename_as_in_model(files, causal), stored, causal.config)
 
 
 def rename_as_in_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:

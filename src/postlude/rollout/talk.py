@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from postlude.errors import UserError
-from postlude.model.adapters.merge import read_merged
+from postlude.model.adapters.merge import config_of, read_merged
 from postlude.model.adapters.stored import open_model
 from postlude.rollout.engine import Request, Sampling
 from postlude.rollout.native import NativeEngine
@@ -26,7 +26,7 @@ def talk(place: str, prompt: Asked, *, max_tokens: int = 256, temperature: float
     ManifestError if there is no model; UserError if there is no template for messages.
     """
     with open_model(place) as stored:
-        causal = read_merged(stored, stored.config(), "auto").eval()
+        causal = read_merged(stored, config_of(stored), "auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(stored.folder)
     if isinstance(prompt, str) and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]

@@ -124,6 +124,8 @@ def _rank_alone(policy: LanguageModel, choice: EngineChoice) -> int:
     if policy.attached is None:
         return 0
     config = policy.attached.config
+    if config.rank_pattern or config.alpha_pattern:
+        return 0  # vLLM scales all layers alike
     return config.r if choice.takes_adapter(config.r, config.use_dora) else 0
 
 

@@ -151,8 +151,13 @@ class _Model:
 @contextmanager
 def _opened(place: str, name: str) -> Iterator[_Model]:
     with open_model(place) as stored:
+        if stored.adapters:
+            raise ManifestError(
+                f"The model '{name}' at '{place}' is an adapter, and merging takes whole models. Make it one with "
+                "`postlude export --merge`."
+            )
         folder = local_folder(stored.folder, ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"))
-        config = stored.config()
+        config = stored.base_config()
         tensors: dict[str, InFile] = {}
         for file in weight_files(folder):
             if not (folder / file).exists():

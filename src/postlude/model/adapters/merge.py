@@ -9,14 +9,17 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.stored import PREFIX, StoredAdapter, StoredModel
+from postlude.model.adapters.foreign import config_with, merge_by_peft, skeleton
+from postlude.model.adapters.inject import inject
+from postlude.model.adapters.stored import StoredAdapter, StoredModel
 from postlude.model.causal import read_causal
-from postlude.model.places import is_adapter_part
-from postlude.model.weights import LazyTensor, Region
+from postlude.model.places import is_adapter_part, one_line
+from postlude.model.weights import InMemory, LazyTensor, Region
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,6 @@ class Change:
             changed *= (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
         return changed[:, columns]
 
-    def check_fits(self, shape: tuple[int, ...], path: str, place: str) -> None:
-        """ManifestError if the weight of a module is of another shape."""
-        own = (len(self.b), self.a.shape[1])
-        if own != shape:
-            raise ManifestError(
-                f"The adapter at '{place}' does not fit its base: it changes '{path}' of shape {list(own)}, which is "
-                f"{list(shape)} there."
-            )
-
 
 @dataclass(frozen=True)
 class Merged:
@@ -65,30 +59,47 @@ class Merged:
         return self.change.apply(stored, rows, columns)
 
 
+def config_of(stored: StoredModel) -> PreTrainedConfig:
+    """The configuration of a model with the adapters on it merged into it."""
+    config = stored.base_config()
+    for adapter in stored.adapters:
+        config = config_with(adapter, config)
+    return config
+
+
 def read_merged(stored: StoredModel, config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
-    """A transformers model from its files, with the adapters on it merged into it weight by weight.
+    """A transformers model from its files, with the adapters on it merged into it weight by weight. ``config`` is that
+    of the merged model.
 
     ManifestError if files are broken or incomplete, or an adapter does not fit.
     """
-    causal = read_causal(stored.whole_folder, stored.whole_place, config, dtype)
+    whole = config if all(adapter.is_plain for adapter in stored.adapters) else stored.base_config()
+    causal = read_causal(stored.whole_folder, stored.whole_place, whole, dtype)
     for adapter in stored.adapters:
-        for path, change in _changes(adapter):
-            weight = _linear(causal, path, adapter.place).weight
-            change.check_fits(tuple(weight.shape), path, adapter.place)
+        changes = changes_of(adapter, causal.config)
+        if changes is None:
+            causal = merge_by_peft(causal, adapter)
+            continue
+        for path, change in changes.items():
+            weight = causal.get_submodule(path).weight
             with torch.no_grad():
-                weight.copy_(change.apply(weight))
+                weight.copy_(change.apply(weight))  # type: ignore[operator, arg-type]
     return causal
 
 
-def merge_sources(sources: Mapping[str, LazyTensor], adapter: StoredAdapter) -> dict[str, LazyTensor]:
-    """The weights of a base with an adapter merged into them."""
+def merged_sources(
+    sources: Mapping[str, LazyTensor], stored: StoredModel, config: PreTrainedConfig
+) -> dict[str, LazyTensor]:
+    """The weights of a base with the adapters on it merged into them, each when it is read; all at once, in memory,
+    where that needs the whole model. ``config`` is that of the merged model."""
     merged = dict(sources)
-    for path, change in _changes(adapter):
-        name = f"{path}.weight"
-        if name not in merged:
-            raise ManifestError(f"The adapter at '{adapter.place}' changes '{path}', which its base does not have.")
-        change.check_fits(merged[name].shape, path, adapter.place)
-        merged[name] = Merged(merged[name], change)
+    for adapter in stored.adapters:
+        changes = changes_of(adapter, config)
+        if changes is None:
+            whole = read_merged(stored, config, "auto")
+            return {name: InMemory(tensor.detach()) for name, tensor in whole.state_dict().items()}
+        for path, change in changes.items():
+            merged[f"{path}.weight"] = Merged(merged[f"{path}.weight"], change)
     return merged
 
 
@@ -104,16 +115,29 @@ def base_state(
         path, inside, rest = name.partition(".base_layer.")
         gathered = whole(tensor)
         if merge and inside and rest == "weight":
-            change = _change({part: whole(value) for part, value in parts[path].items()}, config)
+            change = _change(path, {part: whole(value) for part, value in parts[path].items()}, config)
             gathered = change.apply(gathered).to(tensor.dtype)
         yield f"{path}.{rest}" if inside else name, gathered
 
 
-def _changes(adapter: StoredAdapter) -> Iterator[tuple[str, Change]]:
-    """By the path of each module that is adapted."""
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
-    for path, parts in _parts_by_path(tensors).items():
-        yield path, _change(parts, adapter.config)
+def changes_of(adapter: StoredAdapter, config: PreTrainedConfig) -> dict[str, Change] | None:
+    """What a plain adapter makes of each weight, by the path of the module; None for one that only PEFT can merge, or
+    whose tensors are not named as the layers that PEFT puts into a model of this configuration."""
+    if not adapter.is_plain or config_with(adapter, config) is not config:
+        return None
+    causal = skeleton(config)
+    try:
+        adapted = inject(causal, adapter.config)
+    except ValueError as error:
+        raise ManifestError(f"The adapter at '{adapter.place}' does not fit its base: {one_line(error)}") from error
+    named = adapter.named_in_model()
+    own = {name: parameter for name, parameter in causal.named_parameters() if is_adapter_part(name)}
+    layers = [causal.get_submodule(path) for path in adapted]
+    if not all(isinstance(layer.base_layer, nn.Linear) for layer in layers):
+        return None
+    if {name: tensor.shape for name, tensor in named.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        return None
+    return {path: _change(path, parts, adapter.config) for path, parts in _parts_by_path(named).items()}
 
 
 def _parts_by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -126,17 +150,9 @@ def _parts_by_path(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
     return by_path
 
 
-def _change(parts: Mapping[str, Tensor], config: LoraConfig) -> Change:
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+def _change(path: str, parts: Mapping[str, Tensor], config: LoraConfig) -> Change:
     a, b, magnitude = parts["A"].float(), parts["B"].float(), parts.get("magnitude_vector")
+    alphas = config.alpha_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    scaling = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a))
     return Change(a, b, scaling, None if magnitude is None else magnitude.float())
-
-
-def _linear(causal: PreTrainedModel, path: str, place: str) -> nn.Linear:
-    try:
-        module = causal.get_submodule(path)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise ManifestError(f"The adapter at '{place}' changes '{path}', which is no linear layer of its base.")
-    return module

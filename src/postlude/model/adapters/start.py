@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
 from postlude.model.adapters.inject import check_same, fill, inject, new_config, starting_weights, weights_of
-from postlude.model.adapters.merge import read_merged
+from postlude.model.adapters.merge import changes_of, config_of, read_merged
 from postlude.model.adapters.stored import StoredAdapter, StoredModel
 from postlude.model.attached import AdapterRequest, Attached, Base
 from postlude.model.causal import with_weights_in
 from postlude.model.language_model import LanguageModel
-from postlude.model.places import is_adapter_part
+from postlude.model.places import absolute, is_adapter_part
 from postlude.model.quantized import quantize
 from postlude.model.weights import InMemory, LazyTensor, Sources
 
@@ -47,7 +47,7 @@ class Start:
             own: Mapping[str, Tensor] = starting_weights(causal, adapted, self.request.seed, weights(adapted))
         else:
             own = self.continued.named_in_model()
-        return Attached(config, Base(self.place, None)), adapted, own
+        return Attached(config, Base(absolute(self.place), None)), adapted, own
 
     def sources(self, causal: PreTrainedModel, sources: Sources) -> tuple[dict[str, LazyTensor], Attached]:
         """Put the adapter into a model without weights, and say where all of its weights come from."""
@@ -70,8 +70,13 @@ def start_of(stored: StoredModel, request: AdapterRequest) -> tuple[StoredModel,
             f"adapter.continue: the model at '{stored.place}' is whole, there is no adapter to train on. Leave "
             "'continue' out for a new adapter."
         )
-    base = replace(stored, adapters=stored.adapters[:-1])
-    return base, Start(request, base.place, stored.adapters[-1])
+    base, last = replace(stored, adapters=stored.adapters[:-1]), stored.adapters[-1]
+    if changes_of(last, config_of(base)) is None:
+        raise ManifestError(
+            f"adapter.continue: the adapter at '{last.place}' cannot be trained on: it changes more than linear "
+            "layers, or does not fit its base. Leave 'continue' out for a new adapter on the model that it makes."
+        )
+    return base, Start(request, base.place, last)
 
 
 def load_adapted(stored: StoredModel, config: PreTrainedConfig, request: AdapterRequest) -> LanguageModel:

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from peft import LoraConfig
+from peft import PeftConfig
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from postlude import storage
 from postlude.manifest.problem import ManifestError
+from postlude.model.adapters.known import check_known
 from postlude.model.attached import ADAPTER_NAME, Attached, Base
-from postlude.model.places import ADAPTER_CONFIG_FILE, ADAPTER_FILE, LINEAGE_FILE, local_files, one_line, read_config
+from postlude.model.places import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    LINEAGE_FILE,
+    absolute,
+    adapter_folder,
+    local_files,
+    one_line,
+    read_config,
+)
 
 PREFIX = "base_model.model."
 """Before the name of every tensor in PEFT's files."""
-_PLAIN: dict[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "fan_in_fan_out": False,
-}
-"""What PEFT's further settings are where none of them is used."""
+_PLAIN_NAME = re.compile(re.escape(PREFIX) + r".+\.(lora_[AB]\.weight|lora_magnitude_vector)")
+"""Of the tensors of an adapter that is products beside linear layers and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -54,55 +62,82 @@ class StoredModel:
     def place(self) -> str:
         return self.adapters[-1].place if self.adapters else self.whole_place
 
-    def config(self) -> PreTrainedConfig:
-        """The configuration of the whole model."""
-        return read_config(self.whole_folder, self.whole_place)
+    def base_config(self) -> PreTrainedConfig:
+        """The configuration of the whole model, as it is without the adapters."""
+        try:
+            return read_config(self.whole_folder, self.whole_place)
+        except ManifestError as error:
+            if not self.adapters:
+                raise
+            raise ManifestError(f"The base of the adapter at '{self.adapters[0].place}': {error}") from error
 
 
 @contextmanager
-def open_model(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[StoredModel]:
+def open_model(place: str, endings: tuple[str, ...] = ("",), above: tuple[str, ...] = ()) -> Iterator[StoredModel]:
     """The files of the model at a place, a Hugging Face directory (a path or URI), an adapter, or a hub name; of what
-    is remote those with these endings are fetched.
+    is remote those with these endings are fetched, and adapters in full. A folder that is both is an adapter; if it
+    names itself as its base (``above`` are the adapters on what is opened), that is the rest of the folder.
 
-    ManifestError for an adapter of another kind, or whose base is not there or not the one that was adapted.
+    ManifestError for an adapter that is not known here, or whose base is not there or not the one that was adapted.
     """
-    with local_files(place, endings) as folder:
-        is_adapter = Path(folder, ADAPTER_CONFIG_FILE).exists() and not Path(folder, "config.json").exists()
-        if not is_adapter:
+    with local_files(place, (*endings, ADAPTER_FILE)) as folder:
+        found = adapter_folder(folder)
+        if found is None:
             yield StoredModel(folder, place)
             return
-        adapter = StoredAdapter(folder, place)
+        if absolute(place) in above[-1:]:
+            with _without_adapter(folder) as rest:
+                yield StoredModel(rest, place)
+            return
+        adapter = StoredAdapter(found, place)
         adapter.check_base()
-        with open_model(adapter.base.place, endings) as base:
+        if absolute(adapter.base.place) in above:
+            raise ManifestError(f"The adapters at '{place}' and '{adapter.base.place}' name each other as their base.")
+        with open_model(adapter.base.place, endings, (*above, absolute(place))) as base:
             yield replace(base, adapters=(*base.adapters, adapter))
 
 
+@contextmanager
+def _without_adapter(folder: str) -> Iterator[str]:
+    """A folder without the adapter in it, which transformers would load beside the model."""
+    with tempfile.TemporaryDirectory() as rest:
+        for path in Path(folder).absolute().iterdir():
+            if not path.name.startswith("adapter_"):
+                Path(rest, path.name).symlink_to(path)
+        yield rest
+
+
 class StoredAdapter:
-    """An adapter in a local folder, in PEFT's format. ManifestError if it cannot be read, or is of another kind."""
+    """An adapter in a local folder, in PEFT's format. ManifestError if it cannot be read, or is not known here."""
 
     def __init__(self, folder: str, place: str) -> None:
         self.folder, self.place = folder, place
         with self._readable():
-            self.config: LoraConfig = LoraConfig.from_pretrained(folder)
-        unknown = [key for key, plain in _PLAIN.items() if (getattr(self.config, key, plain) or plain) != plain]
-        if unknown:
-            raise ManifestError(
-                f"The adapter at '{place}' uses {', '.join(unknown)} of PEFT, which is not known here. Merge it into "
-                "its base with PEFT, and give the merged model."
-            )
+            keys = json.loads(Path(folder, ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+            self.is_plain = check_known(keys, place)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it ignores is refused above
+                self.config: Any = PeftConfig.from_pretrained(folder)
+        unknown = keys.keys() - {field.name for field in fields(self.config)}
+        check_known({"peft_type": "LORA", **{key: keys[key] for key in unknown}}, place)
+        if self.is_plain:
+            self.is_plain = all(_PLAIN_NAME.fullmatch(name) for name in self.tensors)
+            self.config.init_lora_weights = True
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ImportError, UnpicklingError, SafetensorError) as error:
             raise ManifestError(f"The adapter at '{self.place}' cannot be read: {one_line(error)}") from error
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""
         with self._readable():
-            return load_file(Path(self.folder, ADAPTER_FILE))
+            if not any(Path(self.folder, name).exists() for name in (ADAPTER_FILE, "adapter_model.bin")):
+                raise FileNotFoundError(f"there is no {ADAPTER_FILE}.")
+            return load_peft_weights(self.folder, device="cpu")
 
     @cached_property
     def base(self) -> Base:
@@ -112,7 +147,8 @@ class StoredAdapter:
         place = entry["place"] if entry else self.config.base_model_name_or_path
         if not place:
             raise ManifestError(f"The adapter at '{self.place}' does not say which model it belongs to.")
-        return Base(place, entry["sha256"] if entry else None)
+        digest = entry["sha256"] if entry else None
+        return Base(_found(place, self.place, digest), digest)
 
     def check_base(self) -> None:
         """ManifestError if the base is not there, or not the one that was adapted."""
@@ -134,6 +170,18 @@ class StoredAdapter:
         return {_name_in_model(name.removeprefix(PREFIX)): tensor.float() for name, tensor in self.tensors.items()}
 
 
+def _found(named: str, adapter: str, digest: str | None) -> str:
+    """Where a base is that an adapter names. A relative path is meant from where the program runs, as for PEFT, else
+    from the adapter's folder, and of one with a digest from any folder above it."""
+    if not (storage.is_local(named) and storage.is_local(adapter)) or Path(named).is_absolute():
+        return named
+    folder = Path(storage.local_path(adapter)).absolute()
+    roots = (Path.cwd(), folder, *(folder.parents if digest else ()))
+    there = [str(path) for root in roots if (path := Path(os.path.normpath(root / named))).is_dir()]
+    same = (path for path in there if digest is None or digest_of(path) == digest)
+    return next(same, there[0] if there else named)
+
+
 def digest_of(place: str) -> str:
     """One hash over the weights and the configuration at a place; of a hub name that of its commit."""
     if storage.is_committed(place):
@@ -142,7 +190,7 @@ def digest_of(place: str) -> str:
         uris = {name: storage.join(place, name) for name in storage.list_directory(place) if _counts(name)}
         files = {name: _sha256(uri, storage.modified_fingerprint(uri)) for name, uri in uris.items()}
     else:
-        commit = getattr(AutoConfig.from_pretrained(place), "_commit_hash", None)
+        commit = getattr(read_config(place, place), "_commit_hash", None)
         return hashlib.sha256(f"{place}@{commit}".encode()).hexdigest()
     listed = "".join(f"{files[name]}  {name}\n" for name in sorted(files) if _counts(name))
     return hashlib.sha256(listed.encode()).hexdigest()
