@@ -108,9 +108,15 @@ def read_file(path: Path) -> Any:
                     "manifest_sha256": None,
                     "parents": parents,
                     "data": dict.fromkeys(content["data"]),
+                    "base": None,
                 }
             if path.name == "adapter_config.json":
-                return {**content, "target_modules": sorted(content["target_modules"])}
+                base = Path(content["base_model_name_or_path"]).name  # absolute, and each run has its own folder
+                return {
+                    **content,
+                    "base_model_name_or_path": base,
+                    "target_modules": sorted(content["target_modules"]),
+                }
             return content
     return path.read_bytes()
 
