@@ -65,8 +65,9 @@ def test_rendering_equals_that_of_transformers(shared_data, tokenizer):
                     text = renderer.render(chat, generation_prompt)
                 except DataError:
                     continue
+                wanted = renderer.as_wanted(chat) if "tool_calls" in str(conversation) else conversation
                 assert text == tokenizer.apply_chat_template(
-                    [dict(message) for message in conversation.messages],
+                    [dict(message) for message in wanted.messages],
                     tools=conversation.tools,
                     chat_template=(folder / file).read_text(),
                     add_generation_prompt=generation_prompt,

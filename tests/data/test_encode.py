@@ -33,7 +33,7 @@ def encode(example: Example, tokenizer: Any = BYTES, block: int = 10_000, **sett
 
 
 def document(example: Example, tokenizer: Any = BYTES, **settings: Any) -> Document:
-    encoded = encode(example, tokenizer, **settings)
+    encoded = encode(example, tokenizer, **{"drop_unprinted": ["reasoning", "tool_calls"], **settings})
     assert encoded.error is None
     (found,) = encoded.documents
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +14,12 @@ from postlude.data.example import BadRecord, Conversation
 from postlude.data.masks import Masker
 from postlude.data.tokenizer import CHATML, load_tokenizer
 from postlude.data.turns import MaskError, Turns
-from postlude.manifest.schema import TokenizerFrom, TrainOnSpans
+from postlude.manifest.schema import TokenizerFrom, TrainOnSpans, Unprinted
 
 TOKENIZER = load_tokenizer(TokenizerFrom(bytes=True))
 STOP_TOKENS = StopTokens(TOKENIZER)
+EVERYTHING = get_args(Unprinted)
+"""These tests are of spans: what a template leaves out is allowed."""
 
 Messages = list[dict[str, Any]]
 Piece = tuple[str, int | None]
@@ -25,7 +27,7 @@ Piece = tuple[str, int | None]
 
 
 def masker(template: str, train_on: Any = "assistant") -> Masker:
-    return Masker(ChatRenderer(TOKENIZER, template), STOP_TOKENS, train_on)
+    return Masker(ChatRenderer(TOKENIZER, template), STOP_TOKENS, train_on, EVERYTHING)
 
 
 def trained(
@@ -190,7 +192,7 @@ def test_a_shape_gives_what_the_proof_of_the_conversation_gives(name, messages):
     turns = Turns(renderer, STOP_TOKENS, chat)
     spans = turns.spans([i for i, message in enumerate(messages) if message["role"] == "assistant"])
     direct = [(start, end, 1.0) for several in spans.values() for start, end in several]
-    assert Masker(renderer, STOP_TOKENS, "assistant").mask(Conversation(messages)).spans == direct
+    assert Masker(renderer, STOP_TOKENS, "assistant", EVERYTHING).mask(Conversation(messages)).spans == direct
 
 
 # --- which turns, and how much they count ----------------------------------------------------------------------

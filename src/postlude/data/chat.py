@@ -5,14 +5,18 @@ Notable:
 - The template is compiled once, in the environment of transformers, its sandbox included.
 - What a template raises, and what Python raises inside it, becomes one error that names the template and its line.
 - A template that asks for the date is told ``today``. A run that pins it renders the same text whenever it resumes.
+- Conversations have one form here: texts as content, mappings as arguments. A template that prints those only as lists
+  of parts, or as JSON in a text, is given them so; which it wants it shows in renderings of made-up conversations, so
+  that every conversation of a template is treated alike.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +36,25 @@ TEMPLATE_SUFFIX = ".jinja"
 """A template that ends with it is the path of one."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The names under which the thinking part of a message is found in data and in templates."""
+
+_ANSWER = "Certainly so."
+_PROBE: list[dict[str, Any]] = [{"role": "user", "content": "Hello there!"}, {"role": "assistant", "content": _ANSWER}]
+_PASSED, _RESULT = {"city": "Quebec"}, "sunny"
+_CALL = {"id": "abcdefgh1", "type": "function", "function": {"name": "weather", "arguments": _PASSED}}
+_CALLING: list[dict[str, Any]] = [
+    _PROBE[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": "abcdefgh1", "name": "weather", "content": _RESULT},
+    _PROBE[1],
+]
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells it",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}},
+    },
+}
 
 _TRACKING = threading.Lock()
 """Held while marks are tracked: the whole process shares a compiled template, which tracks one rendering at a time."""
@@ -74,6 +97,7 @@ class ChatRenderer:
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._today = today
         self._with_tools: _Compiled | None = None
+        self._forms: dict[_Compiled, tuple[Form, Form]] = {}
         if template is not None:
             self._plain = _read_template(template)
             return
@@ -107,21 +131,58 @@ class ChatRenderer:
         """The text of a conversation. DataError, naming the template, if the template raises."""
         template = self._template(chat)
         with template.translate_errors():
-            return template.compiled.render(self._variables(chat, generation_prompt))
+            return template.compiled.render(self._variables(self.as_wanted(chat), generation_prompt))
 
     def render_marked(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where the template's own marks stand in it. DataError as :meth:`render`."""
         template = self._template(chat)
         environment: Any = template.compiled.environment
+        variables = self._variables(self.as_wanted(chat), False)
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
         with template.translate_errors(), _TRACKING, environment.activate_tracker(blocks, marks):
-            for block in template.compiled.generate(self._variables(chat, False)):
+            for block in template.compiled.generate(variables):
                 blocks.append(block)
         return "".join(blocks), marks
 
     def _template(self, chat: Chat) -> _Compiled:
         return self._plain if chat.tools is None or self._with_tools is None else self._with_tools
+
+    # --- the form that a template wants ---------------------------------------------------------------------
+
+    def as_wanted(self, chat: Chat) -> Chat:
+        """The conversation in the form that the template prints."""
+        template = self._template(chat)
+        if template not in self._forms:
+            self._forms[template] = self._content_form(template), _as_it_is
+            self._forms[template] = self._forms[template][0], self._arguments_form(template)
+        content_form, arguments_form = self._forms[template]
+        return content_form(arguments_form(chat) if any("tool_calls" in m for m in chat.messages) else chat)
+
+    def _content_form(self, template: _Compiled) -> Form:
+        """Parts only for a template that does not print texts, and prints parts."""
+        chat = Chat(_PROBE)
+        text, in_parts = (self._try(template, form(chat)) for form in (_as_it_is, _with_content_in_parts))
+        said = [str(message["content"]) for message in _PROBE]
+        return _with_content_in_parts if not _holds(text, said) and _holds(in_parts, said) else _as_it_is
+
+    def _arguments_form(self, template: _Compiled) -> Form:
+        """Text only for a template that refuses mappings, drops them or prints them as Python does, and prints text."""
+        for tools in ([_TOOL], None):
+            chat = self._forms[template][0](Chat(_CALLING, tools))
+            as_mapping, as_text = (self._try(template, form(chat)) for form in (_as_it_is, _with_arguments_as_text))
+            is_wrong = not _holds(as_mapping, ["Quebec"]) or str(_PASSED) in str(as_mapping)
+            if is_wrong and _holds(as_text, [_json(_PASSED)]):
+                return _with_arguments_as_text
+        return _as_it_is
+
+    def _try(self, template: _Compiled, chat: Chat) -> str | None:
+        """The rendering; None if the template refuses it."""
+        try:
+            with template.translate_errors():
+                return template.compiled.render(self._variables(chat, False))
+        except DataError:
+            return None
 
     def _variables(self, chat: Chat, generation_prompt: bool) -> dict[str, Any]:
         variables: dict[str, Any] = {
@@ -134,6 +195,54 @@ class ChatRenderer:
         if self._today is not None:
             variables["strftime_now"] = self._today.strftime
         return variables
+
+
+Form = Callable[[Chat], Chat]
+"""Brings a conversation into the form that a template wants."""
+
+
+def _as_it_is(chat: Chat) -> Chat:
+    return chat
+
+
+def _with_content_in_parts(chat: Chat) -> Chat:
+    return _with_messages(
+        chat,
+        lambda message: (
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+        ),
+    )
+
+
+def _with_arguments_as_text(chat: Chat) -> Chat:
+    def encode(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": encode(call["function"])}
+        given = call.get("arguments")
+        return call if given is None or isinstance(given, str) else {**call, "arguments": _json(given)}
+
+    return _with_messages(
+        chat,
+        lambda message: (
+            {**message, "tool_calls": [encode(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+        ),
+    )
+
+
+def _with_messages(chat: Chat, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Chat:
+    return Chat([change(message) for message in chat.messages], chat.tools)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _holds(rendered: str | None, texts: Iterable[str]) -> bool:
+    return rendered is not None and all(text in rendered for text in texts)
 
 
 class StopTokens:

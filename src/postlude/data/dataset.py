@@ -78,7 +78,10 @@ class Dataset:
         self.seekable: bool = self._records.seekable
         """Whether the groups of a file can be taken in any order."""
         self.fingerprint: str = digest(
-            self._records.fingerprint, config.model_dump_json(by_alias=True), str(sample), name
+            self._records.fingerprint,
+            config.model_dump_json(by_alias=True, exclude={*DatasetConfig.free}),
+            str(sample),
+            name,
         )
         """Changes when the data or the configuration do."""
         self.dropped: dict[str, LeftOut] = {}
@@ -170,7 +173,9 @@ class Dataset:
     def _filter(self, config: DatasetConfig, cache: str, sample: str) -> None:
         filters = [_resolve(entry) for entry in config.filters]
         components = [self.format, *(entry for entry in filters if isinstance(entry, Filter))]
-        keys = config.model_dump_json(by_alias=True, exclude={"source", "template", "train_on", "truncate"})
+        keys = config.model_dump_json(
+            by_alias=True, exclude={"source", "template", "train_on", "truncate", *DatasetConfig.free}
+        )
         judged = self.name, self._records.fingerprint, keys, sample
         what = digest(*judged, version("postlude"), *map(_code_of, components))
 

@@ -5,7 +5,7 @@ A token counts if any of its characters lies in a trained stretch, and of severa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -54,6 +54,8 @@ class Encoded:
     dropped: str | None = None
     truncated: int = 0
     """Tokens cut off."""
+    unprinted: frozenset[str] = frozenset()
+    """What the chat template leaves out (:data:`postlude.manifest.schema.Unprinted`)."""
     error: DataError | BadRecord | None = None
     """The example cannot be used: whether that ends the run or is counted is for the caller to say."""
 
@@ -64,13 +66,15 @@ class _Row:
 
     tokens: np.ndarray
     weights: np.ndarray
+    unprinted: frozenset[str] = frozenset()
 
 
 class Encoder:
     """Encodes the examples of one data set.
 
     ``template`` stands in for the tokenizer's own chat template; ``block`` is the most tokens of a document; ``today``
-    is what a template is told that asks for the date (by default the clock). ManifestError if the tokenizer cannot
+    is what a template is told that asks for the date (by default the clock); ``drop_unprinted`` names what trained
+    turns may lose. ManifestError if the tokenizer cannot
     say where in a text its tokens stand, and, once a conversation comes, if there is no usable template.
     """
 
@@ -83,6 +87,7 @@ class Encoder:
         block: int,
         truncate: Policy = "right",
         today: datetime | None = None,
+        drop_unprinted: Collection[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise ManifestError(
@@ -91,6 +96,7 @@ class Encoder:
             )
         self._tokenizer, self._template, self._train_on = tokenizer, template, train_on
         self._block, self._policy, self._today = block, truncate, today
+        self._drop_unprinted = drop_unprinted
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
 
     @cached_property
@@ -99,7 +105,7 @@ class Encoder:
 
     @cached_property
     def _masker(self) -> Masker:
-        return Masker(self._renderer, StopTokens(self._tokenizer), self._train_on)
+        return Masker(self._renderer, StopTokens(self._tokenizer), self._train_on, self._drop_unprinted)
 
     @property
     def given_template(self) -> str | None:
@@ -173,7 +179,7 @@ class Encoder:
             except (DataError, BadRecord) as error:
                 errors[i] = error
         for i, encoding in self._tokenize(chats, add_special_tokens=False):
-            rows[i] = _row(encoding, chats[i].spans)
+            rows[i] = replace(_row(encoding, chats[i].spans), unprinted=chats[i].unprinted)
         for i, encoding in self._tokenize(texts, add_special_tokens=True):
             rows[i] = self._end_text(_row(encoding, texts[i].spans), cast(Text, examples[i]))
         return [errors.get(i, rows.get(i)) for i in range(len(examples))]
@@ -233,7 +239,7 @@ class Encoder:
             weights = row.weights[start:end].copy()
             weights[0] = 0
             documents.append(Document(example_id, source, row.tokens[start:end], {WEIGHT.name: weights}))
-        return Encoded(tuple(documents), kept.dropped, kept.cut)
+        return Encoded(tuple(documents), kept.dropped, kept.cut, row.unprinted)
 
     def _together(self, rows: Sequence[_Row | None], scores: Sequence[float], example_id: str, source: str) -> Encoded:
         """Answers that stay in one block: all are kept, or none."""
@@ -252,7 +258,8 @@ class Encoder:
                 streams = {**document.streams, SCORE.name: np.full(len(document), score, np.float32)}
                 documents.append(replace(document, streams=streams))
             cut += answer.truncated
-        return Encoded(tuple(documents), truncated=cut)
+        left_out = frozenset[str]().union(*(row.unprinted for row in rows if row is not None))
+        return Encoded(tuple(documents), truncated=cut, unprinted=left_out)
 
 
 def _join(text: Text) -> Masked:

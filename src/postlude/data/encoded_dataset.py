@@ -8,6 +8,7 @@ from typing import Literal
 from postlude.data.dataset import Dataset
 from postlude.data.document import Document, Unit
 from postlude.data.encode import Encoded, Encoder
+from postlude.data.masks import UnprintedError
 from postlude.data.statistics import Dropped, SourceStatistics
 from postlude.errors import DataError
 
@@ -50,6 +51,11 @@ class EncodedDataset:
         }
 
     def _units_of(self, example_id: str, encoded: Encoded) -> tuple[Unit, ...]:
+        for kind in sorted(encoded.unprinted):
+            self.statistics.unprinted.setdefault(kind, Dropped()).add(example_id)
+        if isinstance(encoded.error, UnprintedError):  # the fault is not the record's, so none is left out for it
+            told = str(encoded.error).replace("data.NAME", f"data.{self.dataset.name}")
+            raise DataError(f"The example '{example_id}' loses something: {told}") from encoded.error
         if encoded.error is not None:
             if self._on_bad_record == "stop":
                 raise DataError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from postlude.data.chat import REASONING_KEYS, Chat, ChatRenderer, StopTokens
 from postlude.data.example import BadRecord, Conversation
 from postlude.data.sentinels import Part, Place, call_parts, locate, spoken_parts
 from postlude.data.turns import MaskError, Span, Turns
+from postlude.data.unprinted import ROLES, Omission, spoken_kind, unprinted
 from postlude.errors import DataError
 from postlude.manifest.schema import TrainOnSpans
 from postlude.manifest.schema import Turns as TurnsTrained
@@ -32,6 +33,14 @@ TrainOn = TurnsTrained | TrainOnSpans
 
 WeightedSpan = tuple[int, int, float]
 """From one character to before another, and how much it counts."""
+
+_KINDS = {
+    **dict.fromkeys((*ROLES, "other"), "text"),
+    "reasoning": "reasoning",
+    "tool_calls": "tool calls",
+    "names": "name",
+}
+"""What a message loses, in words."""
 
 _MOST_SKELETONS = 1024
 """So many skeletons are kept at a time."""
@@ -43,13 +52,21 @@ class Masked:
 
     text: str
     spans: Sequence[WeightedSpan]
+    unprinted: frozenset[str] = frozenset()
+    """What of the conversation is not in the text (:data:`postlude.manifest.schema.Unprinted`)."""
+
+
+class UnprintedError(DataError):
+    """A trained turn loses something of what was to be trained."""
 
 
 class Masker:
     """Finds what is trained in conversations rendered by one template."""
 
-    def __init__(self, renderer: ChatRenderer, stop_tokens: StopTokens, train_on: TrainOn) -> None:
-        self._renderer, self._stop_tokens = renderer, stop_tokens
+    def __init__(
+        self, renderer: ChatRenderer, stop_tokens: StopTokens, train_on: TrainOn, drop_unprinted: Collection[str] = ()
+    ) -> None:
+        self._renderer, self._stop_tokens, self._drop_unprinted = renderer, stop_tokens, drop_unprinted
         self._expression: re.Pattern[str] | None = None
         self._train_on: TurnsTrained
         if isinstance(train_on, TrainOnSpans):
@@ -61,19 +78,27 @@ class Masker:
     def mask(self, conversation: Conversation) -> Masked:
         """The text of a conversation and its trained stretches; none where no turn is to be trained.
 
-        DataError if the template raises, MaskError if a stretch cannot be proven, BadRecord for an impossible weight.
+        DataError if the template raises, MaskError if a stretch cannot be proven, UnprintedError if a trained turn
+        loses what ``drop_unprinted`` does not name, BadRecord for an impossible weight.
         """
-        masked = self._mask_turns(conversation)
-        return masked if self._expression is None else Masked(masked.text, list(_matches(self._expression, masked)))
-
-    def _mask_turns(self, conversation: Conversation) -> Masked:
         weights = [_weight(message, number) for number, message in enumerate(conversation.messages, 1)]
         chat = Chat.of(conversation)
         if not chat.messages:
             raise BadRecord("it is an empty conversation: it has no message")
-        if self._train_on == "all":
-            return self._mask_all(chat, weights)
         counts = {i: weights[i] for i in self._turns(chat) if weights[i]}
+        masked = self._mask_all(chat, weights) if self._train_on == "all" else self._mask_turns(chat, counts)
+        if not masked.text:
+            return masked
+        omissions = self._omissions(chat, masked.text)
+        for omission in omissions:
+            # Of a turn of which an expression finds what is trained, what it does not find need not be printed.
+            if omission.message in counts and self._expression is None and omission.kind not in self._drop_unprinted:
+                raise self._unprinted_error(chat, omission)
+        spans = masked.spans if self._expression is None else list(_matches(self._expression, masked))
+        return Masked(masked.text, spans, frozenset(omission.kind for omission in omissions))
+
+    def _mask_turns(self, chat: Chat, counts: dict[int, float]) -> Masked:
+        """The spans of the turns that count, each as much as ``counts`` says."""
         spans: list[WeightedSpan] = []
         has_marks = self._renderer.has_marks(chat)
         own = [i for i in counts if has_marks and chat.messages[i].get("role") == "assistant"]
@@ -89,6 +114,8 @@ class Masker:
 
     def _turns(self, chat: Chat) -> list[int]:
         """The messages that ``train_on`` selects."""
+        if self._train_on == "all":
+            return list(range(len(chat.messages)))
         roles = ("assistant",) if self._train_on in ("assistant", "last") else self._train_on
         selected = [i for i, message in enumerate(chat.messages) if message.get("role") in roles]
         return selected[-1:] if self._train_on == "last" else selected
@@ -136,6 +163,24 @@ class Masker:
             owners.append(inside.pop())
         return owners
 
+    # --- what is not printed --------------------------------------------------------------------------------
+
+    def _omissions(self, chat: Chat, text: str) -> list[Omission]:
+        """What the template leaves out, through the conversation's skeleton if possible."""
+        skeleton = self._skeleton(chat, [])
+        if skeleton is not None and skeleton.spans_in(text, chat) is not None:
+            return skeleton.omissions
+        return unprinted(self._renderer.render, chat, text)
+
+    def _unprinted_error(self, chat: Chat, omission: Omission) -> UnprintedError:
+        index = omission.message or 0
+        return UnprintedError(
+            f"{self._renderer.name(chat)} does not print all of message {index + 1} (role "
+            f"'{chat.messages[index].get('role')}'), which is to be trained: its {_KINDS[omission.kind]}. Give a "
+            "template that prints it as data.NAME.template, or set data.NAME.drop_unprinted to "
+            f"[{', '.join([*self._drop_unprinted, omission.kind])}] to train without it."
+        )
+
     # --- proven turns ---------------------------------------------------------------------------------------
 
     def _turn_spans(self, chat: Chat, indices: list[int]) -> tuple[str, dict[int, list[Span]]]:
@@ -166,6 +211,8 @@ class _Skeleton:
 
     def __init__(self, text: str, holes: list[tuple[Part, Place]], spans: dict[int, list[Span]]) -> None:
         self._holes = [part for part, _ in holes]
+        self.omissions: list[Omission] = []
+        """What of a conversation with this skeleton the template leaves out."""
         self._sizes = [place.end - place.start for _, place in holes]
         starts, ends = [place.start for _, place in holes], [place.end for _, place in holes]
         self._literals = [text[end:start] for end, start in zip([0, *ends], [*starts, len(text)], strict=True)]
@@ -187,7 +234,13 @@ class _Skeleton:
         holes = [(part, place) for part, place in places.items() if isinstance(place, Place)]
         if len(holes) < sum(place is not None for place in places.values()):
             return None
-        return cls(turns.text, sorted(holes, key=lambda hole: hole[1].start), spans)
+        skeleton = cls(turns.text, sorted(holes, key=lambda hole: hole[1].start), spans)
+        skeleton.omissions = [
+            Omission(spoken_kind(chat.messages[part.message], str(part.path[0])), part.message)
+            for part, place in places.items()
+            if place is None
+        ]
+        return skeleton
 
     def spans_in(self, text: str, chat: Chat) -> dict[int, list[Span]] | None:
         """The spans in ``text`` if it is this skeleton filled with the texts of ``chat``; None if it is not."""

@@ -24,8 +24,8 @@ Path = tuple[str | int, ...]
 
 _PRIVATE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 _ANY_PRIVATE = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _PRIVATE) + "]")
-_THINKING_BEGINS = re.compile(r"<[^\s<>/]*think[^\s<>]*>|\[THINK\]", re.IGNORECASE)
-_THINKING_ENDS = re.compile(r"</[^\s<>]*think[^\s<>]*>|\[/THINK\]", re.IGNORECASE)
+THINKING_BEGINS = re.compile(r"<[^\s<>/]*think[^\s<>]*>|\[THINK\]", re.IGNORECASE)
+THINKING_ENDS = re.compile(r"</[^\s<>]*think[^\s<>]*>|\[/THINK\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def call_parts(chat: Chat, index: int) -> list[Part]:
     function = calls[-1]
     if "function" in function:
         path, function = (*path, "function"), function["function"]
-    texts = list(_texts(function.get("arguments"), (*path, "arguments")))
+    texts = list(texts_in(function.get("arguments"), (*path, "arguments")))
     return [Part(index, where, text) for where, text in (*texts[-1:], ((*path, "name"), function["name"]))]
 
 
@@ -132,12 +132,12 @@ def _stretches(text: str) -> list[tuple[int, int]]:
     for stripped in ("\n", None):
         leads.append(len(text) - len(text.lstrip(stripped)))
         trails.append(len(text.rstrip(stripped)))
-    thinking = list(_THINKING_ENDS.finditer(text))
+    thinking = list(THINKING_ENDS.finditer(text))
     spoken = text[thinking[-1].end() :].lstrip() if thinking else ""
     for stripped in ("\n", None):
         if thinking and not spoken:  # nothing but thinking, so that is what is looked for
             end = thinking[-1].start()
-            begun = list(_THINKING_BEGINS.finditer(text, 0, end))
+            begun = list(THINKING_BEGINS.finditer(text, 0, end))
             leads.append(len(text) - len(text[begun[-1].end() :].lstrip(stripped)) if begun else leads[-1])
             trails.append(len(text[:end].rstrip(stripped)))
         else:
@@ -160,7 +160,7 @@ class Marked:
         """
         texts = (self._text, *(part.text for part, _, _ in marks))
         used = set().union(*texts) if any(map(_ANY_PRIVATE.search, texts)) else set()
-        characters = _unused_characters(used)
+        characters = unused_characters(used)
         sentinels = {part: (next(characters), next(characters)) for part, _, _ in marks}
         chat = self._chat
         for part, lead, trail in marks:
@@ -199,34 +199,34 @@ def _replace(chat: Chat, part: Part, text: str) -> Chat:
     message = chat.messages[part.message]
     # Thinking stands in a message under several names, of which a template reads one.
     keys = REASONING_KEYS if part.path[0] in REASONING_KEYS else (part.path[0],)
-    changed = {key: _with(message[key], part.path[1:], text) for key in keys if key in message}
+    changed = {key: with_text(message[key], part.path[1:], text) for key in keys if key in message}
     messages = list(chat.messages)
     messages[part.message] = {**message, **changed}
     return Chat(messages, chat.tools)
 
 
-def _with(value: Any, path: Path, text: str) -> Any:
+def with_text(value: Any, path: Path, text: str) -> Any:
     """A copy of ``value`` that has ``text`` at ``path``."""
     if not path:
         return text
     copy: Any = dict(value) if isinstance(value, Mapping) else list(value)
-    copy[path[0]] = _with(value[path[0]], path[1:], text)
+    copy[path[0]] = with_text(value[path[0]], path[1:], text)
     return copy
 
 
-def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
+def texts_in(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
     """The texts within a JSON value that are more than white space, in order."""
     if isinstance(value, str):
         if value.strip():
             yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _texts(item, (*path, key))
+            yield from texts_in(item, (*path, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _texts(item, (*path, index))
+            yield from texts_in(item, (*path, index))
 
 
-def _unused_characters(used: set[str]) -> Iterator[str]:
+def unused_characters(used: set[str]) -> Iterator[str]:
     private = (chr(code) for first, last in _PRIVATE for code in range(first, last + 1))
     return (character for character in private if character not in used)

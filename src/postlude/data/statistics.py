@@ -47,6 +47,9 @@ class SourceStatistics:
     """Records read."""
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """Examples that yielded nothing, by reason."""
+    unprinted: dict[str, Dropped] = field(default_factory=dict)
+    """Examples of which the chat template leaves something out, by what it is
+    (:data:`postlude.manifest.schema.Unprinted`)."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Tokens of a unit, and how many units have so many."""
     trained_tokens: int = 0
@@ -108,6 +111,7 @@ class SourceStatistics:
             **{name: getattr(self, name) for name in ("records", "read", "units", *tokens)},
             "filtered": {reason: asdict(dropped) for reason, dropped in self.filtered.items()},
             "dropped": {reason: asdict(dropped) for reason, dropped in self.dropped.items()},
+            "unprinted": {kind: asdict(dropped) for kind, dropped in self.unprinted.items()},
             "lengths": {
                 "mean": self.mean_tokens,
                 **{f"p{percent}": self.percentile(percent) for percent in (5, 50, 90, 99)},
@@ -161,6 +165,15 @@ class Statistics:
             for source, what, reason, dropped in lost:
                 examples = Text(", ".join(dropped.examples))
                 table.add_row(Text(source.name), Text(reason), f"{dropped.count:,} {what}", examples)
+            shown.append(table)
+        left_out = [
+            (name, entry) for name, source in self.sources.items() for entry in sorted(source.unprinted.items())
+        ]
+        if left_out:
+            table = _table("Not printed by the chat template", ["source", "what"], ["examples"])
+            table.add_column("such as", overflow="fold")
+            for name, (kind, dropped) in left_out:
+                table.add_row(Text(name), Text(kind), f"{dropped.count:,}", Text(", ".join(dropped.examples)))
             shown.append(table)
         return shown
 

@@ -27,6 +27,7 @@ from postlude.manifest.component import Component
 from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
+from postlude.manifest.schema import DatasetConfig
 from postlude.manifest.text import parse
 
 _HEADER = "# Written by postlude: the resolved manifest of this run, and what ran it. Not for editing.\n"
@@ -156,7 +157,10 @@ def basis(tree: Mapping[str, Any], stage: str, data: Collection[str], pools: Col
     workers = [tree["compute"]["pools"].get(name, {}).get("workers", 1) for name in pools] or [1]
     return {
         "seed": tree["seed"],
-        "data": {name: tree["data"][name] for name in data},
+        "data": {
+            name: {key: value for key, value in tree["data"][name].items() if key not in DatasetConfig.free}
+            for name in data
+        },
         "compute": {"workers": workers[0] if len(workers) == 1 else workers},
         "stages": {stage: tree["stages"][stage]},
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
@@ -55,8 +57,18 @@ class TrainOnSpans(Config):
         return spans
 
 
+Unprinted = Literal[
+    "reasoning", "tool_calls", "tools", "names", "system", "developer", "user", "assistant", "tool", "other"
+]
+"""What a chat template may leave out of a conversation: what was thought, calls, descriptions of tools, names of
+speakers, and what messages of a role say."""
+
+
 class DatasetConfig(Config):
     """A named data set: where its records come from and how each becomes something to train on."""
+
+    free: ClassVar[tuple[str, ...]] = ("drop_unprinted",)
+    """Keys that change no token: a run may go on with other values."""
 
     source: Annotated[Component, Named("sources", infer=_source_name)]
     """Where the records are: ``path``, ``hub``, ``query`` or ``from`` says which kind of source it is."""
@@ -77,6 +89,9 @@ class DatasetConfig(Config):
     """Use only so many records, the first ones."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that cannot be read stops the run, or is skipped and counted."""
+    drop_unprinted: list[Unprinted] | None = None
+    """What the chat template may leave out of trained turns, and of the rest without a word: ``[reasoning]``. By
+    default a trained turn that loses something stops the run."""
 
 
 # --- parts of a stage ---------------------------------------------------------------------------------------
@@ -238,6 +253,7 @@ class TrainingStage(StageConfig):
         "evaluate.every",
     )
     free = ("checkpoint", "parallel")
+    later = ("artifact_template",)
 
     pool: Name = "train"
     """The pool of ``compute.pools`` whose workers train it. Stages that do not need each other run at the same time
@@ -248,6 +264,8 @@ class TrainingStage(StageConfig):
     """Train a few small matrices beside the weights, which stay as they are."""
     tokenizer: TokenizerFrom | None = None
     """By default the model's own."""
+    artifact_template: Name | None = None
+    """The data set whose chat template the artifact has, where several were given."""
     add_tokens: list[str] | TokensFrom = []
     """Tokens that the tokenizer does not have yet (names of things, semantic ids): each becomes one, whose row in the
     embedding and the head begins as the mean of those of its pieces. A list, or ``{path: FILE}`` with one a line."""
@@ -317,6 +335,17 @@ class TrainingStage(StageConfig):
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
+def _day(text: str | None) -> str | None:
+    if text is not None:
+        try:
+            exact = date.fromisoformat(text).isoformat() == text
+        except ValueError:
+            exact = False
+        if not exact:
+            raise PydanticCustomError("day", "it is no day; write one as 2026-01-31")
+    return text
+
+
 class Manifest(Config):
     """A resolved manifest: ``defaults`` have been folded into the stages."""
 
@@ -328,6 +357,9 @@ class Manifest(Config):
     """The folder of runs: a local path or a URI such as s3://bucket/prefix."""
     plugins: list[str] = []
     """Modules to import: they register components of the user's own."""
+    today: Annotated[str | None, AfterValidator(_day)] = None
+    """What day a chat template is told that writes the date, as 2026-01-31. By default the day on which the stage
+    first ran."""
     data: dict[Name, DatasetConfig] = {}
     """The data sets by name."""
     compute: Compute = Field(default_factory=Compute)

@@ -33,6 +33,9 @@ class Identity:
     """How many times the stage was begun from nothing in its run; not in the fingerprint either."""
     stamps: Mapping[str, str] = field(default_factory=dict)
     """Size and time of each file when its content was read, so that it is not read again."""
+    day: str | None = None
+    """The day that its chat templates are told, as 2026-01-31, where one writes the date; None too for a stage that a
+    version began that did not note it."""
     taken_over_from: str | None = None
     """The run that made what stands here, where it was not this one."""
 
@@ -43,8 +46,13 @@ class Identity:
             what: [[storage.name(uri), content] for uri, content in contents.items()]
             for what, contents in self.files.items()
         }
-        parts = {"config": dict(self.config), "inputs": dict(self.inputs), "files": files, "code": dict(self.code)}
-        return hash_of(parts)
+        parts: dict[str, Any] = {
+            "config": dict(self.config),
+            "inputs": dict(self.inputs),
+            "files": files,
+            "code": dict(self.code),
+        }
+        return hash_of(parts if self.day is None else {**parts, "day": self.day})
 
     def result_fingerprint(self, amendments: Sequence[Sequence[Any]] = ()) -> str:
         """What the result follows from: the fingerprint, and the amendments that were made to the running stage."""
@@ -55,7 +63,8 @@ class Identity:
 
         Keys come first, as ``KEY: OLD -> NEW``; what comes from inputs is :meth:`changed_inputs`.
         """
-        return changed_keys(self.config, now.config) + self._changed_files(now) + self._changed_code(now)
+        days = [f"today: {self.day} -> {now.day}"] if self.day != now.day else []
+        return changed_keys(self.config, now.config) + days + self._changed_files(now) + self._changed_code(now)
 
     def changed_inputs(self, now: Identity) -> list[str]:
         """The stages it needs that are not what they were: another result, or a later revision in this run."""

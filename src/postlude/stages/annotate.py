@@ -187,7 +187,7 @@ class _Pass:
             "data": [[source.dataset.fingerprint, source.encoder.given_template] for source in self._sources],
             "recipe": [models.config.recipe, models.config.version],
             "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],
-            "begun": str(models.parts.begun),
+            "begun": str(models.parts.today),
             "batch": [batch.block, batch.micro, models.config.compile],
             "precision": models.precision.name,
             "postlude": __version__,

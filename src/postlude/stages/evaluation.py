@@ -140,7 +140,8 @@ class Evaluation(Work):
                     train_on=config.train_on,
                     block=block,
                     truncate="right" if config.truncate == "split" else config.truncate,
-                    today=self.parts.begun,
+                    today=self.parts.today,
+                    drop_unprinted=config.drop_unprinted or (),
                 )
             self._model = model, loaded, encoders
         return self._model[1], self._model[2][dataset]

@@ -94,8 +94,13 @@ class Parts:
         return small
 
     @cached_property
-    def begun(self) -> datetime | None:
-        """When the stage first ran: what a template is told that asks for the date, also on the day of a resume."""
+    def today(self) -> datetime | None:
+        """What a template is told that asks for the date: the manifest's day, or when the stage first ran, also on the
+        day of a resume."""
+        identity = self.stage.identity()
+        day = self.manifest.today or (identity.day if identity else None)
+        if day is not None:
+            return datetime.fromisoformat(day)
         begun_at = self.stage.status().begun_at
         return datetime.fromisoformat(begun_at) if begun_at else None
 

@@ -78,7 +78,7 @@ def encoders_of(parts: Parts, tokenizer: Any, datasets: Iterable[str]) -> Prompt
         tokenizer,
         {name: config.template for name, config in configs.items()},
         {name for name, config in configs.items() if config.on_bad_record == "skip"},
-        parts.begun,
+        parts.today,
     )
 
 

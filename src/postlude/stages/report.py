@@ -107,6 +107,8 @@ class StageReport:
     """Data sets that are not there yet, with the stage that makes each."""
     held_out: dict[str, int] = field(default_factory=dict)
     """How many documents each evaluation runs over."""
+    unprinted: dict[str, list[str]] = field(default_factory=dict)
+    """What chat templates leave out of data sets, beside what their ``drop_unprinted`` names."""
     remarks: list[str] = field(default_factory=list)
     """What is not wrong, but should be known before training."""
     synthetic: dict[str, list[Verdict]] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class StageReport:
             "step": self.rehearsal.to_json() if self.rehearsal else None,
             "trial": self.trial.to_json() if self.trial else None,
             "awaited": self.awaited,
+            "unprinted": self.unprinted,
             "remarks": self.remarks,
             "synthetic": {name: [v.to_json() for v in verdicts] for name, verdicts in self.synthetic.items()},
         }
@@ -134,6 +137,14 @@ class StageReport:
         parts += [_synthetic_table(name, verdicts) for name, verdicts in self.synthetic.items()]
         parts += [part.render() for part in (self.trial, self.rehearsal) if part]
         parts += [Text(f"Not there yet: {name}, which '{maker}' makes.") for name, maker in self.awaited.items()]
+        parts += [
+            Text(
+                f"The chat template does not print all that {name} holds: {', '.join(kinds)}. Give one that does as "
+                f"data.{name}.template, or say that it may with data.{name}.drop_unprinted.",
+                "yellow",
+            )
+            for name, kinds in self.unprinted.items()
+        ]
         parts += [Text(f"Note: {remark}", "yellow") for remark in self.remarks]
         return parts
 

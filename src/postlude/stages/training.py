@@ -78,6 +78,8 @@ class Training:
         trainer = self._trainer(recorder, stop, lambda: supply(stored))
         if checkpoint is not None:
             trainer.restore(checkpoint[1])
+        else:
+            self.data.check_template()  # one that an earlier version began goes on as it was
         recorder.event("stage_started", from_step=trainer.step)
         summary = trainer.fit()
         if not summary.interrupted:
@@ -162,6 +164,7 @@ class Training:
         """Its data are read, rendered, masked and packed; its memory is planned; and one real optimiser step is made on
         this machine's CPU, with a model of the same architecture made small."""
         manifest, sources = self.parts.manifest, self.data.sources
+        self.data.check_template()
         for name, source in sources.items() if synthetic else ():
             report.synthetic[name] = try_synthetic(
                 source.dataset.format, source.encoder.encode, synthetic or 0, manifest.seed
@@ -181,6 +184,10 @@ class Training:
             # A few records of small random models may be such that nothing in them can be trained on.
             report.remarks.append(f"not tried further, since the records of a trial are of no use: {error}")
             return
+        for name, source in sources.items():
+            accepted = manifest.data[name].drop_unprinted or ()
+            if kinds := sorted(source.statistics.unprinted.keys() - set(accepted)):
+                report.unprinted[name] = kinds
         report.held_out = {
             name: sum(len(unit.documents) for block in blocks for unit in block)
             for name, blocks in self.data.evaluations().items()

@@ -24,6 +24,7 @@ from postlude.data.tokenizer import (
     train_tokenizer,
     with_new_tokens,
 )
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace, TokensFrom
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.parts import Parts, shapes_of
@@ -68,7 +69,8 @@ class TrainingData:
             train_on=config.train_on,
             block=self.config.batch.block,
             truncate=config.truncate,
-            today=self.parts.begun,
+            today=self.parts.today,
+            drop_unprinted=config.drop_unprinted or (),
         )
         return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
 
@@ -178,12 +180,30 @@ class TrainingData:
 
     @property
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the artifact: with the template that the conversations were rendered with, if it is one."""
-        templates = {source.encoder.given_template for source in self.conversations.values()}
-        template = templates.pop() if len(templates) == 1 else None
+        """The tokenizer of the artifact: with the template that the conversations were rendered with, if it is one, or
+        that of the data set that ``artifact_template`` names; else with its own."""
+        templates = {name: source.encoder.given_template for name, source in self.conversations.items()}
+        chosen = self.config.artifact_template
+        every = set(templates.values()) if chosen is None else {templates.get(chosen)}
+        template = every.pop() if len(every) == 1 else None
         tokenizer = copy(self.tokenizer)
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer
+
+    def check_template(self) -> None:
+        """ManifestError if several templates were given and nothing says which is the artifact's."""
+        chosen, key = self.config.artifact_template, f"stages.{self.parts.task.stage}.artifact_template"
+        if chosen is not None and chosen not in self.conversations:
+            raise ManifestError(
+                f"{key} is '{chosen}', which is no data set of conversations of this stage. Choose among: "
+                f"{', '.join(self.conversations) or 'none'}."
+            )
+        given = {name: text for name, source in self.conversations.items() if (text := source.encoder.given_template)}
+        if chosen is None and len(set(given.values())) > 1:
+            raise ManifestError(
+                f"The data sets {', '.join(given)} are rendered with different chat templates, and the artifact has "
+                f"one. Set {key} to the data set whose template it is to have, or give all of them one template."
+            )
 
     @property
     def stop_ids(self) -> list[int]:

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel
@@ -24,12 +25,14 @@ from postlude import storage
 from postlude.data.sources.source import Source
 from postlude.errors import UserError
 from postlude.manifest.component import Component
-from postlude.manifest.graph import datasets_used
+from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
 from postlude.runs import LINEAGE, Identity, Run, artifact_of
 
+_WRITES_DATE = "strftime_now"
+"""The function with which a chat template asks for the date."""
 WHOLE_BYTES = 2**30
 """Up to this size the content of a local file is read."""
 
@@ -63,6 +66,7 @@ class Identifier:
             files=files,
             code=dict(self._code(stage, config)),
             input_revisions=dict(revisions),
+            day=self._day(stage),
             stamps={uri: self._known[uri][0] for uri in sorted(read) if uri in self._known},
         )
 
@@ -89,6 +93,33 @@ class Identifier:
         if known is None or known[0] != stamp:
             known = self._known[uri] = (stamp, storage.sha256_of(uri))
         return known[1]
+
+    # --- the day --------------------------------------------------------------------------------------------
+
+    def _day(self, stage: str) -> str | None:
+        """What day the stage's templates are told: the manifest's, that of the stage where it has begun, or today;
+        None where none of them writes the date."""
+        if not any(_WRITES_DATE in template for template in self._templates(stage)):
+            return None
+        standing = self.run.stage(stage)
+        identity = standing.identity() if standing.has_begun() else None
+        return self.resolved.manifest.today or (date.today().isoformat() if identity is None else identity.day)
+
+    def _templates(self, stage: str) -> Iterator[str]:
+        """The texts of the templates that a stage may render with: given ones, and those beside its models."""
+        manifest = self.resolved.manifest
+        config = manifest.stages[stage]
+        for name in set(datasets_used(config).values()):
+            template = manifest.data[name].template
+            if template is not None:
+                is_path = template.endswith(".jinja")
+                yield from (storage.read_text(path) for path in _existing(template)) if is_path else [template]
+        for _, path in _places(config, ""):
+            for file in _model_files(path):
+                if storage.name(file).endswith(".jinja") or storage.name(file) == "tokenizer_config.json":
+                    yield storage.read_text(file)
+        for need in needs(manifest, stage):
+            yield from self._templates(need)
 
     # --- code -----------------------------------------------------------------------------------------------
 

@@ -55,8 +55,14 @@ class Report:
         parts: list[RenderableType] = []
         for stage in self.stages:
             parts += stage.render()
-        parts += [Text(str(self.error), "red") if self.error else Text("Everything is in order.", "green")]
-        return Group(*parts)
+        return Group(*parts, self._verdict())
+
+    def _verdict(self) -> Text:
+        if self.error:
+            return Text(str(self.error), "red")
+        if any(stage.unprinted for stage in self.stages):
+            return Text("It can run, but chat templates leave out some of the data: see above.", "yellow")
+        return Text("Everything is in order.", "green")
 
 
 def validate(
