@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from postlude import storage
 from postlude.manifest.problem import ManifestError
@@ -57,6 +57,15 @@ class StoredModel:
     def config(self) -> PreTrainedConfig:
         """The configuration of the whole model."""
         return read_config(self.whole_folder, self.whole_place)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """That of the model at the place: of the last adapter that has one, or of the whole model."""
+        for folder in (*(adapter.folder for adapter in reversed(self.adapters)), self.whole_folder):
+            try:
+                return GenerationConfig.from_pretrained(folder)
+            except OSError:
+                continue
+        return None
 
 
 @contextmanager
