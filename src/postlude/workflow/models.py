@@ -76,7 +76,7 @@ def verify(model: str) -> Verification:
 
     place = artifact_of(model) or model
     report = compare(load_model(ModelFrom(path=model), place, None, seed=0))
-    checkpoint = _last_checkpoint(model, place)
+    checkpoint = _last_checkpoint(place)
     if checkpoint is None:
         return report
     from postlude.model.verify_source import differences_from_checkpoint
@@ -84,9 +84,10 @@ def verify(model: str) -> Verification:
     return replace(report, not_as_trained=tuple(differences_from_checkpoint(place, checkpoint)))
 
 
-def _last_checkpoint(model: str, artifact: str) -> str | None:
+def _last_checkpoint(artifact: str) -> str | None:
     """That of the step with which the stage of an artifact ended."""
-    if artifact_of(model) is None or not storage.is_local(artifact):
+    stage = storage.parent(artifact.rstrip("/"))
+    if not storage.is_local(artifact) or not storage.exists(artifact) or artifact_of(stage) is None:
         return None
     steps = json.loads(storage.read_bytes(storage.join(artifact, "lineage.json"))).get("steps")
-    return next((checkpoint.uri for checkpoint in find(model).checkpoints() if checkpoint.step == steps), None)
+    return next((checkpoint.uri for checkpoint in find(stage).checkpoints() if checkpoint.step == steps), None)
