@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
+from postlude.model.fit import check_complete, check_nothing_else, is_tied, untie
 from postlude.model.places import LM_HEAD_FILE, config_errors, one_line, quiet
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -20,7 +21,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def read_causal(
     folder: str, place: str, config: PreTrainedConfig, dtype: torch.dtype | Literal["auto"]
 ) -> PreTrainedModel:
-    """A transformers model from its files, every weight of it. ManifestError if files are broken or incomplete."""
+    """A transformers model from its files, every weight of it. A head that differs from the embedding is kept, and the
+    model's configuration says so. ManifestError if files are broken or incomplete, or hold other weights."""
     try:
         with quiet() if Path(folder).exists() else nullcontext():  # a download shows how far it is
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -32,18 +34,12 @@ def read_causal(
     beside = Path(folder) / LM_HEAD_FILE
     head = load_file(beside) if beside.exists() else {}
     causal.load_state_dict(head, strict=False)
-    missing = sorted(set(report["missing_keys"]) - set(head))
-    if missing:
-        raise incomplete(place, config.model_type, missing)
+    check_complete(set(report["missing_keys"]) - set(head), place, config.model_type)
+    check_nothing_else(report["unexpected_keys"], causal, place, folder)
+    output: Any = causal.get_output_embeddings()
+    if is_tied(causal.config) and output is not None and output.weight is not causal.get_input_embeddings().weight:
+        untie(causal.config)  # what is made of it has a head of its own, too
     return causal
-
-
-def incomplete(place: str, architecture: str, missing: list[str]) -> ManifestError:
-    """The error for a model whose files lack weights."""
-    return ManifestError(
-        f"The model at '{place}' is incomplete: {len(missing)} weights of the architecture '{architecture}' are not "
-        f"in its files, the first being '{missing[0]}'. Give a complete causal language model."
-    )
 
 
 def random_causal(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from postlude import storage
 from postlude.model import vocabulary
@@ -35,7 +37,7 @@ from postlude.model.places import (
     SCALAR_FILE,
     quiet,
 )
-from postlude.model.sharded import on_meta, open_sources
+from postlude.model.sharded import open_whole
 from postlude.model.sharded_export import DividedWeights, WeightFiles, gather_adapter, gather_weights, write_config
 from postlude.model.weights import dtype_in_files, read_whole
 
@@ -64,6 +66,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     if model.attached is not None:
         _write_adapter(model, model.attached, folder, lineage)
+        write_generation_config(_generation_config(model.causal.generation_config, tokenizer, stop_ids), folder)
         tokenizer.save_pretrained(folder)
         return
     dtype = dtype or model.stored_dtype or torch.float32
@@ -76,8 +79,8 @@ def write_model(
         written, beside = _classifier(model, config, dtype, weights.state, weights.scalar)
     if written is None:
         written = _causal(model, config, dtype, weights.state)
-    written.generation_config = _generation_config(model.causal.generation_config, tokenizer, stop_ids)
     weights.write(written, beside, folder)
+    write_generation_config(_generation_config(model.causal.generation_config, tokenizer, stop_ids), folder)
     tokenizer.save_pretrained(folder)
     (folder / LINEAGE_FILE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
 
@@ -134,9 +137,8 @@ def write_merged(place: str, out: Path) -> None:
     What else the artifact has beside its weights is copied.
     """
     with open_model(place) as stored:
-        config = config_of(stored)
-        causal = on_meta(config)
-        sources = open_sources(stored, causal)
+        causal, sources = open_whole(stored, config_of(stored))
+        config = causal.config
         config.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
         written: Any = causal.to(config.dtype)  # type: ignore[arg-type]
         files = WeightFiles(written, out)
@@ -145,6 +147,8 @@ def write_merged(place: str, out: Path) -> None:
             files.add(name, whole.to(config.dtype) if whole.is_floating_point() else whole)
         files.close()
         write_config(written, out)
+        if (generation_config := stored.generation_config()) is not None:
+            write_generation_config(generation_config, out)
         for path in sorted(Path(stored.folder).iterdir()):
             is_of_adapter = path.name in (ADAPTER_CONFIG_FILE, storage.MARKER) or (
                 path.suffix in (".safetensors", ".bin") and path.name != SCALAR_FILE
@@ -250,9 +254,21 @@ def _generation_config(
         config.bos_token_id = tokenizer.bos_token_id
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        # Published models carry a temperature without do_sample; transformers then refuses to write what it read.
-        config.do_sample = True
+    if config.do_sample is None:
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            # Published models carry a temperature without do_sample, and mean that it be used.
+            config.do_sample = True
+            warnings.warn(
+                "The model's generation config has settings of sampling without 'do_sample'; in what is written it "
+                "is true, so that they are used.",
+                stacklevel=2,
+            )
     return config
+
+
+def write_generation_config(config: GenerationConfig, folder: Path) -> None:
+    """Write it as it is: with ``do_sample: false`` beside a temperature, too, which transformers reads and runs but
+    refuses to save once anything else of it has changed."""
+    config.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])

@@ -27,7 +27,7 @@ from postlude.model.causal import construct_causal, random_causal, with_weights_
 from postlude.model.language_model import LanguageModel
 from postlude.model.mesh import Mesh
 from postlude.model.places import SCALAR_FILE, config_errors, configuration_keys
-from postlude.model.sharded import load_sharded, shard_new
+from postlude.model.sharded import check_names, load_sharded, shard_new
 from postlude.nearest import suggestion
 
 
@@ -60,6 +60,7 @@ def load_model(
             model = _load_trainable(stored, config, new_tokens)
         else:
             model = load_adapted(stored, config, adapter)
+        model.causal.generation_config = stored.generation_config() or model.causal.generation_config
         scalar = Path(stored.folder, SCALAR_FILE)
         if scalar.exists():
             model.add_scalar_head()
@@ -130,6 +131,7 @@ def load_causal(
     else:
         with open_model(place) as stored:
             causal = read_merged(stored, _config_of(stored, tokenizer), "auto")
+            causal.generation_config = stored.generation_config() or causal.generation_config
     return (causal if dtype is None else with_weights_in(causal, dtype)).eval().requires_grad_(False)
 
 
@@ -137,6 +139,8 @@ def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTok
     """The configuration of the model that :func:`load_model` would make, without its weights."""
     if place is not None:
         with open_model(place, (".json",)) as stored:
+            if Path(stored.whole_folder).is_dir():
+                check_names(stored, stored.base_config())
             return config_of(stored)
     if not isinstance(start, ModelFrom) or start.new is None:
         raise ValueError("A model that is not new needs the place of its files.")

@@ -39,7 +39,7 @@ from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.attached import AdapterRequest
-from postlude.model.causal import incomplete
+from postlude.model.fit import check_complete, check_nothing_else, has_own_head, is_tied, untie
 from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh
 from postlude.model.places import SCALAR_FILE, local_folder
@@ -53,6 +53,7 @@ from postlude.model.weights import (
     Transposed,
     dtype_in_files,
     open_checkpoint,
+    weight_files,
 )
 
 # The hidden states that a model returns may be a view of what it computed; nothing here writes into them.
@@ -79,13 +80,13 @@ def load_sharded(
     cannot be divided.
     """
     base, start = (stored, None) if adapter is None else start_of(stored, adapter)
-    causal = on_meta(config)
-    sources = open_sources(base, causal)
-    _check_complete(sources, causal, base.place)
+    causal, sources = open_whole(base, config)
+    config = causal.config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
     if new_tokens is not None:
         sources = _with_rows_for(new_tokens, sources, causal)
         causal = on_meta(config_with_tokens(config, new_tokens))
+    causal.generation_config = stored.generation_config() or causal.generation_config
     scalar = Path(stored.folder, SCALAR_FILE)
     if scalar.exists():
         sources[SCALAR] = InMemory(load_file(scalar)["weight"])
@@ -133,11 +134,46 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 # --- files --------------------------------------------------------------------------------------------------
 
 
+def open_whole(stored: StoredModel, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, LazyTensor]]:
+    """A model without weights and where they are: all of them and no others, ManifestError otherwise. Where the files
+    have a head that differs from the embedding, the model's configuration says so."""
+    causal = on_meta(config)
+    sources = open_sources(stored, causal)
+    if is_tied(config) and has_own_head(sources, causal):
+        config = copy.deepcopy(config)
+        untie(config)
+        causal = on_meta(config)
+    _check_complete(sources, causal, stored.place)
+    check_nothing_else(set(sources) - set(causal.state_dict()), causal, stored.whole_place, stored.whole_folder)
+    return causal, sources
+
+
 def open_sources(stored: StoredModel, causal: PreTrainedModel) -> dict[str, LazyTensor]:
     """The weights of a model out of its files, by its own names for them, with the adapters on it merged into it.
     ManifestError for files that are missing or broken, and for a conversion that is not known here."""
     files = open_checkpoint(local_folder(stored.whole_folder), stored.whole_place)
     return merged_sources(rename_as_in_model(files, causal), stored, causal.config)
+
+
+def check_names(stored: StoredModel, config: PreTrainedConfig) -> None:
+    """ManifestError if safetensors files of a local folder, of which only the heads are read, hold tensors that the
+    architecture has no place for. What is not there or no such file is told when the model is loaded."""
+    folder = Path(stored.whole_folder)
+    if not all((folder / name).exists() for name in weight_files(folder)):
+        return
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    conversions = get_model_conversion_mapping(causal)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    wanted = causal.state_dict()
+    surplus = [
+        name
+        for name in open_checkpoint(folder, stored.whole_place)
+        if name not in wanted
+        and rename_source_key(name, renamings, converters, causal.base_model_prefix, wanted)[0] not in wanted
+    ]
+    check_nothing_else(surplus, causal, stored.whole_place, stored.whole_folder)
 
 
 def rename_as_in_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
@@ -194,9 +230,8 @@ def _natural(name: str) -> list[Any]:
 
 def _check_complete(sources: Sources, causal: PreTrainedModel, place: str) -> None:
     tied = set(getattr(causal, "all_tied_weights_keys", None) or ())
-    missing = sorted({name for name, _ in causal.named_parameters()} - set(sources) - tied)
-    if missing:
-        raise incomplete(place, name_of(causal), missing)
+    missing = {name for name, _ in causal.named_parameters()} - set(sources) - tied
+    check_complete(missing, place, name_of(causal))
     for name, parameter in causal.named_parameters():
         if name in sources and tuple(sources[name].shape) != tuple(parameter.shape):
             raise ManifestError(

@@ -45,10 +45,14 @@ class Verification:
     tolerance: float
     """On the relative error."""
     documents: tuple[DocumentErrors, ...]
+    not_as_trained: tuple[str, ...] = ()
+    """Of a stage's artifact the weights that differ from its last checkpoint."""
 
     @property
     def same(self) -> bool:
-        return all(document.max_relative_error <= self.tolerance for document in self.documents)
+        return not self.not_as_trained and all(
+            document.max_relative_error <= self.tolerance for document in self.documents
+        )
 
     @property
     def exit_code(self) -> int:
@@ -60,9 +64,12 @@ class Verification:
 
     def render(self) -> Table:
         verdict = "the same" if self.same else "NOT the same"
+        caption = f"tolerance {self.tolerance:g} of the largest logit"
+        if self.not_as_trained:
+            caption += f"; NOT as in the last checkpoint: {', '.join(self.not_as_trained)}"
         table = Table(
             title=f"{self.architecture}, {self.dtype} on {self.device}: packed logits are {verdict} as plain ones",
-            caption=f"tolerance {self.tolerance:g} of the largest logit",
+            caption=caption,
             title_justify="left",
         )
         for column in ("tokens", "absolute error", "relative error", ""):

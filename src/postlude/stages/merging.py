@@ -3,6 +3,7 @@ one of the result."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,14 +16,23 @@ from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.model.adapters.stored import open_model
+from postlude.model.fit import has_own_head, is_tied, untie
 from postlude.model.places import LINEAGE_FILE, LM_HEAD_FILE, SCALAR_FILE, local_folder
-from postlude.model.weights import INDEX_FILE, InFile, WeightWriter, read_whole, tensors_in, weight_files
+from postlude.model.weights import (
+    INDEX_FILE,
+    InFile,
+    WeightWriter,
+    open_checkpoint,
+    read_whole,
+    tensors_in,
+    weight_files,
+)
 from postlude.recipes.merge import Merge
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
@@ -54,6 +64,7 @@ class Merging(Work):
                 heads = {name: _merged([model.beside[file][name] for model in models], combine) for name in head}
                 save_file(heads, Path(folder) / file)
             _copy_rest(models[0].folder, Path(folder))
+            _say_if_untied(models[0].config, Path(folder))
         return {
             "method": self.config.method,
             "tensors": len(merged),
@@ -226,6 +237,17 @@ def _merged(tensors: Sequence[InFile], combine: Combine) -> Tensor:
     if not tensors[0].dtype.is_floating_point:
         return read_whole(tensors[0])
     return combine([read_whole(tensor).float() for tensor in tensors]).to(tensors[0].dtype).contiguous()
+
+
+def _say_if_untied(config: PreTrainedConfig, folder: Path) -> None:
+    """Correct the configuration of a merged model whose head is not its embedding."""
+    if not is_tied(config):
+        return
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if has_own_head(open_checkpoint(folder, str(folder)), causal):
+        untie(config)
+        config.save_pretrained(folder)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom
-from postlude.runs import artifact_of
+from postlude.runs import artifact_of, find
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
@@ -68,8 +69,25 @@ def _check_base_is_whole(artifact: str) -> None:
 
 
 def verify(model: str) -> Verification:
-    """Packed logits of a model against the plain forward pass of each document."""
+    """Packed logits of a model against the plain forward pass of each document; and the artifact of a stage against
+    the checkpoint of its last step, where that is there and local."""
     from postlude.model.load import load_model
     from postlude.model.verify import verify as compare
 
-    return compare(load_model(ModelFrom(path=model), artifact_of(model) or model, None, seed=0))
+    place = artifact_of(model) or model
+    report = compare(load_model(ModelFrom(path=model), place, None, seed=0))
+    checkpoint = _last_checkpoint(place)
+    if checkpoint is None:
+        return report
+    from postlude.model.verify_source import differences_from_checkpoint
+
+    return replace(report, not_as_trained=tuple(differences_from_checkpoint(place, checkpoint)))
+
+
+def _last_checkpoint(artifact: str) -> str | None:
+    """That of the step with which the stage of an artifact ended."""
+    stage = storage.parent(artifact.rstrip("/"))
+    if not storage.is_local(artifact) or not storage.exists(artifact) or artifact_of(stage) is None:
+        return None
+    steps = json.loads(storage.read_bytes(storage.join(artifact, "lineage.json"))).get("steps")
+    return next((checkpoint.uri for checkpoint in find(stage).checkpoints() if checkpoint.step == steps), None)

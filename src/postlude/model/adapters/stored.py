@@ -21,7 +21,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from postlude import storage
 from postlude.manifest.problem import ManifestError
@@ -70,6 +70,15 @@ class StoredModel:
             if not self.adapters:
                 raise
             raise ManifestError(f"The base of the adapter at '{self.adapters[0].place}': {error}") from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """That of the model at the place: of the last adapter that has one, or of the whole model."""
+        for folder in (*(adapter.folder for adapter in reversed(self.adapters)), self.whole_folder):
+            try:
+                return GenerationConfig.from_pretrained(folder)
+            except OSError:
+                continue
+        return None
 
 
 @contextmanager
