@@ -149,11 +149,12 @@ class _Window:
                     self.fail(error.msg)
                 continue
             except RecursionError:
-                end = self._end_of_nested()
-                if end is None and self._read_on():
+                nested_end = self._end_of_nested()
+                if nested_end is None and self._read_on():
                     continue
-                if end is None:
+                if nested_end is None:
                     self.fail("a value without an end")
+                end = nested_end
             # A number that touches the end of what was read may go on.
             if end < len(self._text) or not self._read_on():
                 break
