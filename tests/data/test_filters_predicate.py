@@ -146,3 +146,16 @@ def test_what_goes_wrong_while_the_records_are_read_stays_what_it_was() -> None:
 
     with pytest.raises(DataError, match=r"^the disk is gone$"):
         Predicates(["score > 0"], batches())
+
+
+def test_an_odd_record_is_told_and_does_not_change_the_others() -> None:
+    records: list[Any] = [CHATS[0], CHATS[1], {"messages": "[{}, {}, {}]"}]
+    predicates = Predicates(["len(messages) >= 2"], [records])
+    assert [predicates.odd(record) is None for record in records] == [True, True, False]
+    assert predicates.keeps("len(messages) >= 2", records[:2], str) == [False, True]
+
+
+@pytest.mark.parametrize("arguments", [{"": 1}, {"name": 1, "Name": 2}])
+def test_keys_that_no_struct_can_have_break_no_filter(arguments: dict[str, int]) -> None:
+    records = [CHATS[0], {"messages": [{"role": "user", "content": "hi", "arguments": arguments}] * 2}]
+    assert keeps("len(messages) >= 2", records) == [False, True]

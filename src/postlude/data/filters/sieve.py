@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from postlude.data.example import BadRecord, Format, Record
@@ -30,7 +30,7 @@ class Sieve:
         if predicates:
             from postlude.data.filters.predicate import Predicates
 
-            self._predicates = Predicates(predicates, batches())
+            self._predicates = Predicates(predicates, _Again(batches))
         self._judges: list[str | tuple[str, Callable[[Record], str | None]]] = [
             entry if isinstance(entry, str) else (entry.component_name, entry.start(self._reading)) for entry in filters
         ]
@@ -43,6 +43,10 @@ class Sieve:
             left = [place for place, verdict in enumerate(verdicts) if verdict is None]
             if isinstance(judge, str):
                 assert self._predicates is not None
+                for place in left:
+                    if (wrong := self._predicates.odd(records[place])) is not None:
+                        verdicts[place] = BadRecord(wrong)
+                left = [place for place in left if verdicts[place] is None]
                 keeps = self._predicates.keeps(judge, [records[place] for place in left], places_in(where, left))
                 for place, keep in zip(left, keeps, strict=True):
                     verdicts[place] = None if keep else judge
@@ -61,6 +65,16 @@ class Sieve:
 def places_in(where: Callable[[int], str], places: Sequence[int]) -> Callable[[int], str]:
     """Tells where the record at a place stands among some of the records, those at ``places``."""
     return lambda place: where(places[place])
+
+
+class _Again:
+    """The batches of records, from the first at each iteration."""
+
+    def __init__(self, batches: Callable[[], Iterable[Sequence[Record]]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Sequence[Record]]:
+        return iter(self._batches())
 
 
 class _Reading:

@@ -36,14 +36,67 @@ def list_column(record: Record, name: str) -> Sequence[Any]:
     return value
 
 
+DEEPEST = 200
+"""Levels of nesting that a value may have: templates, and what else walks through it, recurse at each."""
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. ValueError, which says what is wrong, also where Python's limits are passed."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("it holds a number of too many digits") from None
+    # Counting is cheap and enough for nearly every text; only the others are walked through.
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
+        raise ValueError("it is nested too deeply")
+    if ("\\ud" in text or "\\uD" in text) and not _is_unicode(value):
+        raise ValueError("it holds half of a surrogate pair, which is no character")
+    return value
+
+
 def parse_json(value: Any, what: str) -> Any:
     """``value``, or what it says where it is JSON in a text. :class:`BadRecord`, naming ``what``, if it is broken."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return read_json(value)
     except json.JSONDecodeError as error:
         raise BadRecord(f"{what} should be JSON but is not: {error.msg} at character {error.pos + 1}") from error
+    except ValueError as error:
+        raise BadRecord(f"{what} cannot be read: {error}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of its objects, however deep, that are null: a table has every key everywhere."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(value: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from postlude.data.example import BadRecord, Conversation
-from postlude.data.formats.columns import kind_of, parse_json
+from postlude.data.formats.columns import kind_of, parse_json, without_nulls
 from postlude.nearest import suggestion_or_list
 
 Roles = Literal["strict", "any"]
@@ -28,6 +28,8 @@ KNOWN = (*FIRST, "user", "assistant", "tool")
 
 def conversation(messages: Any, tools: Any = None, roles: Roles = "strict") -> Conversation:
     """A conversation from messages and tools as they are found in records. :class:`BadRecord` if it is none."""
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # as a table of texts has them
+        messages = parse_json(messages, "the text of its messages")
     if not isinstance(messages, list | tuple):
         raise BadRecord(f"its messages are {kind_of(messages)}, not a list")
     if not messages:
@@ -101,7 +103,7 @@ def tool_descriptions(tools: Any) -> list[dict[str, Any]] | None:
         raise BadRecord(f"its tools are {kind_of(tools)}, not a list")
     described = []
     for number, tool in enumerate(tools, 1):
-        tool = parse_json(tool, f"tool {number}")
+        tool = parse_json(without_nulls(tool), f"tool {number}")
         if not isinstance(tool, Mapping):
             raise BadRecord(f"tool {number} is {kind_of(tool)}, not an object")
         function = tool.get("function") or tool
@@ -113,7 +115,7 @@ def tool_descriptions(tools: Any) -> list[dict[str, Any]] | None:
 
 def tool_call(call: Any, what: str) -> dict[str, Any]:
     """A tool call as templates take it, from OpenAI's form or from ``{"name": ..., "arguments": ...}``."""
-    call = parse_json(call, what)
+    call = parse_json(without_nulls(call), what)
     if not isinstance(call, Mapping):
         raise BadRecord(f"{what} is {kind_of(call)}, not an object")
     function = call.get("function") or call
@@ -131,7 +133,7 @@ def tool_call(call: Any, what: str) -> dict[str, Any]:
 def _message(message: Any, what: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise BadRecord(f"{what} is {kind_of(message)}, not an object")
-    read = {key: value for key, value in message.items() if value is not None}
+    read: dict[str, Any] = without_nulls(message)
     role = read.get("role")
     if not isinstance(role, str):
         raise BadRecord(

@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from postlude.data.example import Record
 from postlude.data.records import Records, Unreadable, digest
+from postlude.data.sources.tables import rows_of
 from postlude.errors import DataError
 
 
@@ -28,7 +29,7 @@ class HubRows(Records):
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         wanted = range(self.groups[0]) if rows is None else [int(row) for row in rows]
-        return self._table[wanted].to_pylist() if len(wanted) else []
+        return rows_of(self._table[wanted]) if len(wanted) else []
 
     def where(self, group: int, row: int) -> str:
         return f"{self._name}, row {row + 1}"

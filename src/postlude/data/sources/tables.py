@@ -7,7 +7,7 @@ memory as there is room for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, groupby
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from postlude import storage
 from postlude.data.example import Record
+from postlude.data.formats.columns import read_json
 from postlude.data.records import LastRead, Records, Unreadable, digest
 from postlude.data.sources.cache import make_once
 from postlude.errors import DataError
@@ -37,14 +38,15 @@ class RowGroups(Records):
 
     def read(self, group: int, rows: Sequence[int] | None = None) -> list[Record | Unreadable]:
         table = self._table(group)
-        return (table if rows is None else table.take(pa.array(rows, pa.int64()))).to_pylist()
+        return rows_of(table if rows is None else table.take(pa.array(rows, pa.int64())))
 
     def where(self, group: int, row: int) -> str:
         return f"{self._uri}, row {self._starts[group] + row + 1}"
 
     def _read_group(self, group: int) -> pa.Table:
         with parquet_file(self._uri) as file:
-            return file.read_row_group(group)
+            table = file.read_row_group(group)
+            return table.cast(_plain_schema(table.schema))
 
 
 class ArrowRows(Records):
@@ -60,7 +62,7 @@ class ArrowRows(Records):
         records: list[Record | Unreadable] = []
         for batch, run in groupby(wanted, key=lambda row: row // BATCH_ROWS):
             places = pa.array([row % BATCH_ROWS for row in run], pa.int64())
-            records += self._batches[batch].take(places).to_pylist()
+            records += rows_of(self._batches[batch].take(places))
         return records
 
     def where(self, group: int, row: int) -> str:
@@ -91,7 +93,7 @@ def parquet_rows(uri: str, fingerprint: str, cache: str) -> ArrowRows:
 def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     """Write batches of whatever size as an Arrow file whose batches have :data:`BATCH_ROWS` rows, but for the last."""
     # A dictionary may not change within an Arrow file, as it does between row groups: write its values instead.
-    plain = pa.schema([field.with_type(_without_dictionary(field.type)) for field in schema])
+    plain = _plain_schema(schema)
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, plain) as writer:
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
@@ -105,8 +107,86 @@ def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
             writer.write_table(pa.Table.from_batches(waiting).combine_chunks(), max_chunksize=BATCH_ROWS)
 
 
-def _without_dictionary(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+def rows_of(table: pa.Table | pa.RecordBatch) -> list[Record | Unreadable]:
+    """The rows as JSON has them: what a column or a field says where it is of Arrow's type for JSON, and a mapping
+    for a map."""
+    rows = table.to_pylist()
+    readers = {field.name: reader for field in table.schema if (reader := _reader(field.type)) is not None}
+    return [_read_row(row, readers) for row in rows] if readers else rows
+
+
+def _read_row(row: dict[str, Any], readers: dict[str, Callable[[Any], Any]]) -> Record | Unreadable:
+    for name, read in readers.items():
+        try:
+            row[name] = read(row[name])
+        except ValueError as error:
+            return Unreadable(f"the JSON of its '{name}' cannot be read: {error}")
+    return row
+
+
+def _reader(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """What makes a value that Arrow gives one as JSON has it; None where it is that already."""
+    read: Callable[[Any], Any]
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        read = read_json
+    elif pa.types.is_map(kind):
+        key, item = _reader(kind.key_type) or _same, _reader(kind.item_type) or _same
+
+        def read(pairs: Any) -> Any:
+            return {str(key(name)): item(value) for name, value in pairs}
+
+    elif pa.types.is_struct(kind):
+        fields = {field.name: reader for field in kind if (reader := _reader(field.type)) is not None}
+
+        def read(struct: Any) -> Any:
+            return {name: fields.get(name, _same)(value) for name, value in struct.items()}
+
+        if not fields:
+            return None
+    elif _is_list(kind):
+        each = _reader(kind.value_type)
+        if each is None:
+            return None
+
+        def read(values: Any) -> Any:
+            return list(map(each, values))
+
+    else:
+        return None
+    return lambda value: None if value is None else read(value)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests)
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_type(_plain(field.type)) for field in schema])
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries and views, whose rows Arrow cannot take one by one."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if types.is_string_view(kind):
+        return pa.large_string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        return pa.large_list(kind.value_field.with_type(_plain(kind.value_type)))
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = pa.list_ if types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_plain(kind.value_type)))
+    return kind
 
 
 @contextmanager

@@ -11,16 +11,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple, NoReturn, Protocol
 
 from postlude.data.example import Record
-from postlude.data.formats.columns import kind_of
+from postlude.data.formats.columns import kind_of, read_json
 from postlude.data.records import Unreadable
 from postlude.errors import DataError
 
 _BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _BLANK = b" \t\r\n"
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+"""What tells where a JSON value ends: its brackets, and texts, in which they do not count."""
 
 csv.field_size_limit(2**31 - 1)  # the module's default refuses fields of 128 KiB
 
@@ -76,16 +79,12 @@ class JsonLines:
         except UnicodeDecodeError as error:
             return _not_utf8(error)
         try:
-            value = json.loads(text)
+            value = read_json(text)
         except json.JSONDecodeError as error:
             return Unreadable(f"it is not JSON: {error.msg} at column {error.colno}")
-        except RecursionError:
-            return Unreadable("it is nested too deeply")
-        if not isinstance(value, dict):
-            return Unreadable(f"expected an object, found {kind_of(value)}")
-        if ("\\ud" in text or "\\uD" in text) and not _is_unicode(text):
-            return Unreadable("it holds half of a surrogate pair, which is no character")
-        return value
+        except ValueError as error:
+            return Unreadable(str(error))
+        return value if isinstance(value, dict) else Unreadable(f"expected an object, found {kind_of(value)}")
 
 
 class JsonArray(JsonLines):
@@ -118,7 +117,7 @@ class _Window:
         self._stream, self._uri, self._chunk_bytes = stream, uri, chunk_bytes
         self._text, self._at, self._base, self._lines = "", 0, 0, 0
         self._is_whole = False
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(parse_int=len)  # cut, not read: a number may have any digits
 
     def skip_blank(self, also: str = "") -> None:
         blank = _BLANK.decode() + also
@@ -149,6 +148,13 @@ class _Window:
                     self._at = error.pos
                     self.fail(error.msg)
                 continue
+            except RecursionError:
+                nested_end = self._end_of_nested()
+                if nested_end is None and self._read_on():
+                    continue
+                if nested_end is None:
+                    self.fail("a value without an end")
+                end = nested_end
             # A number that touches the end of what was read may go on.
             if end < len(self._text) or not self._read_on():
                 break
@@ -156,7 +162,16 @@ class _Window:
         self._at = end
         return start, number, raw
 
-    def fail(self, what: str) -> None:
+    def _end_of_nested(self) -> int | None:
+        """Where the value ends that is nested too deeply to be decoded; None if more has to be read."""
+        depth = 0
+        for match in _STRUCTURE.finditer(self._text, self._at):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            if not depth:
+                return match.end()
+        return None
+
+    def fail(self, what: str) -> NoReturn:
         before = self._text[: self._at]
         line = self._lines + before.count("\n") + 1
         column = self._at - before.rfind("\n")
@@ -258,11 +273,3 @@ class _CountedLines:
 def _not_utf8(error: UnicodeDecodeError) -> Unreadable:
     byte = error.object[error.start]
     return Unreadable(f"byte {error.start + 1} of it (0x{byte:02x}) is not UTF-8; save the file as UTF-8")
-
-
-def _is_unicode(json_text: str) -> bool:
-    try:
-        json.dumps(json.loads(json_text), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
