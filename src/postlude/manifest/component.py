@@ -20,7 +20,16 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from postlude.manifest.problem import ManifestError
@@ -65,9 +74,14 @@ class Config(BaseModel):
 
     later: ClassVar[tuple[str, ...]] = ()
     """Keys that a later version brought. With their defaults a stage is what it was before there were such keys, so
-    that a run which was begun then goes on."""
+    that a run which was begun then goes on. Those of a data set, its format, source and filters are null by default."""
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which one, and only one, is given. One that a stage gives replaces another of the defaults."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A later key that is null is not there: what is made from the text stays the same."""
+        return {key: value for key, value in serialize(self).items() if value is not None or key not in self.later}
 
     @model_validator(mode="after")
     def _has_exactly_one(self) -> Self:
