@@ -46,7 +46,7 @@ def answers(
         if own_kind is not kind:
             beside = "its prompt" if prompt is not None else next(iter(kinds))
             raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
-    texts = (
+    texts: list[Answer] = (
         _texts(prompt, sides, separator, repeats_prompt)
         if kind is str
         else [answer_after(*side, what) for what, side in conversations(prompt, sides, tools, roles, repeats_prompt)]

@@ -55,13 +55,14 @@ class RankedAnswers(Format):
         names = [f"answer {place}" for place in range(1, len(sides) + 1)]
         prompt, tools = record.get(self.prompt), record.get(self.tools_field)
         named = dict(zip(names, sides, strict=True))
-        shared = {
-            "separator": self.separator,
-            "tools": tools,
-            "roles": self.roles,
-            "repeats_prompt": self.repeats_prompt,
-        }
-        several = answers(prompt, named, **shared)
+        several = answers(
+            prompt,
+            named,
+            separator=self.separator,
+            tools=tools,
+            roles=self.roles,
+            repeats_prompt=self.repeats_prompt,
+        )
         if self.scores is not None:
             scores = _numbers(record, self.scores, names)
             if len(set(scores)) == 1:
