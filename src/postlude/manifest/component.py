@@ -37,7 +37,10 @@ from postlude.nearest import suggestion_or_list
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a stage, a data set or a pool: a part of file names and of dotted keys, so without dots."""
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]
+"""A count: no more than what is exact in floating point, too."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What random numbers follow from: 64 bits."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = (

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
+from postlude.manifest.component import Component, Config, Name, Named, Positive, Seed, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
 
@@ -58,6 +58,8 @@ class TrainOnSpans(Config):
 class DatasetConfig(Config):
     """A named data set: where its records come from and how each becomes something to train on."""
 
+    later = ("tokenize",)
+
     source: Annotated[Component, Named("sources", infer=_source_name)]
     """Where the records are: ``path``, ``hub``, ``query`` or ``from`` says which kind of source it is."""
     format: Annotated[Component, Named("formats")]
@@ -77,6 +79,9 @@ class DatasetConfig(Config):
     """Use only so many records, the first ones."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that cannot be read stops the run, or is skipped and counted."""
+    tokenize: Literal["together", "apart"] | None = None
+    """``apart``: what comes before the last answer is tokenised by itself, so that in training it has the tokens that
+    it has when it is asked, whatever it ends with. By default ``together``."""
 
 
 # --- parts of a stage ---------------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ class Manifest(Config):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run: the folder in ``run_dir`` that holds it."""
-    seed: int = 0
+    seed: Seed = 0
     """What every random choice of the run follows from."""
     run_dir: str = "runs"
     """The folder of runs: a local path or a URI such as s3://bucket/prefix."""

@@ -141,6 +141,7 @@ class Evaluation(Work):
                     block=block,
                     truncate="right" if config.truncate == "split" else config.truncate,
                     today=self.parts.begun,
+                    apart=config.tokenize == "apart",
                 )
             self._model = model, loaded, encoders
         return self._model[1], self._model[2][dataset]

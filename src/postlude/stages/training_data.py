@@ -69,6 +69,7 @@ class TrainingData:
             block=self.config.batch.block,
             truncate=config.truncate,
             today=self.parts.begun,
+            apart=config.tokenize == "apart",
         )
         return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
 
