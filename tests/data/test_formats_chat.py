@@ -325,7 +325,9 @@ def test_prompt_and_completion_as_messages() -> None:
         PromptCompletion(), {"prompt": [USER], "completion": "b"}
     )
     assert "has no message" in refusal(PromptCompletion(), {"prompt": [USER], "completion": []})
-    assert "message 2, of the role 'user'" in refusal(PromptCompletion(), {"prompt": [USER], "completion": [USER]})
+    assert "says its prompt again, and answers nothing" in refusal(
+        PromptCompletion(), {"prompt": [USER], "completion": [USER]}
+    )
 
 
 # --- trees --------------------------------------------------------------------------------------------------

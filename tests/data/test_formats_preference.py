@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from postlude.data.example import BadRecord, Conversation, Format, Judged, Ranked, Text, scores_of
 from postlude.data.formats.judged import JudgedAnswer
 from postlude.data.formats.preference import Preference, ShareGPTPreference
+from postlude.data.formats.prompt_completion import PromptCompletion
 from postlude.data.formats.ranked import RankedAnswers
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
@@ -141,6 +142,76 @@ def test_the_sharegpt_layout(shared_data: Path) -> None:
     assert "its 'rejected' is empty" in refusal(ShareGPTPreference(), {**bad, "rejected": {"from": "gpt", "value": ""}})
     assert "no column 'rejected'" in refusal(ShareGPTPreference(), {k: v for k, v in bad.items() if k != "rejected"})
     assert "no turn" in refusal(ShareGPTPreference(), {**records[0], "conversations": []})
+
+
+# --- a prompt that its answers hold again -------------------------------------------------------------------
+
+ASSISTED = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.capability("Preferences whose sides hold their prompt again")
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        (ASKED, ASKED),
+        (ASKED[0]["content"], ASKED),  # a text beside messages, as UltraFeedback has them
+        (f" {ASKED[0]['content']}\n", [ASSISTED, *ASKED]),
+        (ASKED, [ASSISTED, *ASKED]),
+        ([ASSISTED, *ASKED], [ASSISTED, *ASKED]),
+        (ASKED[0]["content"], [asked("Hi!"), said("Hello!"), *ASKED]),
+        ([asked("Hi!"), said("Hello!"), *ASKED], [asked("Hi!"), said("Hello!"), *ASKED]),
+    ],
+)
+@pytest.mark.parametrize("roles", ["strict", "any"])
+def test_messages_that_repeat_their_prompt_say_it_once(prompt: Any, before: list[Any], roles: Any) -> None:
+    answers = [[said("Paris.")], [said("Rome."), asked("Sure?"), said("Yes.")]]
+    alone = ranked(Preference(roles=roles), {"chosen": [*before, *answers[0]], "rejected": [*before, *answers[1]]})
+    record = {"prompt": prompt, "chosen": [*before, *answers[0]], "rejected": [*before, *answers[1]]}
+    assert ranked(Preference(roles=roles), record) == alone
+    assert ranked(Preference(roles=roles, repeats_prompt=True), record) == alone
+    listed = {"prompt": prompt, "answers": [record["chosen"], record["rejected"]]}
+    assert ranked(RankedAnswers(roles=roles), listed) == alone
+    (judged,) = JudgedAnswer(roles=roles).parse({"prompt": prompt, "completion": record["chosen"], "label": True})
+    assert isinstance(judged, Judged)
+    assert judged.answer == alone.answers[0]
+    [completed] = PromptCompletion(roles=roles).parse({"prompt": prompt, "completion": record["chosen"]})
+    assert completed == alone.answers[0]
+
+
+def test_a_text_is_what_the_user_says_before_answers_that_are_messages() -> None:
+    record = {"chosen": [said("Paris.")], "rejected": [said("Rome.")]}
+    assert ranked(Preference(), {"prompt": ASKED[0]["content"], **record}) == ranked(
+        Preference(), {"prompt": ASKED, **record}
+    )
+
+
+def test_texts_that_begin_with_their_prompt_are_read_as_the_manifest_says() -> None:
+    record = {"prompt": "Say hello.", "chosen": "Say hello. Hello!", "rejected": "Say hello. No."}
+    assert "set the format's 'repeats_prompt: true'" in refusal(Preference(), record)
+    pair = ranked(Preference(repeats_prompt=True, separator="\n"), record)
+    assert pair == Ranked([Text([("Say hello.", 0.0), (text, 1.0)]) for text in (" Hello!", " No.")])
+    assert trained(ranked(Preference(repeats_prompt=False), record).answers[0]) == ["Say hello. Hello!"]
+    short = {"prompt": "Hi", "chosen": "Hi there!", "rejected": "Hi"}
+    assert [trained(answer) for answer in ranked(Preference(), short).answers] == [["Hi there!"], ["Hi"]]
+    one = {**record, "rejected": "No."}
+    assert trained(ranked(Preference(), one).answers[0]) == ["Say hello. Hello!"]
+    assert "its 'rejected' does not begin with its prompt" in refusal(Preference(repeats_prompt=True), one)
+
+
+@pytest.mark.parametrize("roles", ["strict", "any"])
+def test_a_side_that_repeats_the_prompt_by_itself_is_refused(roles: Any) -> None:
+    record = {"prompt": ASKED, "chosen": [*ASKED, said("Paris.")], "rejected": [said("Rome.")]}
+    assert "its 'chosen' says its prompt again, but not all" in refusal(Preference(roles=roles), record)
+
+
+def test_no_advice_where_following_it_would_say_the_prompt_twice() -> None:
+    before = [asked("what is the capital of france")]  # the same prompt in other words
+    record = {"prompt": ASKED, "chosen": [*before, said("Paris.")], "rejected": [*before, said("Rome.")]}
+    told = refusal(Preference(), record)
+    assert "does not repeat this prompt word by word" in told
+    assert "roles: any" not in told
+    pair = ranked(Preference(prompt="no such column"), record)
+    assert [trained(answer) for answer in pair.answers] == [["Paris."], ["Rome."]]
 
 
 # --- lists and labels ---------------------------------------------------------------------------------------

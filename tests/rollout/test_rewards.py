@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import os
 import socket
 import sys
 import tempfile
 import threading
 from contextlib import closing
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from postlude.data.example import Conversation
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
-from postlude.rollout.prompts import Prompt
-from postlude.rollout.reward import Reward, call, part_names
-from postlude.rollout.reward_pool import RewardPool
+from postlude.rollout.prompts import Prompt, prompt_of
+from postlude.rollout.reward import Reward, RewardFunction, call, part_names
+from postlude.rollout.reward_pool import RewardPool, Unscored
 from postlude.rollout.rewards.number import number_in
 from postlude.rollout.scoring import Scorer
 
@@ -141,7 +146,7 @@ def test_what_is_equal_need_not_look_alike(completion, reference, right):
 
 def test_an_answer_without_an_expression_is_told():
     with pytest.raises(DataError, match="the answer in 'reference' has no expression"):
-        score("mathematics", "4", "")
+        score("mathematics", "4", "?")
 
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
@@ -345,3 +350,122 @@ def test_a_record_without_an_answer_is_named():
         score({"name": "number", "answer": "answer"}, "4")
     with pytest.raises(DataError, match=r"'sums:1': the answer in 'reference' has no number"):
         score("number", "4", "four")
+
+
+# --- calls of tools -----------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": 0, "days": [1, 2]}}}
+MADE = '<tool_call>{"name": "weather", "arguments": {"days": [1, 2], "city": 0}}</tool_call>'
+
+
+def called(function: Any, completion: str, *calls: Any, content: str = "") -> float:
+    turn = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+    prompt = prompt_of(Conversation([{"role": "user", "content": "Rain?"}, turn]), "sums:1", "sums", {})
+    part = reward({"function": function})
+    return call(part.function, part.name, prompt.example_id, prompt.asked, completion, prompt.rewarded_record)
+
+
+@pytest.mark.capability("Rewards compare calls of tools as calls")
+@pytest.mark.parametrize("function", ["exact_match", "contains"])
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("", 0),
+        (MADE, 1),
+        ('{"name": "weather", "parameters": {"city": 0.0, "days": [1, 2]}}', 1),
+        ('[TOOL_CALLS] [{"name": "weather", "arguments": "{\\"city\\": 0, \\"days\\": [1, 2]}"}]', 1),
+        (MADE.replace("1", "true"), 0),
+        (MADE.replace("weather", "forecast"), 0),
+        (MADE.replace('"city": 0', '"city": 1'), 0),
+        ("weather", 0),
+        ("<tool_call>{</tool_call>", 0),
+    ],
+)
+def test_the_right_answer_is_a_call(function, completion, right):
+    assert called(function, completion, CALL) == right
+    assert called(function, completion, CALL, content="Let me see.") == right
+
+
+def test_several_calls_and_calls_in_columns():
+    other = {"name": "time", "arguments": "{}"}
+    both = f'{MADE}\n<tool_call>{{"name": "time", "arguments": {{}}}}</tool_call>'
+    assert called("exact_match", both, CALL, other) == called("contains", both, CALL) == 1
+    assert called("exact_match", MADE, CALL, other) == called("contains", MADE, CALL, other) == 0
+    assert called("exact_match", both, CALL) == 0
+    named = {"name": "exact_match", "answer": "calls"}
+    for calls in ([CALL], CALL, json.dumps([CALL]), MADE):
+        assert score(named, MADE, calls=calls) == 1
+        assert score(named, "", calls=calls) == 0
+
+
+@pytest.mark.parametrize("function", ["number", "mathematics"])
+def test_a_call_has_neither_number_nor_expression(function):
+    with pytest.raises(DataError, match="the answer in 'reference' is a call of a tool, which has no"):
+        called(function, "0", CALL)
+
+
+@pytest.mark.parametrize("function", ["exact_match", "contains", "number", "mathematics"])
+@pytest.mark.parametrize("answer", ["", " \n", [], [None, ""], float("nan")])
+def test_nothing_to_compare_with_is_told(function, answer):
+    with pytest.raises(DataError, match=r"'sums:1': the record's 'right' is empty, so there is nothing to compare"):
+        score({"name": function, "answer": "right"}, "", right=answer)
+
+
+def test_objects_are_no_answers():
+    with pytest.raises(DataError, match="'right' is not a text, a number or a list of them"):
+        score({"name": "exact_match", "answer": "right"}, "4", right={"value": 4})
+
+
+def test_a_judge_that_shall_compare_is_told_where_there_is_nothing(address):
+    judge = {"name": "judge", "address": address, "model": "strict", "question": "{reference} {prompt} {completion}"}
+    with pytest.raises(DataError, match="the record has none to compare with"):
+        score(judge, "four")
+
+
+# --- rewards of any size and type -----------------------------------------------------------------------------
+
+
+class Strange:
+    def __float__(self) -> float:
+        raise RuntimeError
+
+    __repr__ = __float__  # type: ignore[assignment]
+
+
+def returning(value: Any) -> float:
+    class Returns(RewardFunction):
+        def score(self, prompt, completion, record):
+            return value
+
+    return call(Returns(), "own", "sums:1", "?", "", {})
+
+
+@pytest.mark.parametrize(
+    "value", [1, True, Decimal(1), Fraction(1), np.float16(1), np.int64(1), np.bool_(True), np.array(1.0)]
+)
+def test_numbers_of_every_type_are_rewards(value):
+    assert returning(value) == 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, "1", b"1", bytearray(b"1"), np.str_("1"), 1 + 0j, np.complex128(1), [1], {}, np.array([1.0, 2.0])),
+        *(math.nan, math.inf, -math.inf, np.float32("nan"), Decimal("nan"), Decimal("sNaN"), Decimal("inf")),
+        *(10**400, -(10**5000), Fraction(10**400), 1e200, Strange()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_finite_number_is_told_with_its_sample(value):
+    with pytest.raises(DataError, match=r"'own' returned .* for the record 'sums:1', which is no finite number"):
+        returning(value)
+
+
+def test_a_sum_that_is_no_finite_number_is_told():
+    prompt = Prompt("sums:1", "sums", "?", None, "4", {})
+    with closing(RewardPool(1, 60.0)) as pool:
+        scorer = Scorer([reward({"function": "number", "weight": 1e308})], pytest.fail, pool)  # type: ignore[arg-type]
+        [right, wrong] = scorer.score([(prompt, "4"), (prompt, "5")])
+    assert isinstance(right, Unscored)
+    assert "no finite number, at the record 'sums:1'" in right.detail
+    assert wrong.total == 0

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 NOTHING_TO_TRAIN = "nothing to train on"
 """Why an example is dropped whose tokens all have the weight zero. For truncation see :mod:`postlude.data.truncate`."""
 
+_LEADS = ("\n", "a", "1", "")
+"""What a text is put behind that goes on with another; of the last nothing has to be taken away."""
 _PROBE_ANSWER = "Good morning."
 _PROBE = Conversation([{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": _PROBE_ANSWER}])
 
@@ -74,7 +76,8 @@ class Encoder:
 
     ``template`` stands in for the tokenizer's own chat template; ``block`` is the most tokens of a document; ``today``
     is what a template is told that asks for the date (by default the clock); ``drop_unprinted`` names what trained
-    turns may lose. ManifestError if the tokenizer cannot
+    turns may lose; ``apart`` tokenises what comes before the last answer by itself, as it is when it is asked.
+    ManifestError if the tokenizer cannot
     say where in a text its tokens stand, and, once a conversation comes, if there is no usable template.
     """
 
@@ -88,6 +91,7 @@ class Encoder:
         truncate: Policy = "right",
         today: datetime | None = None,
         drop_unprinted: Collection[str] = (),
+        apart: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise ManifestError(
@@ -95,7 +99,7 @@ class Encoder:
                 "tells which of them are trained. Use one that has a tokenizer.json."
             )
         self._tokenizer, self._template, self._train_on = tokenizer, template, train_on
-        self._block, self._policy, self._today = block, truncate, today
+        self._block, self._policy, self._today, self._apart = block, truncate, today, apart
         self._drop_unprinted = drop_unprinted
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
 
@@ -179,9 +183,13 @@ class Encoder:
             except (DataError, BadRecord) as error:
                 errors[i] = error
         for i, encoding in self._tokenize(chats, add_special_tokens=False):
-            rows[i] = replace(_row(encoding, chats[i].spans), unprinted=chats[i].unprinted)
+            end = self._prompt_end(examples[i], chats[i].text)
+            row = self._row_apart(chats[i], end, False) if end else _row(encoding, chats[i].spans)
+            rows[i] = replace(row, unprinted=chats[i].unprinted)
         for i, encoding in self._tokenize(texts, add_special_tokens=True):
-            rows[i] = self._end_text(_row(encoding, texts[i].spans), cast(Text, examples[i]))
+            text, end = cast(Text, examples[i]), self._prompt_end(examples[i], texts[i].text)
+            row = self._row_apart(texts[i], end, True) if end else self._bare(_row(encoding, texts[i].spans))
+            rows[i] = self._end_text(row, text)
         return [errors.get(i, rows.get(i)) for i in range(len(examples))]
 
     def _tokenize(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
@@ -201,10 +209,49 @@ class Encoder:
         is_added = self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
         return is_added[::-1].index(0)
 
-    def _end_text(self, row: _Row, example: Text) -> _Row:
-        """The row of a text: what the tokenizer puts before it stays, and it ends as the example says."""
+    def _bare(self, row: _Row) -> _Row:
+        """The row of a text: what the tokenizer puts before it stays, what it puts after it does not."""
         length = len(row.tokens) - self._added_after_text
-        tokens, weights = row.tokens[:length], row.weights[:length]
+        return _Row(row.tokens[:length], row.weights[:length])
+
+    def _prompt_end(self, example: Answer | Tokens, text: str) -> int:
+        """Where in its text the prompt of the last answer ends, if that is tokenised by itself; else 0."""
+        if not self._apart or isinstance(example, Tokens):
+            return 0
+        if isinstance(example, Text):
+            return sum(len(piece) for piece, _ in takewhile(lambda piece: not piece[1], example.pieces))
+        chat = Chat.of(example)
+        if not chat.messages or chat.messages[-1]["role"] != "assistant":
+            return 0
+        asked = self._renderer.render(chat.until(len(chat.messages) - 1), generation_prompt=True)
+        return len(asked) if text.startswith(asked) else 0
+
+    def _row_apart(self, masked: Masked, end: int, add_special_tokens: bool) -> _Row:
+        """The tokens of the text up to ``end``, and behind them those of the rest as it goes on in a text."""
+        backend, rest = self._tokenizer.backend_tokenizer, masked.text[end:]
+        before = backend.encode(masked.text[:end], add_special_tokens=add_special_tokens)
+        given = _row(before, [(start, min(stop, end), weight) for start, stop, weight in masked.spans])
+        given = self._bare(given) if add_special_tokens else given
+        # Some tokenizers put a space before whatever they are given. Behind another character they do not.
+        for lead in _LEADS:
+            alone = backend.encode(lead, add_special_tokens=False).ids
+            after = backend.encode(lead + rest, add_special_tokens=False)
+            if after.ids[: len(alone)] == alone:
+                break
+        shift = end - len(lead)
+        row = _row(after, [(max(a, end) - shift, b - shift, weight) for a, b, weight in masked.spans if b > end])
+        return _Row(
+            np.append(given.tokens, row.tokens[len(alone) :]), np.append(given.weights, row.weights[len(alone) :])
+        )
+
+    def whole(self, example: Answer) -> list[int] | None:
+        """The token ids of an example that is not truncated; None where nothing is trained, or it cannot be used."""
+        [row] = self._rows([example])
+        return row.tokens.tolist() if isinstance(row, _Row) else None
+
+    def _end_text(self, row: _Row, example: Text) -> _Row:
+        """The row of a text, which ends as the example says."""
+        tokens, weights = row.tokens, row.weights
         if example.end:
             end = self._tokenizer.eos_token_id
             if end is None:

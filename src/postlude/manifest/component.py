@@ -20,7 +20,16 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from postlude.manifest.problem import ManifestError
@@ -28,7 +37,10 @@ from postlude.nearest import suggestion_or_list
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a stage, a data set or a pool: a part of file names and of dotted keys, so without dots."""
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]
+"""A count: no more than what is exact in floating point, too."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What random numbers follow from: 64 bits."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = (
@@ -65,9 +77,14 @@ class Config(BaseModel):
 
     later: ClassVar[tuple[str, ...]] = ()
     """Keys that a later version brought. With their defaults a stage is what it was before there were such keys, so
-    that a run which was begun then goes on."""
+    that a run which was begun then goes on. Those of a data set, its format, source and filters are null by default."""
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which one, and only one, is given. One that a stage gives replaces another of the defaults."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A later key that is null is not there: what is made from the text stays the same."""
+        return {key: value for key, value in serialize(self).items() if value is not None or key not in self.later}
 
     @model_validator(mode="after")
     def _has_exactly_one(self) -> Self:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from postlude.manifest.adapter import Adapter
-from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
+from postlude.manifest.component import Component, Config, Name, Named, Positive, Seed, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
 
@@ -69,6 +69,7 @@ class DatasetConfig(Config):
 
     free: ClassVar[tuple[str, ...]] = ("drop_unprinted",)
     """Keys that change no token: a run may go on with other values."""
+    later = ("tokenize",)
 
     source: Annotated[Component, Named("sources", infer=_source_name)]
     """Where the records are: ``path``, ``hub``, ``query`` or ``from`` says which kind of source it is."""
@@ -92,6 +93,9 @@ class DatasetConfig(Config):
     drop_unprinted: list[Unprinted] | None = None
     """What the chat template may leave out of trained turns, and of the rest without a word: ``[reasoning]``. By
     default a trained turn that loses something stops the run."""
+    tokenize: Literal["together", "apart"] | None = None
+    """``apart``: what comes before the last answer is tokenised by itself, so that in training it has the tokens that
+    it has when it is asked, whatever it ends with. By default ``together``."""
 
 
 # --- parts of a stage ---------------------------------------------------------------------------------------
@@ -351,7 +355,7 @@ class Manifest(Config):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run: the folder in ``run_dir`` that holds it."""
-    seed: int = 0
+    seed: Seed = 0
     """What every random choice of the run follows from."""
     run_dir: str = "runs"
     """The folder of runs: a local path or a URI such as s3://bucket/prefix."""

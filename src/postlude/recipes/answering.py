@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from postlude.manifest.component import Config, Named, Positive, default_name
+from postlude.manifest.component import Config, Named, Positive, Seed, default_name
 from postlude.rollout.engines.native import Native
 from postlude.rollout.environment import Environment
 from postlude.rollout.reward import Reward
@@ -58,7 +58,7 @@ class Sampled(Answering):
     """Completions of each prompt."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0 takes the likeliest token."""
-    seed: int | None = None
+    seed: Seed | None = None
     """What the randomness follows from; by default the manifest's. The same prompt is answered in the same way."""
     concurrency: Positive = 64
     """Completions that a worker makes at a time."""

@@ -20,13 +20,13 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from postlude.data.example import Record
 from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component
-from postlude.rollout.reward import Asked
+from postlude.rollout.reward import Asked, finite
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,10 @@ def play(
             f"The environment '{name}' answered {reply!r} at the record '{example_id}'. It must return a Reply with "
             "messages, or one that is done."
         )
-    return reply
+    reward = finite(reply.reward)
+    if reward is None:
+        raise DataError(
+            f"The environment '{name}' gave the record '{example_id}' a reward of the type "
+            f"{type(reply.reward).__name__} in turn {len(turns)} that is no finite number."
+        )
+    return replace(reply, reward=reward)

@@ -11,6 +11,7 @@ from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
 from postlude.errors import DataError
+from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ class Prompt:
     asked: Asked
     tools: Sequence[Mapping[str, Any]] | None
     reference: str | None
-    """What the data answer, where they do."""
+    """What the data answer, where they do; calls of tools in it as :func:`~postlude.rollout.calls.spoken` has them."""
     record: Record
     """The whole record that it comes from."""
+    turn: Mapping[str, Any] | None = None
+    """The message that the data answer with."""
 
     @property
     def rewarded_record(self) -> Record:
@@ -62,7 +65,10 @@ class Prompt:
         """The prompt with an answer to it, the answer trained."""
         if isinstance(self.asked, str):
             return Text([(self.asked, 0.0), (completion, 1.0)])
-        return Conversation([*self.asked, {"role": "assistant", "content": completion}], self.tools)
+        turn: Mapping[str, Any] = {"role": "assistant", "content": completion}
+        if self.turn is not None and spoken(self.turn) == completion:
+            turn = self.turn
+        return Conversation([*self.asked, turn], self.tools)
 
 
 def prompt_of(example: Example, example_id: str, source: str, record: Record) -> Prompt:
@@ -78,14 +84,13 @@ def prompt_of(example: Example, example_id: str, source: str, record: Record) ->
             raise NoPrompt(EMPTY)
         return Prompt(example_id, source, asked, None, reference, record)
     messages = [{k: v for k, v in message.items() if k != "weight"} for message in first.messages]
-    answer = None
-    if messages and messages[-1]["role"] == "assistant":
-        answer = str(messages.pop().get("content") or "")
+    turn = messages.pop() if messages and messages[-1]["role"] == "assistant" else None
     if not messages:
         raise NoPrompt("nothing comes before the assistant's turn")
     if messages[-1]["role"] in ("system", "developer", "assistant"):
         raise NoPrompt(f"the prompt ends with a message of the role '{messages[-1]['role']}'")
-    return Prompt(example_id, source, messages, first.tools, answer, record)
+    answer = None if turn is None else spoken(turn)
+    return Prompt(example_id, source, messages, first.tools, answer, record, turn)
 
 
 def _parted(text: Text) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ def polite(prompt, completion, record):
 
 from __future__ import annotations
 
-import math
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -23,11 +23,16 @@ from postlude.data.example import Record
 from postlude.errors import DataError, UserError
 from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.schema import ModelPlace
+from postlude.rollout.calls import calls_of_answer
 
 Asked = str | Sequence[Mapping[str, Any]]
 """A text to be continued, or the messages that an assistant's turn answers."""
 REFERENCE = "reference"
 """Under this name a record tells what the data answer, unless it has a column of the name."""
+
+
+LARGEST = 1e30
+"""Rewards beyond it are no finite numbers: advantages are made of their differences, in single precision."""
 
 
 class RewardFunction(Component):
@@ -46,15 +51,33 @@ class ReferenceReward(RewardFunction):
     """Base of the functions that compare with what the data say."""
 
     answer: str = REFERENCE
-    """The column of the right answer, a text, a number or a list of which one is enough; by default the turn or
-    completion of the data that takes the prompt up."""
+    """The column of the right answer, a text, a number, a call of a tool or a list of which one is enough; by
+    default the turn or completion of the data that takes the prompt up."""
 
     def answers(self, record: Record) -> list[str]:
-        """The right answers. ValueError if the record has none."""
+        """The right answers as texts. ValueError if the record has none, or only blank ones."""
         found = record.get(self.answer)
         if found is None:
             raise ValueError(f"the record has no '{self.answer}' to compare with; name its column as 'answer'")
-        return [str(one) for one in (found if isinstance(found, list | tuple) else [found])]
+        if isinstance(found, list | tuple | Mapping) and calls_of_answer(found):
+            return [json.dumps(found, default=str)]
+        several = found if isinstance(found, list | tuple) else [found]
+        if any(isinstance(one, Mapping | list | tuple) for one in several):
+            raise ValueError(f"'{self.answer}' is not a text, a number or a list of them, so nothing compares with it")
+        texts = [str(one) for one in several if one is not None and one == one]  # not what a table puts for nothing
+        if not any(text.strip() for text in texts):
+            raise ValueError(
+                f"the record's '{self.answer}' is empty, so there is nothing to compare with; name another column as "
+                "'answer'"
+            )
+        return [text for text in texts if text.strip()]
+
+    def said_answers(self, record: Record, what: str) -> list[str]:
+        """As :meth:`answers`, for who compares ``what`` is said. ValueError if one is a call of a tool."""
+        answers = self.answers(record)
+        if any(calls_of_answer(answer) for answer in answers):
+            raise ValueError(f"the answer in '{self.answer}' is a call of a tool, which has no {what}")
+        return answers
 
 
 class NamedReward(Named):
@@ -130,14 +153,29 @@ def call(
             f"({frame.filename}:{frame.lineno}). Mend the function or the record, or leave such records "
             "out with a filter."
         ) from error
-    try:
-        number = math.nan if isinstance(value, str | bytes) or value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    number = finite(value)
+    if number is None:
         raise DataError(
-            f"The reward '{name}' returned {shown} for the record '{example_id}', which is no finite number. "
+            f"The reward '{name}' returned {_shown(value)} for the record '{example_id}', which is no finite number. "
             "Return a number from it for every record."
         )
     return number
+
+
+def finite(value: Any) -> float | None:
+    """A value as a number, whatever type it has; None where it is none, or one that single precision does not hold."""
+    if value is None or isinstance(value, str | bytes | bytearray | complex):
+        return None
+    try:
+        number = float(value)
+    except Exception:  # somebody else's type, or a whole number without end
+        return None
+    return number if abs(number) <= LARGEST else None
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except Exception:  # a whole number of too many digits, for one
+        return f"a value of the type {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

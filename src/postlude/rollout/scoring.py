@@ -20,7 +20,7 @@ from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.model.language_model import LanguageModel
 from postlude.rollout.prompts import Prompt
-from postlude.rollout.reward import Reward, part_names
+from postlude.rollout.reward import Reward, finite, part_names
 from postlude.rollout.reward_pool import RewardPool, Unscored
 from postlude.training.frozen import batches_of, over_packs
 
@@ -116,10 +116,19 @@ class Scorer:
                 columns[name] = self._modelled(name, reward, completions)
         rows = [{name: values[row] for name, values in columns.items()} for row in range(len(completions))]
         unscored = [next((value for value in row.values() if isinstance(value, Unscored)), None) for row in rows]
-        return [why or self._sum(row) for why, row in zip(unscored, rows, strict=True)]  # type: ignore[arg-type]
+        ids = [prompt.example_id for prompt, _ in completions]
+        return [
+            why or self._sum(row, example_id)  # type: ignore[arg-type]
+            for why, row, example_id in zip(unscored, rows, ids, strict=True)
+        ]
 
-    def _sum(self, parts: Mapping[str, float]) -> Score:
-        return Score(math.fsum(reward.weight * parts[name] for name, reward in self._parts), parts)
+    def _sum(self, parts: Mapping[str, float], example_id: str) -> Score | Unscored:
+        weighted = [finite(reward.weight * parts[name]) for name, reward in self._parts]
+        total = finite(math.fsum(value for value in weighted if value is not None))
+        if total is None or None in weighted:
+            reason = "the sum of the weighted rewards is no finite number"
+            return Unscored(reason, f"{reason}, at the record '{example_id}'.")
+        return Score(total, parts)
 
     def _modelled(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
         if name not in self._models:

@@ -142,6 +142,7 @@ class Evaluation(Work):
                     truncate="right" if config.truncate == "split" else config.truncate,
                     today=self.parts.today,
                     drop_unprinted=config.drop_unprinted or (),
+                    apart=config.tokenize == "apart",
                 )
             self._model = model, loaded, encoders
         return self._model[1], self._model[2][dataset]

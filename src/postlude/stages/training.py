@@ -19,9 +19,11 @@ from postlude.model.export import send_model, write_model
 from postlude.model.flops import packed_flops
 from postlude.recipes.recipe import TrainingRecipe
 from postlude.stages.annotate import annotate, forget_annotations
+from postlude.stages.boundaries import remark_on_boundaries
 from postlude.stages.memory import check_memory
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
+from postlude.stages.prompts import encoders_of
 from postlude.stages.rehearsal import rehearse
 from postlude.stages.report import StageReport
 from postlude.stages.training_data import TrainingData
@@ -195,5 +197,11 @@ class Training:
         small = Training(self.parts.rehearsal())
         report.rehearsal = rehearse(self.models, small.models, small.data.loader)
         report.remarks += [remark for source in self.data.conversations.values() for remark in source.encoder.remarks]
+        encoders = encoders_of(self.parts, self.data.tokenizer, sources)
+        remarks = [
+            remark_on_boundaries(source, encoders[name], manifest.data[name].tokenize == "apart")
+            for name, source in sources.items()
+        ]
+        report.remarks += [remark for remark in remarks if remark is not None]
         if report.awaited:
             report.remarks.append("what is counted of data that are not there yet is a trial of a few records")

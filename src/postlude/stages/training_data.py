@@ -71,6 +71,7 @@ class TrainingData:
             truncate=config.truncate,
             today=self.parts.today,
             drop_unprinted=config.drop_unprinted or (),
+            apart=config.tokenize == "apart",
         )
         return EncodedDataset(dataset, encoder, self.config.units, config.on_bad_record)
 

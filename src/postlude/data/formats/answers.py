@@ -1,7 +1,11 @@
 """What the formats of preferences have in common: a prompt with several answers, of which only the answers are trained.
 
-A prompt and its answers are all text or all lists of messages. Where no prompt is given it is what the answers have in
-common at their beginning: of conversations the messages before the first that differs, of texts the words before it.
+A prompt and its answers are all text or all lists of messages; a text can be the user's message before lists. Where no
+prompt is given it is what the answers have in common at their beginning: of conversations the messages before the first
+that differs, of texts the words before it.
+
+Answers may hold their prompt again. Messages that do are whole conversations, and recognised: no answer begins with a
+user's turn. A text that begins with its prompt may be an answer all the same, so that the manifest has to say which.
 """
 
 from __future__ import annotations
@@ -21,7 +25,13 @@ OTHER_ANSWERS = ("I would rather not say.", "It depends.")
 
 
 def answers(
-    prompt: Any, sides: Mapping[str, Any], *, separator: str = "", tools: Any = None, roles: Roles = "strict"
+    prompt: Any,
+    sides: Mapping[str, Any],
+    *,
+    separator: str = "",
+    tools: Any = None,
+    roles: Roles = "strict",
+    repeats_prompt: bool | None = None,
 ) -> list[Answer]:
     """Each of ``sides`` (what it is called, and its value) as an answer to ``prompt``; None for one in their beginning.
 
@@ -30,11 +40,17 @@ def answers(
     """
     kinds = {what: _kind(value, what) for what, value in sides.items()}
     kind = kinds[next(iter(kinds))] if prompt is None else _kind(prompt, "its prompt")
+    if kind is str and set(kinds.values()) == {list}:
+        prompt, kind = _user_says(prompt), list
     for what, own_kind in kinds.items():
         if own_kind is not kind:
             beside = "its prompt" if prompt is not None else next(iter(kinds))
             raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
-    texts = _texts(prompt, sides, separator) if kind is str else _conversations(prompt, sides, tools, roles)
+    texts: list[Answer] = (
+        _texts(prompt, sides, separator, repeats_prompt)
+        if kind is str
+        else [answer_after(*side, what) for what, side in conversations(prompt, sides, tools, roles, repeats_prompt)]
+    )
     check_different(texts, list(sides))
     return texts
 
@@ -95,14 +111,32 @@ def _kind(value: Any, what: str) -> type:
 # --- texts --------------------------------------------------------------------------------------------------
 
 
-def _texts(prompt: str | None, sides: Mapping[str, str], separator: str) -> list[Answer]:
+def _texts(prompt: str | None, sides: Mapping[str, str], separator: str, repeats_prompt: bool | None) -> list[Answer]:
     if prompt is None:
         prompt, sides = _split(sides)
+        separator = ""
+    elif _is_repeated(prompt, sides, repeats_prompt):
+        sides = {what: text[len(prompt) :] for what, text in sides.items()}
         separator = ""
     for what, text in sides.items():
         if not text.strip():
             raise BadRecord(f"{what} is empty: there is nothing to prefer or to avoid")
     return [Text([(prompt + separator, 0.0), (text, 1.0)]) for text in sides.values()]
+
+
+def _is_repeated(prompt: str, sides: Mapping[str, str], repeats_prompt: bool | None) -> bool:
+    """Whether the texts hold their prompt again. :class:`BadRecord` where nothing says it."""
+    without = next((what for what, text in sides.items() if not text.startswith(prompt)), None)
+    if repeats_prompt and without is not None:
+        raise BadRecord(
+            f"{without} does not begin with its prompt, which the format's 'repeats_prompt' says it repeats"
+        )
+    if repeats_prompt is None and without is None and len(prompt.split()) > 1:
+        raise BadRecord(
+            f"{' and '.join(sides)} begin with the whole of its prompt. If they hold it again before the answer, set "
+            "the format's 'repeats_prompt: true'; if they are answers that begin so, set it to false"
+        )
+    return bool(repeats_prompt)
 
 
 def _split(sides: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -124,21 +158,83 @@ def _split(sides: Mapping[str, str]) -> tuple[str, dict[str, str]]:
 # --- conversations ------------------------------------------------------------------------------------------
 
 
-def _conversations(prompt: Any, sides: Mapping[str, Any], tools: Any, roles: Roles) -> list[Answer]:
+def conversations(
+    prompt: Any, sides: Mapping[str, Any], tools: Any, roles: Roles, repeats_prompt: bool | None = None
+) -> list[tuple[str, tuple[Conversation, int]]]:
+    """Lists of messages by what they are called, each as a whole conversation and how many of its messages are the
+    prompt: a text, messages, or None for what the lists have in common."""
     for what, messages in sides.items():
         if not messages:
             raise BadRecord(f"{what} has no message")
-    before = list(prompt or ())
-    whole = {what: conversation([*before, *messages], tools, roles) for what, messages in sides.items()}
-    shared = len(before)
     if prompt is None:
-        first, *others = whole.values()
-        if any(other != first for other in others):
-            shared = _shared_messages(list(whole.values()))
+        whole = {what: conversation(messages, tools, roles) for what, messages in sides.items()}
+        shared = _shared_messages(list(whole.values()))
+        if shared < max(len(side.messages) for side in whole.values()):
             _check_prompts(whole, shared)
-        else:
-            shared = len(first.messages) - 1
-    return [answer_after(side, shared, what) for what, side in whole.items()]
+        else:  # one, or equal ones, which are told as such
+            shared -= 1
+    else:
+        before = _user_says(prompt) if isinstance(prompt, str) else list(prompt)
+        shared = 0 if repeats_prompt is False else _end_of_prompt(before, sides)
+        if repeats_prompt and not shared:
+            raise BadRecord(f"{' and '.join(sides)} do not begin with its prompt, as 'repeats_prompt' says")
+        if not shared and roles == "strict":
+            _check_joint(before, sides)
+        if shared:
+            before = []
+        whole = {what: conversation([*before, *messages], tools, roles) for what, messages in sides.items()}
+        shared = shared or len(before)
+    return [(what, (side, shared)) for what, side in whole.items()]
+
+
+def _user_says(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _end_of_prompt(prompt: Sequence[Any], sides: Mapping[str, Sequence[Any]]) -> int:
+    """After how many messages, the same in every side, the prompt was said again; 0 where it is not.
+
+    :class:`BadRecord` where one side repeats it and another does not.
+    """
+    asked = _said(prompt)
+    said = {what: _said(messages) for what, messages in sides.items()}
+    last = min(map(len, said.values())) - 1
+    several = list(said.values())
+    shared = sum(1 for _ in takewhile(lambda messages: all(each == messages[0] for each in messages), zip(*several)))
+    if asked and several[0][0][0] not in _ANSWERING:
+        for end in range(min(shared, last), len(asked) - 1, -1):
+            if several[0][end - len(asked) : end] == asked:
+                return end
+    repeating = [what for what, own in said.items() if asked and own[: len(asked)] == asked]
+    if repeating:
+        raise BadRecord(
+            f"{repeating[0]} says its prompt again, "
+            + ("and answers nothing" if len(several[0]) == len(asked) else "but not all of its answers begin with it")
+        )
+    return 0
+
+
+def _said(messages: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What tells whether two messages say the same: role, text and calls of each."""
+    read = conversation(messages, None, "any").messages if messages else ()
+    return [(message["role"], message["content"].strip(), message.get("tool_calls")) for message in read]
+
+
+def _check_joint(prompt: Sequence[Any], sides: Mapping[str, Sequence[Any]]) -> None:
+    """:class:`BadRecord` where an answer begins as prompts do, although it does not repeat its own."""
+    ends = _said(prompt)[-1][0] if prompt else "assistant"
+    for what, messages in sides.items():
+        begins = _said(messages[:1])[0][0]
+        if ends == "user" and begins in ("user", "system", "developer"):
+            raise BadRecord(
+                f"{what} is out of order: it begins with a message of the role '{begins}', though its prompt ends with "
+                "one of the user, and it does not repeat this prompt word by word. Where it is a whole conversation, "
+                "give as 'prompt' the name of a column that is not there: the prompt is then what the sides share"
+            )
+
+
+_ANSWERING = ("assistant", "tool")
+"""Roles that an answer to a prompt begins with."""
 
 
 def _shared_messages(several: Sequence[Conversation]) -> int:

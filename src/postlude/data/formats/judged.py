@@ -17,6 +17,7 @@ class JudgedAnswer(Format):
     of messages. Only the answer is trained.
     """
 
+    later = ("repeats_prompt",)
     produces = Judged
 
     field: str = "messages"
@@ -33,6 +34,9 @@ class JudgedAnswer(Format):
     """The column of the tools where there are messages; a record without it has none."""
     roles: Roles = "strict"
     """Where there are messages: ``any`` allows roles of other names and in any order."""
+    repeats_prompt: bool | None = None
+    """Whether the completion holds the prompt again before what is answered. By default messages that do are
+    recognised, and texts that may are an error."""
 
     def parse(self, record: Record) -> list[Example]:
         return [Judged(self._answer(record), _label(column(record, self.label), self.label))]
@@ -55,7 +59,12 @@ class JudgedAnswer(Format):
             column(record, self.field)
         prompt, completion = column(record, self.prompt), column(record, self.completion)
         (answer,) = answers(
-            prompt, {f"its '{self.completion}'": completion}, separator=self.separator, tools=tools, roles=self.roles
+            prompt,
+            {f"its '{self.completion}'": completion},
+            separator=self.separator,
+            tools=tools,
+            roles=self.roles,
+            repeats_prompt=self.repeats_prompt,
         )
         return answer
 

@@ -20,10 +20,12 @@ from postlude.data.formats.sharegpt import ShareGPT
 class Preference(Format):
     """``{"prompt": ..., "chosen": ..., "rejected": ...}``, all text or all lists of messages.
 
-    A record without a prompt holds two whole conversations, or texts, that share their beginning. Only the answers are
-    trained. A record may have a ``margin``, by how much the chosen answer is better.
+    The prompt may also be the text that a user says before lists. A record without a prompt holds two whole
+    conversations, or texts, that share their beginning. Only the answers are trained. A record may have a ``margin``,
+    by how much the chosen answer is better.
     """
 
+    later = ("repeats_prompt",)
     produces = Ranked
 
     prompt: str = "prompt"
@@ -40,11 +42,21 @@ class Preference(Format):
     """The column of the tools where they are messages; a record without it has none."""
     roles: Roles = "strict"
     """Where they are messages: ``any`` allows roles of other names and in any order."""
+    repeats_prompt: bool | None = None
+    """Whether the sides hold the prompt again before what is answered. By default messages that do are
+    recognised, and texts that may are an error."""
 
     def parse(self, record: Record) -> list[Example]:
         sides = {f"its '{name}'": column(record, name) for name in (self.chosen, self.rejected)}
         prompt, tools = record.get(self.prompt), record.get(self.tools_field)
-        pair = answers(prompt, sides, separator=self.separator, tools=tools, roles=self.roles)
+        pair = answers(
+            prompt,
+            sides,
+            separator=self.separator,
+            tools=tools,
+            roles=self.roles,
+            repeats_prompt=self.repeats_prompt,
+        )
         return [Ranked(pair, _scores(record, self.margin))]
 
     def example_record(self, conversation: Conversation) -> Record | None:

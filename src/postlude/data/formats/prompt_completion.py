@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
+from postlude.data.formats.answers import conversations
 from postlude.data.formats.columns import column, kind_of, text_column
-from postlude.data.formats.conversation import Roles, conversation, untrain_before
+from postlude.data.formats.conversation import Roles, untrain_before
 
 
 class PromptCompletion(Format):
-    """``{"prompt": ..., "completion": ...}``, both text or both lists of messages. Only the completion is trained."""
+    """``{"prompt": ..., "completion": ...}``, both text or both lists of messages. Only the completion is trained.
+
+    The prompt may also be the text that a user says before a list, and a list may hold its prompt again.
+    """
 
     produces = Text | Conversation
 
@@ -25,18 +29,17 @@ class PromptCompletion(Format):
 
     def parse(self, record: Record) -> list[Example]:
         prompt, completion = column(record, self.prompt), column(record, self.completion)
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and not isinstance(completion, list | tuple):
             return [Text([(prompt + self.separator, 0.0), (text_column(record, self.completion), 1.0)])]
-        if not isinstance(prompt, list | tuple):
+        if not isinstance(prompt, str | list | tuple):
             raise BadRecord(f"its '{self.prompt}' is {kind_of(prompt)}, neither text nor a list of messages")
         if not isinstance(completion, list | tuple):
             raise BadRecord(
                 f"its '{self.prompt}' is a list of messages, but its '{self.completion}' is {kind_of(completion)}"
             )
-        if not completion:
-            raise BadRecord(f"its '{self.completion}' has no message")
-        whole = conversation([*prompt, *completion], record.get(self.tools_field), self.roles)
-        return [untrain_before(whole, len(prompt))]
+        sides = {f"its '{self.completion}'": completion}
+        [(_, side)] = conversations(prompt, sides, record.get(self.tools_field), self.roles)
+        return [untrain_before(*side)]
 
     def example_record(self, conversation: Conversation) -> Record | None:
         if len(conversation.messages) < 2:

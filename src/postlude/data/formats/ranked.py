@@ -16,10 +16,12 @@ from postlude.data.formats.conversation import Roles
 class RankedAnswers(Format):
     """``{"prompt": ..., "answers": [...]}``, the best answer first, or in the order of ``scores`` or ``ranks``.
 
-    Prompt and answers are all text or all lists of messages; a record without a prompt holds whole conversations, or
-    texts, that share their beginning. Only the answers are trained.
+    Prompt and answers are all text or all lists of messages, or the prompt is the text that a user says before lists;
+    a record without a prompt holds whole conversations, or texts, that share their beginning. Only the answers are
+    trained.
     """
 
+    later = ("repeats_prompt",)
     produces = Ranked
 
     prompt: str = "prompt"
@@ -36,6 +38,9 @@ class RankedAnswers(Format):
     """The column of the tools where they are messages; a record without it has none."""
     roles: Roles = "strict"
     """Where they are messages: ``any`` allows roles of other names and in any order."""
+    repeats_prompt: bool | None = None
+    """Whether the answers hold the prompt again before what is answered. By default messages that do are
+    recognised, and texts that may are an error."""
 
     @model_validator(mode="after")
     def _one_order(self) -> RankedAnswers:
@@ -50,7 +55,14 @@ class RankedAnswers(Format):
         names = [f"answer {place}" for place in range(1, len(sides) + 1)]
         prompt, tools = record.get(self.prompt), record.get(self.tools_field)
         named = dict(zip(names, sides, strict=True))
-        several = answers(prompt, named, separator=self.separator, tools=tools, roles=self.roles)
+        several = answers(
+            prompt,
+            named,
+            separator=self.separator,
+            tools=tools,
+            roles=self.roles,
+            repeats_prompt=self.repeats_prompt,
+        )
         if self.scores is not None:
             scores = _numbers(record, self.scores, names)
             if len(set(scores)) == 1:

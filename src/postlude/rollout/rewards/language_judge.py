@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
+from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked, RewardFunction
 
 TRIES = 3
@@ -67,10 +68,12 @@ class LanguageJudge(RewardFunction):
             )
 
     def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
-        question = (
-            prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
-        )
-        fields = {"prompt": question, "completion": completion, REFERENCE: str(record.get(REFERENCE))}
+        question = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {spoken(m)}" for m in prompt)
+        reference = record.get(REFERENCE)
+        reference = "" if reference is None else str(reference)
+        if f"{{{REFERENCE}}}" in self.question and not reference.strip():
+            raise ValueError(f"the question names {{{REFERENCE}}}, but the record has none to compare with")
+        fields = {"prompt": question, "completion": completion, REFERENCE: reference}
         # One pass over the question: braces in what is judged mean nothing.
         text = re.sub("|".join(rf"\{{{field}\}}" for field in _FIELDS), lambda m: fields[m[0][1:-1]], self.question)
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}

@@ -21,7 +21,7 @@ class Mathematics(ReferenceReward):
 
     def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         library = _math_verify()
-        right = [self._read(library, text) for text in self.answers(record)]
+        right = [self._read(library, text) for text in self.said_answers(record, "expression")]
         if not all(right):
             raise ValueError(f"the answer in '{self.answer}' has no expression")
         answer = library.parse(completion, parsing_timeout=None)

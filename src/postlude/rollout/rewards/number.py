@@ -33,7 +33,7 @@ class Number(ReferenceReward):
     """Only a number after ``####`` or in ``\\boxed{}`` counts in the completion."""
 
     def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
-        right = [number_in(answer) for answer in self.answers(record)]
+        right = [number_in(answer) for answer in self.said_answers(record, "number")]
         if None in right:
             raise ValueError(f"the answer in '{self.answer}' has no number")
         answer = number_in(completion, marked=self.must_mark)

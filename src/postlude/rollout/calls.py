@@ -1,0 +1,81 @@
+"""Tool calls in texts: what a turn says together with its calls, and the calls that a text makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_MARKED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+def spoken(message: Mapping[str, Any]) -> str:
+    """What a message says, and after it its calls, each as ``<tool_call>{"name": ..., "arguments": ...}</tool_call>``:
+    as Qwen, Hermes and others write them."""
+    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    said = [{"name": call.get("name"), "arguments": call.get("arguments")} for call in calls]
+    marked = [f"<tool_call>{json.dumps(call, ensure_ascii=False, default=str)}</tool_call>" for call in said]
+    return "".join([str(message.get("content") or ""), *marked])
+
+
+def calls_of_answer(answer: Any) -> list[str]:
+    """The calls, as :func:`calls_in` tells them, that a right answer consists of: marked ones in a text, a text that is
+    nothing but JSON of calls, or such objects. None where it is something else."""
+    if isinstance(answer, str):
+        marked = _MARKED.findall(answer)
+        return [call for text in marked or [answer] for call in _only_calls(text)]
+    several = answer if isinstance(answer, list | tuple) else [answer]
+    calls = [_call(call) for call in several]
+    return [call for call in calls if call is not None] if None not in calls else []
+
+
+def calls_in(text: str) -> list[str]:
+    """The calls that a model makes in a text, in their order, each as JSON that is the same for the same call.
+
+    A call is an object with a ``name`` and with ``arguments`` or ``parameters``, whatever marks stand round it.
+    """
+    calls: list[str] = []
+    place = text.find("{")
+    while place >= 0:
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            value, end = None, place + 1
+        call = _call(value)
+        calls += [] if call is None else [call]
+        place = text.find("{", place + 1 if call is None else end)
+    return calls
+
+
+def _only_calls(text: str) -> list[str]:
+    try:
+        return calls_of_answer(value) if isinstance(value := _DECODER.decode(text), Mapping | list) else []
+    except (ValueError, RecursionError):
+        return []
+
+
+def _call(value: Any) -> str | None:
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    arguments = next((function[key] for key in ("arguments", "parameters") if key in function), None)
+    try:
+        arguments = _DECODER.decode(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, Mapping):
+            return None
+        return json.dumps([function["name"], _plain(arguments)], sort_keys=True)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """With numbers that are whole as whole numbers: 1.0 is 1, and true is not."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_DECODER = json.JSONDecoder()
