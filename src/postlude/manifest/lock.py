@@ -174,26 +174,22 @@ def versions() -> dict[str, str]:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit = _git_commit(Path(__file__))
+    commit = _git_commit(Path(__file__).parent)
     return {**installed, "postlude_commit": commit} if commit else installed
 
 
-def _git_commit(file: Path) -> str | None:
+def _git_commit(folder: Path) -> str | None:
     """The commit that this package's files are checked out from, with ``-dirty`` if they differ from it.
 
     A package that only happens to be installed below a repository is not of its commit: git must know this file.
     """
     try:
         for arguments in (
-            ["ls-files", "--error-unmatch", str(file)],
+            ["ls-files", "--error-unmatch", __file__],
             ["describe", "--always", "--abbrev=40", "--dirty"],
         ):
             done = subprocess.run(
-                ["git", "-C", str(file.parent), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
             )
     except (OSError, subprocess.SubprocessError):
         return None
