@@ -8,6 +8,7 @@ INSTALLED = $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # vLLM wants its own torch, so it has an environment of its own, which outlives this folder.
 VLLM          ?= $(HOME)/.cache/postlude/vllm

@@ -12,7 +12,7 @@ from postlude.manifest.problem import ManifestError
 @pytest.mark.capability("explain tells a value, where it came from, what it overrode and what the key means")
 def test_a_key_is_told_with_its_history_and_its_documentation(example):
     resolved = load(example, "x.yaml", ["first.optimizer.lr=1e-4"])
-    assert explain(resolved, "first.optimizer.lr").splitlines() == [
+    assert str(explain(resolved, "first.optimizer.lr")).splitlines() == [
         "stages.first.optimizer.lr: 0.0001",
         "  from      command line 'first.optimizer.lr=1e-4'",
         "  overrode  1e-05 (defaults at x.yaml:6:32)",
@@ -45,7 +45,7 @@ def test_a_key_is_told_with_its_history_and_its_documentation(example):
     ],
 )
 def test_other_kinds_of_keys(example, key, parts):
-    text = explain(load(example, "x.yaml"), key)
+    text = str(explain(load(example, "x.yaml"), key))
     assert [part for part in parts if part not in text] == [], text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_loss_and_gradients_are_those_of_peft(bases, kind, base) -> None:
     from postlude.training.precision import LossScale, Precision
     from postlude.training.program import Program, Role
 
-    executor.program = Program(executor.program.objective, {"policy": Role(model, SGD())})
+    executor = replace(executor, program=Program(executor.program.objective, {"policy": Role(model, SGD())}))
     work = meshes.batches(0, 1)
     loss = executor.forward_backward(work, LossScale(Precision("fp32", "a test"))).loss
 

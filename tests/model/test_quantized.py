@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def adapted(place, stored=torch.float32, **keys):
 def step_of(model):
     """The loss of a step, and the gradient of every trained parameter."""
     executor = meshes.executor_of(model, Workers(), None)
-    executor.program = Program(executor.program.objective, {"policy": Role(model, SGD())})
+    executor = replace(executor, program=Program(executor.program.objective, {"policy": Role(model, SGD())}))
     done = executor.forward_backward(meshes.batches(0, 1), LossScale(Precision("fp32", "a test")))
     return done.loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 

@@ -143,6 +143,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 130, output.decode()
+    last = output.decode().splitlines()[-1]
+    assert "holds its checkpoint of step " in last
+    assert "Go on with: postlude run " in last
     stopped_at = len(metrics(tmp_path, "stopped"))
     checkpoints = os.listdir(tmp_path / "runs" / "stopped" / "stopped" / "stages" / "sft" / "checkpoints")
     assert f"step-{stopped_at:08d}" in checkpoints

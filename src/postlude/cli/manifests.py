@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from postlude.cli.arguments import AsJson, ManifestPath, Overrides, StageName
-from postlude.cli.output import show, show_json
+from postlude.cli.output import announce, show, show_json, show_report
 from postlude.errors import UserError
 
 
@@ -29,7 +29,7 @@ def init(
     for name, text in files.items():
         storage.write_text(name, text)
         typer.echo(f"Wrote {name}")
-    typer.echo(f"Next: postlude validate {path}, then postlude run {path}")
+    announce(f"Next: postlude validate {path}, then postlude run {path}")
 
 
 def validate(
@@ -55,7 +55,7 @@ def validate(
     from postlude.workflow import validate as workflow
 
     report = workflow.validate(manifest, overrides or [], sample=sample, synthetic=synthetic, probe=probe)
-    show(report, as_json)
+    show_report(report, as_json)
     raise typer.Exit(report.exit_code)
 
 
@@ -78,7 +78,7 @@ def preview(
 
         storage.write_text(html, report.to_html(manifest))
     if as_json or html is None:
-        show(report, as_json)
+        show_report(report, as_json)
 
 
 def flow(
@@ -114,7 +114,7 @@ def certificates(
 
     for path in make_certificates(directory, hosts, days):
         typer.echo(f"Wrote {path}")
-    typer.echo(
+    announce(
         f"Next: give each node its HOST.pem and HOST.key, and {AUTHORITY}; start its Ray with RAY_USE_TLS=1, "
         "RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT. authority.key goes to nobody."
     )
@@ -128,24 +128,23 @@ def explain(
     """Tell a key's value, where it comes from, what it took the place of, and what it means."""
     from postlude import storage
     from postlude.manifest import explain, load
+    from postlude.telemetry.screen import Fields
 
     resolved = load.load(storage.read_bytes(manifest), manifest, overrides or [])
-    typer.echo(explain.explain(resolved, key))
+    told = explain.explain(resolved, key)
+    show(told.head, Fields("", told.rows), *(f"\n{paragraph}" for paragraph in told.meaning))
 
 
 def recipes() -> None:
     """List what a manifest can name: recipes, and every other kind of component."""
-    from rich.console import Console
-    from rich.table import Table
-
     from postlude.manifest.catalogue import catalogue
+    from postlude.telemetry.screen import Listing
 
-    table = Table(box=None, pad_edge=False)
-    for title in ("kind", "name", "what it is", "from"):
-        table.add_column(title)
+    listing = Listing("", {"kind": "whole", "name": "whole", "what it is": "text"})
     for entry in catalogue():
-        table.add_row(entry.kind, entry.name, entry.summary, entry.package)
-    Console().print(table)
+        brought = "" if entry.package == "postlude" else f" (from {entry.package})"
+        listing.add_row(entry.kind, entry.name, entry.summary + brought)
+    show(listing)
 
 
 def schema() -> None:

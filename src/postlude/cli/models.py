@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from postlude.cli.arguments import AsJson, Model
-from postlude.cli.output import show
+from postlude.cli.output import show_report
 
 
 def generate(
@@ -75,5 +75,5 @@ def verify(model: Model, as_json: AsJson = False) -> None:
     from postlude.workflow import models
 
     report = models.verify(model)
-    show(report, as_json)
+    show_report(report, as_json)
     raise typer.Exit(report.exit_code)

@@ -8,9 +8,6 @@ from typing import Any, Protocol
 
 from postlude.errors import UserError
 
-WIDTH = 120
-"""Characters of a line where the output is no terminal."""
-
 
 class Report(Protocol):
     """What a command has found out."""
@@ -22,15 +19,28 @@ class Report(Protocol):
         """The report as something that rich can print."""
 
 
-def show(report: Report, as_json: bool) -> None:
+def show_report(report: Report, as_json: bool) -> None:
     """Print a report; as JSON it is one document and nothing else."""
     if as_json:
         show_json(report.to_json())
     else:
-        from rich.console import Console
+        show(report.render())
 
-        console = Console()
-        console.print(report.render(), width=None if console.is_terminal else WIDTH)
+
+def show(*parts: Any) -> None:
+    """Print texts as they are, and what else rich can print, one below the other."""
+    from rich.text import Text
+
+    from postlude.telemetry.screen import open_console
+
+    open_console().print(*(Text(part) if isinstance(part, str) else part for part in parts), sep="\n")
+
+
+def announce(text: str) -> None:
+    """Print sentences: what was done, and what comes next."""
+    from postlude.telemetry.screen import open_console, prose
+
+    prose(open_console(), text)
 
 
 def show_json(document: Any) -> None:
@@ -40,9 +50,8 @@ def show_json(document: Any) -> None:
 
 def tell(error: UserError, as_json: bool) -> None:
     """Print an error for a person; who asked for JSON gets that as well, on standard output."""
-    from rich.console import Console
-    from rich.text import Text
+    from postlude.telemetry.screen import open_console, prose
 
-    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+    prose(open_console(stderr=True), str(error), warning="Error: ")
     if as_json:
         show_json({"error": error.to_json()})

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from postlude.cli.arguments import AsJson, ManifestPath, Overrides, RunPath
-from postlude.cli.output import show
+from postlude.cli.output import announce, show_report
 
 
 def run(
@@ -36,13 +36,14 @@ def run(
 ) -> None:
     """Run the stages of a manifest, or go on with a run where it stopped.
 
-    Finished stages are kept, unless something that they follow from has changed; an unfinished one continues from its
-    last checkpoint. Stages that do not need each other run side by side where their pools differ.
+    Finished stages are kept, unless something that they follow from has
+    changed; an unfinished one continues from its last checkpoint. Stages that
+    do not need each other run side by side where their pools differ.
     """
     from postlude.workflow import run as workflow
 
     if dry_run:
-        show(workflow.dry_run(manifest, overrides or [], stage=stage, begin=begin, until=until), as_json)
+        show_report(workflow.dry_run(manifest, overrides or [], stage=stage, begin=begin, until=until), as_json)
         return
     if as_json:
         raise typer.BadParameter("it tells what would run, so it needs --dry-run", param_hint="--json")
@@ -54,7 +55,7 @@ def run(
         chosen = {"--stage": stage, "--from": begin, "--until": until}
         options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
         started, holder = detached.detach(manifest, overrides or [], options)
-        typer.echo(f"Started {started.uri} as {holder}.")
+        announce(f"Started {started.uri} as {holder}.")
         return
     code = workflow.run(
         manifest, overrides or [], stage=stage, inline=inline, begin=begin, until=until, wait_seconds=wait
@@ -81,14 +82,14 @@ def stop(
     """Ask a run to stop with a checkpoint, and wait until it has."""
     from postlude.workflow import detached
 
-    typer.echo(detached.stop(run, now, wait))
+    announce(detached.stop(run, now, wait))
 
 
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show the state of a run: each stage, its step, its last checkpoint, and alarms."""
     from postlude.workflow import status as workflow
 
-    show(workflow.status(run), as_json)
+    show_report(workflow.status(run), as_json)
 
 
 def runs(
@@ -98,7 +99,7 @@ def runs(
     """List the runs in a folder."""
     from postlude.workflow import status as workflow
 
-    show(workflow.runs(directory), as_json)
+    show_report(workflow.runs(directory), as_json)
 
 
 def amend(
@@ -109,4 +110,4 @@ def amend(
     """Record a change to a running stage; it holds from the next step on, also when the run is resumed."""
     from postlude.workflow import amend as workflow
 
-    typer.echo(workflow.amend(run, stage, assignment))
+    announce(workflow.amend(run, stage, assignment))

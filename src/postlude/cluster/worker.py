@@ -30,6 +30,7 @@ import ray
 
 from postlude.cluster.failure import Outcome, outcome_of
 from postlude.telemetry import hardware
+from postlude.telemetry.progress import console
 from postlude.telemetry.pulse import Pulse, pulse, stack
 from postlude.telemetry.readings import Reading, read
 from postlude.telemetry.relay import Relay, Relayed
@@ -51,6 +52,8 @@ class WorkerSetup:
     """The working directory, by default that of this process."""
     path: Sequence[str] = field(default_factory=lambda: list(sys.path))
     """Where modules are looked for, by default where this process does."""
+    width: int = field(default_factory=lambda: console().width)
+    """Columns of the terminal that shows what it prints, by default that of this process."""
 
     def enter(self) -> None:
         """Make it that of this process."""
@@ -116,7 +119,7 @@ class Worker:
         torch.set_num_threads(self._setup.threads)
         for module in self._setup.modules:
             importlib.import_module(module)
-        self._relay.take_console()
+        self._relay.take_console(self._setup.width)
 
     def work(self, function: str, task: Any, lease_seconds: float) -> Outcome:
         """Call ``function`` ("module:name") with the task, the request to stop and a display, to its end."""

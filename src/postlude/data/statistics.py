@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from postlude.data.document import Unit
+from postlude.telemetry.screen import Kind, Listing
 
 SHOWN = 5
 """So many ids are kept of what was dropped for one reason."""
@@ -150,7 +148,7 @@ class Statistics:
             "packing": {name: getattr(self, name) for name in ("block", "fill", *per_epoch, "sampled")},
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[Listing]:
         """Tables to print: the sources, the mixture, and what was dropped, if anything was."""
         shown = [self._sources_table(), self._packing_table()]
         lost = [
@@ -160,29 +158,28 @@ class Statistics:
             for reason, dropped in reasons.items()
         ]
         if lost:
-            table = _table("Left out", ["source", "reason"], ["how many"])
-            table.add_column("such as", overflow="fold")
+            table = Listing("Left out", {"source": "text", "reason": "text", "how many": "number", "such as": "text"})
             for source, what, reason, dropped in lost:
-                examples = Text(", ".join(dropped.examples))
-                table.add_row(Text(source.name), Text(reason), f"{dropped.count:,} {what}", examples)
+                table.add_row(source.name, reason, f"{dropped.count:,} {what}", ", ".join(dropped.examples))
             shown.append(table)
         left_out = [
             (name, entry) for name, source in self.sources.items() for entry in sorted(source.unprinted.items())
         ]
         if left_out:
-            table = _table("Not printed by the chat template", ["source", "what"], ["examples"])
-            table.add_column("such as", overflow="fold")
+            heads: dict[str, Kind] = {"source": "text", "what": "text", "examples": "number", "such as": "text"}
+            table = Listing("Not printed by the chat template", heads)
             for name, (kind, dropped) in left_out:
-                table.add_row(Text(name), Text(kind), f"{dropped.count:,}", Text(", ".join(dropped.examples)))
+                table.add_row(name, kind, f"{dropped.count:,}", ", ".join(dropped.examples))
             shown.append(table)
         return shown
 
-    def _sources_table(self) -> Table:
+    def _sources_table(self) -> Listing:
         lengths = ("median", "p99", "longest", "lengths")
-        table = _table("Data", ["source"], ["records", "tokens", "trained", *lengths, "truncated", "passes"])
+        numbers = ("records", "tokens", "trained", *lengths, "truncated", "passes")
+        table = Listing("Data", {"source": "whole", **dict.fromkeys(numbers, "number")})
         for name, source in self.sources.items():
             table.add_row(
-                Text(name),
+                name,
                 f"{source.read:,} of {source.records:,}" if source.read < source.records else f"{source.records:,}",
                 f"{source.tokens:,}",
                 f"{source.trained_share:.1%}",
@@ -195,9 +192,10 @@ class Statistics:
             )
         return table
 
-    def _packing_table(self) -> Table:
+    def _packing_table(self) -> Listing:
         about = "about " if self.sampled else ""
-        table = _table("One epoch, packed", [], ["records", "tokens", f"blocks of {self.block:,}", "fill"])
+        heads = ("records", "tokens", f"blocks of {self.block:,}", "fill")
+        table = Listing("One epoch, packed", dict.fromkeys(heads, "number"))
         table.add_row(
             f"{self.records_per_epoch:,}",
             f"{about}{self.tokens_per_epoch:,}",
@@ -205,14 +203,6 @@ class Statistics:
             f"{self.fill:.2%}",
         )
         return table
-
-
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table with columns of texts, then columns of numbers."""
-    table = Table(*texts, title=title, title_justify="left")
-    for column in numbers:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -17,8 +18,25 @@ from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Setting, dotted
 from postlude.nearest import suggestion_or_list
 
 
-def explain(resolved: Resolved, key: str) -> str:
-    """Text about a key of a resolved manifest, written as in an assignment: ``sft.optimizer.lr``, ``seed``.
+@dataclass(frozen=True)
+class Explanation:
+    """What there is to tell of a key."""
+
+    head: str
+    """The key, and its value where that is one."""
+    rows: list[tuple[str, str]]
+    """Words with what they say, or the leaves below the key with where each came from."""
+    meaning: list[str]
+    """Paragraphs."""
+
+    def __str__(self) -> str:
+        width = max(len(left) for left, _ in self.rows)
+        rows = [f"  {left:<{width}}  {right}" for left, right in self.rows]
+        return "\n".join([self.head, *rows, *(f"\n{paragraph}" for paragraph in self.meaning)])
+
+
+def explain(resolved: Resolved, key: str) -> Explanation:
+    """What there is to tell of a key of a manifest, written as in an assignment: ``sft.optimizer.lr``, ``seed``.
 
     Raises:
         ManifestError: there is no such key, with the nearest that there is.
@@ -26,12 +44,8 @@ def explain(resolved: Resolved, key: str) -> str:
     path = _path(resolved, key)
     place = _Place(resolved, path)
     if not _is_leaf(place.value):
-        lines = [f"{dotted(path)}:", *_table(_leaves(resolved, place.value, path, ()))]
-    else:
-        lines = [f"{dotted(path)}: {_shown(place.value)}", *_table(_story(place))]
-    if place.meaning:
-        lines += ["", place.meaning]
-    return "\n".join(lines)
+        return Explanation(f"{dotted(path)}:", [*_leaves(resolved, place.value, path, ())], place.meaning)
+    return Explanation(f"{dotted(path)}: {_shown(place.value)}", [*_story(place)], place.meaning)
 
 
 def _path(resolved: Resolved, key: str) -> KeyPath:
@@ -76,12 +90,13 @@ class _Place:
             self.history = [Setting(str(path[-1]), None, SCHEMA_DEFAULT)]
 
     @property
-    def meaning(self) -> str:
-        """The documentation of the key, and of the component or config that stands there."""
+    def meaning(self) -> list[str]:
+        """The documentation of the key, and of the component or config that stands there, in paragraphs."""
         parts = [self.field.description or "" if self.field else "", self.component_doc]
         if isinstance(self.value, dict):
             parts.append(_documentation(self.subschema.config(self.value)))
-        return "\n\n".join(dict.fromkeys(part for part in parts if part))
+        paragraphs = "\n\n".join(dict.fromkeys(part for part in parts if part)).split("\n\n")
+        return [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph]
 
 
 def _story(place: _Place) -> Iterator[tuple[str, str]]:
@@ -115,12 +130,6 @@ def _is_leaf(tree: Any) -> bool:
     if isinstance(tree, list):
         return not any(isinstance(item, (dict, list)) for item in tree)
     return not isinstance(tree, dict) or not tree
-
-
-def _table(rows: Iterator[tuple[str, str]]) -> list[str]:
-    listed = list(rows)
-    width = max(len(left) for left, _ in listed)
-    return [f"  {left:<{width}}  {right}" for left, right in listed]
 
 
 def _default(field: FieldInfo) -> str | None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from postlude.data.batch import collate
 from postlude.data.document import Document, Unit
 from postlude.model.anatomy import name_of, plain_logits
 from postlude.model.language_model import LanguageModel
+from postlude.telemetry.screen import Listing
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """The largest difference between two orders of the same sums, relative to the largest logit, by dtype."""
@@ -62,26 +62,22 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         return {"same": self.same, **asdict(self), "documents": [asdict(document) for document in self.documents]}
 
-    def render(self) -> Table:
+    def render(self) -> Listing:
         verdict = "the same" if self.same else "NOT the same"
-        caption = f"tolerance {self.tolerance:g} of the largest logit"
-        if self.not_as_trained:
-            caption += f"; NOT as in the last checkpoint: {', '.join(self.not_as_trained)}"
-        table = Table(
-            title=f"{self.architecture}, {self.dtype} on {self.device}: packed logits are {verdict} as plain ones",
-            caption=caption,
-            title_justify="left",
+        trained = f"; NOT as in the last checkpoint: {', '.join(self.not_as_trained)}" if self.not_as_trained else ""
+        listing = Listing(
+            f"{self.architecture}, {self.dtype} on {self.device}: packed logits are {verdict} as plain ones, "
+            f"with a tolerance of {self.tolerance:g} of the largest logit{trained}",
+            {"tokens": "number", "absolute error": "number", "relative error": "number", "": "whole"},
         )
-        for column in ("tokens", "absolute error", "relative error", ""):
-            table.add_column(column, justify="right")
         for document in self.documents:
-            table.add_row(
+            listing.add_row(
                 str(document.tokens),
                 f"{document.max_absolute_error:.2e}",
                 f"{document.max_relative_error:.2e}",
                 "" if document.max_relative_error <= self.tolerance else "differs",
             )
-        return table
+        return listing
 
 
 @torch.no_grad()

@@ -10,8 +10,6 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from rich.table import Table
-
 from postlude import storage
 from postlude.data.dataset import Dataset
 from postlude.data.encode import Encoder
@@ -28,6 +26,7 @@ from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
 from postlude.stages.work import Entry, Tell, Work, read_rows
+from postlude.telemetry.screen import Kind, Listing
 from postlude.training.frozen import DocumentLikelihood, likelihoods
 
 ROWS = 64
@@ -247,11 +246,9 @@ class Evaluation(Work):
                     values = {key: value for key, value in summary.items() if isinstance(value, int | float)}
                     yield "measured", {"name": f"{model}/{kind}/{name}", "values": values}
 
-    def table(self, report: Mapping[str, Any]) -> Table:
-        table = Table(title=f"{self.parts.task.stage}: evaluated", title_justify="left")
-        table.add_column("what")
-        for model in report["models"]:
-            table.add_column(model, justify="right")
+    def table(self, report: Mapping[str, Any]) -> Listing:
+        heads: dict[str, Kind] = {"": "whole", **dict.fromkeys(report["models"], "number")}
+        listing = Listing(f"{self.parts.task.stage}: evaluated", heads)
         first = next(iter(report["models"].values()))
         for kind, datasets in first.items():
             for name, summary in datasets.items():
@@ -259,8 +256,8 @@ class Evaluation(Work):
                     if not key.endswith("_error"):
                         values = [models[kind][name] for models in report["models"].values()]
                         shown = [_with_error(value[key], value.get(f"{key}_error")) for value in values]
-                        table.add_row(f"{name}: {key.replace('_', ' ')}", *shown)
-        return table
+                        listing.add_row(f"{name}: {key.replace('_', ' ')}", *shown)
+        return listing
 
     def parents(self) -> Mapping[str, Any]:
         return {name: lineage_of(start) for name, start in self.config.named_models.items()}

@@ -8,8 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from rich.table import Table
-
 from postlude import storage
 from postlude.data.dataset import BAD_RECORD
 from postlude.data.example import Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
@@ -27,6 +25,7 @@ from postlude.stages.models import lineage_of_judges
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import dropped_by_filters
 from postlude.stages.work import Entry, Tell, Work, read_rows
+from postlude.telemetry.screen import Fields
 
 _ANY = (Conversation, Text, Tokens, Ranked, Judged)
 
@@ -123,16 +122,13 @@ class Filtering(Work):
     def parents(self) -> Mapping[str, Any]:
         return lineage_of_judges(self.config.reward)
 
-    def table(self, report: Mapping[str, Any]) -> Table:
-        table = Table(title=f"{self.parts.task.stage}: filtered", title_justify="left", show_header=False)
-        table.add_row("read", f"{report['read']:,}")
-        table.add_row("kept", f"{report['records']:,}")
+    def table(self, report: Mapping[str, Any]) -> Fields:
+        rows = [("read", f"{report['read']:,}"), ("kept", f"{report['records']:,}")]
         if "reward" in report:
-            table.add_row("mean reward of what was read", f"{report['reward']:.4f}")
+            rows.append(("mean reward of what was read", f"{report['reward']:.4f}"))
         for name, reasons in report["dropped_by_filters"].items():
-            for reason, count in reasons.items():
-                table.add_row(f"{name}: dropped by {reason}", f"{count:,}")
-        return table
+            rows += [(f"{name}: dropped by {reason}", f"{count:,}") for reason, count in reasons.items()]
+        return Fields(f"{self.parts.task.stage}: filtered", rows)
 
     def close(self) -> None:
         self.scorer.pool.close()

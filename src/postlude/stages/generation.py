@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from postlude import storage
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
@@ -32,6 +30,7 @@ from postlude.stages.prompts import (
     preview_prompts,
 )
 from postlude.stages.work import Entry, Tell, Work
+from postlude.telemetry.screen import Fields
 
 SAME_REWARD = "all completions have the same reward"
 SAME_TEXT = "the best completion says the same as the worst"
@@ -166,16 +165,13 @@ class Generation(Work):
     def parents(self) -> Mapping[str, Any]:
         return {"model": lineage_of(self.config.model), **lineage_of_judges(self.config.reward)}
 
-    def table(self, report: Mapping[str, Any]) -> Table:
-        table = Table(title=f"{self.parts.task.stage}: generated", title_justify="left", show_header=False)
-        for name in ("prompts", "completions", "records", "tokens"):
-            table.add_row(name, f"{report[name]:,}")
-        table.add_row("ended with a stop token", f"{report['stopped']:.0%}")
+    def table(self, report: Mapping[str, Any]) -> Fields:
+        rows = [(name, f"{report[name]:,}") for name in ("prompts", "completions", "records", "tokens")]
+        rows.append(("ended with a stop token", f"{report['stopped']:.0%}"))
         if "reward" in report:
-            table.add_row("mean reward", f"{report['reward']:.4f}")
-        for reason, counted in report["nothing_of"].items():
-            table.add_row(f"nothing: {reason}", f"{counted['count']:,}")
-        return table
+            rows.append(("mean reward", f"{report['reward']:.4f}"))
+        rows += [(f"nothing: {reason}", f"{counted['count']:,}") for reason, counted in report["nothing_of"].items()]
+        return Fields(f"{self.parts.task.stage}: generated", rows)
 
     def close(self) -> None:
         self.asking.close()

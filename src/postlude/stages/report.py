@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from postlude.data.statistics import Statistics
 from postlude.data.synthetic import Verdict
 from postlude.model.memory import MIB, MemoryPlan
+from postlude.telemetry.screen import Fields, Listing
 from postlude.training.precision import Precision
 
 
@@ -37,11 +37,10 @@ class Rehearsal:
             "log_vocabulary": self.expected_loss,
         }
 
-    def render(self) -> Table:
-        table = Table(title="One worker", title_justify="left", show_header=False)
-        table.add_row("parameters", f"{self.plan.parameters:,}")
+    def render(self) -> Fields:
+        rows = [("parameters", f"{self.plan.parameters:,}")]
         if self.plan.trained != self.plan.parameters:
-            table.add_row("trained", f"{self.plan.trained:,}")
+            rows.append(("trained", f"{self.plan.trained:,}"))
         for part in (
             "base",
             "weights",
@@ -54,13 +53,13 @@ class Rehearsal:
             "peak",
         ):
             if size := getattr(self.plan, f"{part}_bytes"):
-                table.add_row(part, f"{size / MIB:,.0f} MiB")
-        table.add_row("precision", f"{self.precision.name} ({self.precision.reason})")
+                rows.append((part, f"{size / MIB:,.1f} MiB"))
+        rows.append(("precision", f"{self.precision.name} ({self.precision.reason})"))
         step = "not made: the model is too large for this machine"
         if self.loss is not None:
             step = f"loss {self.loss:.3f} (chance: {self.expected_loss:.3f}), gradient norm {self.grad_norm:.3g}"
-        table.add_row("one small step", step)
-        return table
+        rows.append(("one small step", step))
+        return Fields("One worker", rows)
 
 
 @dataclass(frozen=True)
@@ -77,18 +76,16 @@ class Trial:
     def to_json(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "made": self.made, "note": self.note}
 
-    def render(self) -> Table:
-        table = Table(show_header=False)
-        for name, value in _leaves(self.counts):
-            table.add_row(name.replace("_", " "), f"{value:,.6g}" if isinstance(value, int | float) else str(value))
-        if self.made is None:
-            table.add_row("a small trial", f"not made: {self.note}")
-        else:
+    def render(self) -> Fields:
+        rows = [
+            (name.replace("_", " "), f"{value:,.6g}" if isinstance(value, int | float) else str(value))
+            for name, value in _leaves(self.counts)
+        ]
+        made = f"not made: {self.note}"
+        if self.made is not None:
             numbers = {name: value for name, value in self.made.items() if isinstance(value, int | float)}
-            table.add_row(
-                "a small trial", ", ".join(f"{name} {value:,.6g}" for name, value in numbers.items()) or "made"
-            )
-        return table
+            made = ", ".join(f"{name} {value:,.6g}" for name, value in numbers.items()) or "made"
+        return Fields("", [*rows, ("a small trial", made)])
 
 
 @dataclass
@@ -130,7 +127,7 @@ class StageReport:
 
     def render(self) -> list[RenderableType]:
         parts: list[RenderableType] = [
-            f"[bold]{self.stage}[/bold]: {self.workers} worker(s) of {self.threads} thread(s)"
+            Text.assemble((self.stage, "bold"), f": workers {self.workers}, threads of each {self.threads}")
         ]
         parts += self.statistics.tables() if self.statistics else []
         parts += [Text(f"Held out: {name}, documents {count:,}") for name, count in self.held_out.items()]
@@ -163,11 +160,11 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
-def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title=f"{name}: synthetic records", title_justify="left")
-    for column in ("record", "count", "expected", "came out"):
-        table.add_column(column, justify="right" if column == "count" else "left")
+def _synthetic_table(name: str, verdicts: Sequence[Verdict]) -> Listing:
+    listing = Listing(
+        f"{name}: synthetic records", {"record": "text", "count": "number", "expected": "text", "came out": "text"}
+    )
     for verdict in verdicts:
         style = None if verdict.as_expected else "yellow"
-        table.add_row(verdict.what, str(verdict.count), verdict.expected, Text(verdict.found), style=style)
-    return table
+        listing.add_row(verdict.what, f"{verdict.count:,}", verdict.expected, verdict.found, style=style)
+    return listing

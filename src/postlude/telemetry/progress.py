@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,6 +23,7 @@ from rich.text import Text
 
 from postlude.runs import Run
 from postlude.telemetry import events
+from postlude.telemetry.screen import Kind, Listing, open_console, prose
 from postlude.telemetry.summary import summarize
 
 PLAIN_SECONDS = 10.0
@@ -34,12 +36,13 @@ WAIT_SECONDS = 5.0
 @cache
 def console() -> Console:
     """The terminal, on standard error. What is printed elsewhere tears a live line."""
-    return Console(stderr=True, highlight=False)
+    return open_console(stderr=True)
 
 
-def say(text: str) -> None:
-    """Print one line on standard error, above a live line if one stands."""
-    console().print(text, markup=False, soft_wrap=True)
+def say(text: str, whole: bool = False) -> None:
+    """Print sentences on standard error, above a live line if one stands; ``whole`` leaves it to the terminal to break
+    them, so that a command in them can be copied."""
+    prose(console(), text, whole)
 
 
 class Display(Protocol):
@@ -133,8 +136,9 @@ class StageProgress:
         text, share = self._prepared or ("", 0.0)
         if self._line:
             text, share = self._describe(), self._line.get("progress", 0.0)
+        room = console().width - cell_len(text) - 1
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=20), text)
+        grid.add_row(ProgressBar(total=1.0, completed=share, width=max(4, min(room, 20))), Text(text, overflow="fold"))
         return grid
 
 
@@ -189,26 +193,22 @@ def waiting(what: str) -> Iterator[None]:
 
 def stage_table(run: Run, names: Sequence[str] | None = None) -> None:
     """Print the summary of each stage to standard error."""
-    table = Table(title=run.name, title_justify="left")
-    for heading in ("stage", "state", "steps", "loss", "held out", "tokens", "time", "tokens/s"):
-        table.add_column(heading, justify="left" if heading in ("stage", "state") else "right")
+    heads: dict[str, Kind] = {"stage": "whole", "state": "whole", "steps": "number", "loss, first → last": "number"}
+    listing = Listing(run.name, heads | {"tokens": "number", "time": "number", "tokens/s": "number"})
     for summary in summarize(run, names):
-        table.add_row(
+        curves = [_change(summary.first_loss, summary.last_loss)]
+        curves += [f"{name} {_change(*losses)}" for name, losses in summary.held_out_losses.items()]
+        curves += [f"{name} reward {_change(*rewards)}" for name, rewards in summary.held_out_rewards.items()]
+        listing.add_row(
             summary.stage,
             summary.state,
             f"{summary.steps:,}",
-            _change(summary.first_loss, summary.last_loss),
-            "\n".join(
-                [
-                    *(f"{name} {_change(*losses)}" for name, losses in summary.held_out_losses.items()),
-                    *(f"{name} reward {_change(*rewards)}" for name, rewards in summary.held_out_rewards.items()),
-                ]
-            ),
+            "\n".join(curves),
             f"{summary.tokens:,}",
             duration(summary.seconds),
             f"{summary.tokens_per_second:,.0f}" if summary.tokens_per_second else "",
         )
-    console().print(table, width=None if console().is_terminal else 120)
+    console().print(listing)
 
 
 def _change(first: float | None, last: float | None) -> str:

@@ -11,9 +11,6 @@ from typing import Any
 from postlude.telemetry.events import Event
 from postlude.telemetry.progress import StageProgress, console
 
-WIDTH = 120
-"""Columns of what is printed for a terminal that is not here."""
-
 
 @dataclass
 class Relayed:
@@ -44,10 +41,10 @@ class Relay(io.TextIOBase):
         self._turn = threading.Lock()
         self._pending = Relayed()
 
-    def take_console(self) -> None:
-        """From now on keep what this process prints on the console."""
+    def take_console(self, width: int) -> None:
+        """From now on keep what this process prints on the console, for one with so many columns."""
         console().file = self  # type: ignore[assignment]
-        console().width = WIDTH
+        console().width = width
 
     def update(self, line: Mapping[str, Any]) -> None:
         """A line of metrics."""

@@ -17,6 +17,7 @@ from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Identity, Run, Stage, find_finished_elsewhere, revision_of
+from postlude.telemetry.screen import Listing
 from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier
 from postlude.workflow.selection import Selection
@@ -114,20 +115,18 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"run": self.run.uri, "stages": [decision.to_json() for decision in self.decisions]}
 
-    def render(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
+    def render(self) -> Listing:
         from postlude.workflow.drawing import draw
 
-        table = Table(title=f"{self.run.name}: what will run", title_justify="left")
-        for column in ("stage", "what", "why"):
-            table.add_column(column)
-        for name, branch in draw({decision.stage: decision.needs for decision in self.decisions}):
+        listing = Listing(
+            f"{self.run.name}: what will run", {"stage": "whole", "also needs": "text", "what and why": "text"}
+        )
+        for name, branch, others in draw({decision.stage: decision.needs for decision in self.decisions}):
             decision = self[name]
+            why = f": {'; '.join(decision.reasons)}" if decision.reasons else ""
             style = "dim" if decision.action == "keep" else None
-            table.add_row(Text(branch), decision.describe(), Text("\n".join(decision.reasons)), style=style)
-        return table
+            listing.add_row(branch, others, decision.describe() + why, style=style)
+        return listing
 
 
 class Refused(ManifestError):

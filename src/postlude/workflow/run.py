@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,11 @@ from postlude.manifest.lock import dump_lock, lock, read_lock
 from postlude.manifest.schema import Manifest
 from postlude.runs import Run
 from postlude.telemetry import events
-from postlude.telemetry.progress import console, stage_table, waiting
+from postlude.telemetry.progress import console, say, stage_table, waiting
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import verify_inputs
 from postlude.workflow.compute import check_compute, threads_of
-from postlude.workflow.plan import Decision, Plan, make_plan
+from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
 
@@ -48,7 +49,7 @@ def run(
     run = run_of(resolved)
     with hold(run, wait_seconds):
         plan = make_plan(resolved, run, Selection(stage, begin, until))
-        console().print(plan.render(), width=None if console().is_terminal else 120)
+        console().print(plan.render())
         made_anew = {decision.stage for decision in plan.work}
         for decision in plan.work:
             verify_inputs(run, decision.stage, [need for need in decision.needs if need not in made_anew])
@@ -59,10 +60,25 @@ def run(
             interrupted = execute(run, resolved, plan, cluster)
         if interrupted is not None:
             events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
+            chosen = {"--stage": stage, "--until": until}
+            options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
+            command = ["postlude", "run", manifest_path, *overrides, *options, *["--inline"] * inline]
+            say(f"Interrupted: {what_holds(run, plan)}. Go on with: {shlex.join(command)}", whole=True)
             return INTERRUPTED
         events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
+
+
+def what_holds(run: Run, plan: Plan) -> str:
+    """In words, where each stage of a plan goes on that has begun and is not done."""
+    holding = []
+    for name in [decision.stage for decision in plan.work]:
+        standing = Standing.at(run, name)
+        if standing.begun and not standing.done:
+            held = f"its checkpoint of step {standing.step:,}" if standing.step else "the portions that it has finished"
+            holding.append(f"'{name}' holds {held}")
+    return "; ".join(holding) or "no stage is unfinished"
 
 
 def dry_run(
@@ -98,7 +114,7 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) 
                 at_work.wait()
         if at_work.failure is not None:
             raise at_work.failure
-        return at_work.interrupted
+        return at_work.interrupted or (next(iter(left), None) if stop.requested else None)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from postlude.manifest.lock import read_lock
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
 from postlude.telemetry import events
+from postlude.telemetry.screen import Kind, Listing
 from postlude.telemetry.summary import StageSummary, summarize
 from postlude.workflow.drawing import draw
 
@@ -81,26 +81,25 @@ class RunStatus:
         }
 
     def render(self) -> RenderableType:
-        table = Table(title=f"{self.run.name}: {self.state}", title_justify="left")
-        for column in ("stage", "state", "step", "loss", "last checkpoint", "revision", "taken over from"):
-            table.add_column(column, justify="right" if column in ("step", "loss", "revision") else "left")
+        heads: dict[str, Kind] = {"stage": "whole", "state": "text", "step": "number"}
+        listing = Listing(f"{self.run.name}: {self.state}", heads | {"loss": "number", "checkpoint": "whole"})
         by_name = {stage.summary.stage: stage for stage in self.stages}
-        for name, branch in draw({name: stage.needs for name, stage in by_name.items()}):
+        for name, branch, _ in draw({name: stage.needs for name, stage in by_name.items()}):
             stage, summary = by_name[name], by_name[name].summary
-            table.add_row(
-                Text(branch),
-                summary.state,
-                str(summary.steps) if summary.steps else "",
+            state = [summary.state] + [f"revision {stage.revision}"] * (stage.revision > 1)
+            state += [f"from {stage.taken_over_from}"] * (stage.taken_over_from is not None)
+            listing.add_row(
+                branch,
+                ", ".join(state),
+                f"{summary.steps:,}" if summary.steps else "",
                 "" if summary.last_loss is None else f"{summary.last_loss:.4f}",
-                "" if stage.checkpoint is None else f"step {stage.checkpoint}",
-                str(stage.revision),
-                stage.taken_over_from or "",
+                "" if stage.checkpoint is None else f"step {stage.checkpoint:,}",
             )
         notes = [f"held by {self.holder}"] if self.holder else []
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
         notes += [f"{alarm.time} {alarm.kind}: {_describe(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
-        return Group(table, *map(Text, notes))
+        return Group(listing, *map(Text, notes))
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,14 @@ class Runs:
     def to_json(self) -> dict[str, Any]:
         return {"runs": [run.to_json() for run in self.runs]}
 
-    def render(self) -> RenderableType:
-        table = Table()
-        for column in ("run", "state", "stages done", "last loss"):
-            table.add_column(column)
+    def render(self) -> Listing:
+        listing = Listing("", {"run": "text", "state": "whole", "stages done": "whole", "last loss": "number"})
         for run in self.runs:
             done = sum(stage.summary.state == "done" for stage in run.stages)
             losses = [stage.summary.last_loss for stage in run.stages if stage.summary.last_loss is not None]
             shown = f"{losses[-1]:.4f}" if losses else ""
-            table.add_row(run.run.name, run.state, f"{done}/{len(run.stages)}", shown)
-        return table
+            listing.add_row(run.run.name, run.state, f"{done} of {len(run.stages)}", shown)
+        return listing
 
 
 def status(place: str) -> RunStatus:

@@ -54,7 +54,7 @@ class Report:
     def render(self) -> RenderableType:
         parts: list[RenderableType] = []
         for stage in self.stages:
-            parts += stage.render()
+            parts += [*stage.render(), Text()]
         return Group(*parts, self._verdict())
 
     def _verdict(self) -> Text:
