@@ -20,8 +20,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "postlude"
 
 CODE_LINES = 23_500 + 1_700
-"""Of the whole package: what it had when it was put in order, and what was added since, for models, adapters, records and
-templates that others made."""
+"""Of the whole package: what it had when it was put in order, and what was added since, for models, adapters, records
+and templates that others made."""
 
 FILE_LINES = 450
 
