@@ -68,7 +68,8 @@ def terminal(monkeypatch, capsys) -> Terminal:
 def test_the_commands_are_those_of_the_contract(terminal):
     code, out, _ = terminal("--help")
     assert code == 0
-    listed = [line.split()[1] for line in out.partition("Commands")[2].splitlines()[1:] if line.startswith("│")]
+    lines = out.partition("Commands")[2].splitlines()
+    listed = [line.split()[1] for line in lines if line.startswith("│ ") and line[2] != " "]
     assert listed == (
         [
             "init",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from postlude.manifest.schema import ModelFrom
@@ -114,7 +116,10 @@ def test_verification_agrees_where_the_model_is_right_and_differs_where_it_is_no
     report = verify(model)
     assert report.exit_code == 1
     assert any(document.max_relative_error > report.tolerance for document in report.documents)
-    assert report.render().row_count == len(report.documents)
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.render())
+    shown = console.file.getvalue()
+    assert all(f"{document.max_absolute_error:.2e}" in shown for document in report.documents)
 
 
 def test_verification_takes_given_documents(tiny):

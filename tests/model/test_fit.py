@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
+from postlude.model.adapters.merge import config_of
 from postlude.model.adapters.stored import open_model
 from postlude.model.export import write_model, write_weights
 from postlude.model.load import configuration, load_model
@@ -66,17 +67,17 @@ def test_a_head_of_its_own_is_kept_where_the_configuration_ties_it(files, tokeni
 
 def test_a_head_of_its_own_is_kept_by_what_reads_in_parts(files) -> None:
     with open_model(str(files)) as stored:
-        assert open_whole(stored, stored.config())[0].config.tie_word_embeddings is True
+        assert open_whole(stored, config_of(stored))[0].config.tie_word_embeddings is True
     change(files, own_head)
     with open_model(str(files)) as stored:
-        assert open_whole(stored, stored.config())[0].config.tie_word_embeddings is False
+        assert open_whole(stored, config_of(stored))[0].config.tie_word_embeddings is False
 
 
 def test_a_tied_head_that_is_written_twice_stays_tied(files) -> None:
     change(files, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert load(files).config.tie_word_embeddings is True
     with open_model(str(files)) as stored:
-        assert open_whole(stored, stored.config())[0].config.tie_word_embeddings is True
+        assert open_whole(stored, config_of(stored))[0].config.tie_word_embeddings is True
 
 
 def test_weights_without_a_place_are_refused_by_name_however_they_are_read(files) -> None:
@@ -85,7 +86,7 @@ def test_weights_without_a_place_are_refused_by_name_however_they_are_read(files
     with pytest.raises(ManifestError, match=said):
         load(files)
     with pytest.raises(ManifestError, match=said), open_model(str(files)) as stored:
-        open_whole(stored, stored.config())
+        open_whole(stored, config_of(stored))
     with pytest.raises(ManifestError, match=said):
         configuration(ModelFrom(path=str(files)), str(files), None)
 

@@ -147,7 +147,7 @@ def test_status_and_runs_tell_the_same(trained) -> None:
     assert (stage["first_loss"], stage["loss"]) == (lines[0]["loss"], lines[-1]["loss"])
     assert trained("runs", trained.manifest["run_dir"], "--json").json == {"runs": [status]}
     assert "step 4" in trained("status", "RUN").out
-    assert "1/1" in trained("runs", trained.manifest["run_dir"]).out
+    assert "1 of 1" in trained("runs", trained.manifest["run_dir"]).out
 
 
 def test_a_finished_run_is_kept_as_it_is(trained) -> None:

@@ -88,7 +88,7 @@ def test_status_draws_the_graph_and_lineage_leads_back_to_the_data(chain) -> Non
     assert chain("run", "MANIFEST").exit_code == 0
     shown = chain("status", "RUN").out
     for line in ("a ", "├─ b", "└─ c", "   └─ d", "      └─ e"):
-        assert f"│ {line}" in shown
+        assert f"\n{line}" in shown
     ancestor = walk(chain.run, "e")
     names = []
     while ancestor is not None and ancestor.place is not None:

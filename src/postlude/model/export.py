@@ -137,9 +137,10 @@ def write_merged(place: str, out: Path) -> None:
     What else the artifact has beside its weights is copied.
     """
     with open_model(place) as stored:
+        dtype = stored.base_config().dtype
         causal, sources = open_whole(stored, config_of(stored))
         config = causal.config
-        config.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else dtype_in_files(sources)
+        config.dtype = dtype if isinstance(dtype, torch.dtype) else dtype_in_files(sources)
         written: Any = causal.to(config.dtype)  # type: ignore[arg-type]
         files = WeightFiles(written, out)
         for name in files.names:
