@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from postlude.data.encode import Encoder
+from postlude.data.example import Conversation
 from postlude.data.formats.messages import Messages
+from postlude.data.records import Records
 from postlude.data.sources.hub import Hub
 from postlude.data.sources.path import Path as PathSource
 from postlude.data.sources.query import Query
+from postlude.data.tokenizer import load_tokenizer
+from postlude.manifest.schema import TokenizerFrom
 
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.get('tool_calls', '') }}<|im_end|>{% endfor %}"
+"""The arguments of calls come out as they stand, in their order."""
 TEXTS = ["3F2504E0-4F89-41D3-9A0C-0305E82C3301", "2024-01-01", "007", '"quoted"', "ü\n", "{}", "null", "1e3"]
 
 
@@ -57,10 +65,20 @@ def test_random_records_are_the_same_conversations_in_every_carrier(
     carried = {name: PathSource(path=str(tmp_path / name)).open(cache) for name in names}
     carried["hub"] = Hub(hub=str(tmp_path / "hub")).open(cache)
     carried["query"] = Query(query=f"SELECT * FROM '{tmp_path}/a.jsonl'").open(cache)
-    said = {
-        name: [json.dumps([e.messages for e in Messages().parse(row)], sort_keys=True) for row in rows.read(0)]  # type: ignore[arg-type,union-attr]
-        for name, rows in carried.items()
-    }
-    said["query"].sort()  # a query has an order of its own
-    for name, conversations in said.items():
-        assert conversations == (sorted(said["a.jsonl"]) if name == "query" else said["a.jsonl"]), name
+    encoder = Encoder(load_tokenizer(TokenizerFrom(bytes=True)), template=TEMPLATE, block=100_000)
+    seen = {name: list(_seen(rows, encoder)) for name, rows in carried.items() if name != "query"}
+    for name, conversations in seen.items():
+        assert conversations == seen["a.jsonl"], name
+    # A query has an order of its own; so has each column that is a struct: that of its type.
+    assert sorted(_seen(carried["query"], encoder, True)) == sorted(_seen(carried["a.jsonl"], encoder, True))
+
+
+def _seen(rows: Records, encoder: Encoder, sort_keys: bool = False) -> Iterator[tuple[str, bytes, bytes]]:
+    """Of each record its conversation, tokens and masks."""
+    for record in rows.read(0):
+        (example,) = Messages().parse(record)  # type: ignore[arg-type]
+        messages = json.dumps(example.messages, sort_keys=sort_keys)  # type: ignore[union-attr]
+        (encoded,) = encoder.encode([("one", Conversation(json.loads(messages)))], "carried")
+        (document,) = encoded.documents
+        assert document.trained.any()
+        yield messages, document.tokens.tobytes(), document.trained.tobytes()
