@@ -24,7 +24,8 @@ from postlude.data.sources.query import Query
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.schema import TokenizerFrom
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.get('tool_calls', '') }}<|im_end|>{% endfor %}"
+CALLS = "{{ m.tool_calls | tojson if m.tool_calls }}"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}" + CALLS + "<|im_end|>{% endfor %}"
 """The arguments of calls come out as they stand, in their order."""
 TEXTS = ["3F2504E0-4F89-41D3-9A0C-0305E82C3301", "2024-01-01", "007", '"quoted"', "ü\n", "{}", "null", "1e3"]
 
