@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def differences_from_checkpoint(artifact: str, checkpoint: str) -> list[str]:
     """
     trained = _weights_in(checkpoint)
     with open_model(artifact) as stored:
-        if any(is_adapter_part(name) for name in trained):
+        if any(map(is_adapter_part, trained)):
+            trained = {name: tensor for name, tensor in trained.items() if is_adapter_part(name)}
             written: Mapping[str, Tensor] = stored.adapters[-1].named_in_model() if stored.adapters else {}
         else:
             with quiet():
@@ -49,7 +51,9 @@ def _weights_in(checkpoint: str) -> dict[str, Tensor]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
     }
-    distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process alone
+        distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
