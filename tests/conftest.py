@@ -12,14 +12,14 @@ from hypothesis import settings
 from postlude.errors import ComputeError
 from postlude.manifest.component import lookup
 from postlude.rollout.serving.server import EngineChoice
-from postlude.telemetry import hardware
+from postlude.telemetry import openmp
 
 pytest_plugins = ["status"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-hardware.wait_shortly()
+openmp.wait_shortly()
 
 # Nothing about time is asserted in a test. A developer's runs explore; one that gates a change repeats.
 settings.register_profile("postlude", deadline=None, derandomize="CI" in os.environ)

@@ -18,6 +18,8 @@ from earlier.make import ARGUMENTS, DONE, ENVIRONMENT, HERE, KILLED, RUN, copy_p
 from results import read_lines, stage_differences, stages_of
 
 NOT_BEGUN = ("judge", "merged", "report")
+WITHOUT_GENERATION_CONFIG = ("dpo", "judge")
+"""An adapter and a classifier: what they are made with had none beside it then."""
 
 ROUNDING = 1e-4
 """By how much numbers may differ between two kinds of processors."""
@@ -79,5 +81,5 @@ def test_what_was_committed_stays_as_it_was(killed: Path, resumed: Path, stage: 
 @pytest.mark.capability("A run that an earlier version began goes on, bitwise as if undisturbed")
 @pytest.mark.parametrize("stage", [*DONE, *KILLED, *NOT_BEGUN])
 def test_the_end_is_that_of_the_earlier_version(undisturbed: Path, resumed: Path, stage: str, tolerance: float) -> None:
-    differences = set(stage_differences(undisturbed, resumed, stage, tolerance))
-    assert not differences - {"model: generation_config.json is only in the second"}, "adapters had none then"
+    added = ["model: generation_config.json is only in the second"] if stage in WITHOUT_GENERATION_CONFIG else []
+    assert list(stage_differences(undisturbed, resumed, stage, tolerance)) == added

@@ -155,6 +155,13 @@ def test_an_odd_record_is_told_and_does_not_change_the_others() -> None:
     assert predicates.keeps("len(messages) >= 2", records[:2], str) == [False, True]
 
 
+def test_numbers_that_are_none_are_absent_and_not_odd() -> None:
+    records = [{"score": 1.0}, {"score": float("nan")}, {"score": 3}, {"score": decimal.Decimal("NaN")}, {}]
+    predicates = Predicates(["score > 0"], [records])
+    assert [predicates.odd(record) for record in records] == [None] * 5
+    assert predicates.keeps("score > 0", records, str) == [True, False, True, False, False]
+
+
 @pytest.mark.parametrize("arguments", [{"": 1}, {"name": 1, "Name": 2}])
 def test_keys_that_no_struct_can_have_break_no_filter(arguments: dict[str, int]) -> None:
     records = [CHATS[0], {"messages": [{"role": "user", "content": "hi", "arguments": arguments}] * 2}]

@@ -125,19 +125,6 @@ def test_a_process_in_a_group_with_a_quota_has_so_many_cores() -> None:
             group.rmdir()
 
 
-def test_threads_wait_as_the_user_says_else_shortly(monkeypatch) -> None:
-    for name in ("OMP_WAIT_POLICY", *hardware.SHORT_WAIT):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
-    hardware.wait_shortly()
-    assert {name: os.environ[name] for name in hardware.SHORT_WAIT} == {**hardware.SHORT_WAIT, "GOMP_SPINCOUNT": "5"}
-    for name in hardware.SHORT_WAIT:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    hardware.wait_shortly()
-    assert not set(hardware.SHORT_WAIT) & set(os.environ)
-
-
 @pytest.mark.gpu
 def test_a_gpu_in_use_is_what_memory_is_read_from() -> None:
     if not torch.cuda.is_available():

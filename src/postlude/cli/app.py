@@ -11,7 +11,7 @@ import typer
 from postlude.cli import manifests, models, runs
 from postlude.cli.output import tell
 from postlude.errors import UserError
-from postlude.telemetry import hardware
+from postlude.telemetry import openmp
 
 app = typer.Typer(
     name="postlude",
@@ -49,7 +49,7 @@ def main() -> NoReturn:
     What the user can mend is told in a paragraph on standard error; any other exception keeps its traceback.
     """
     code: int | str | None
-    hardware.wait_shortly()
+    openmp.wait_shortly()
     try:
         try:
             app(prog_name="postlude")

@@ -29,7 +29,7 @@ import psutil
 import ray
 
 from postlude.cluster.failure import Outcome, outcome_of
-from postlude.telemetry import hardware
+from postlude.telemetry import openmp
 from postlude.telemetry.progress import console
 from postlude.telemetry.pulse import Pulse, pulse, stack
 from postlude.telemetry.readings import Reading, read
@@ -61,7 +61,7 @@ class WorkerSetup:
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.path if entry not in sys.path and os.path.isdir(entry))
         os.environ.update({"OMP_NUM_THREADS": str(self.threads), **self.environment})
-        hardware.wait_shortly()
+        openmp.wait_shortly()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -53,6 +54,13 @@ def construct_causal(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a configuration in fp32, as torch draws it. ManifestError if none can be made."""
     with config_errors(f"model.new: no '{config.model_type}' can be made of this configuration"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def weightless(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a configuration whose parameters and buffers have shapes and no values."""
+    with torch.device("meta"):
+        # A copy, since transformers notes there which dtype it was made in.
+        return construct_causal(copy.deepcopy(config))
 
 
 def with_weights_in(model: Model, dtype: torch.dtype) -> Model:

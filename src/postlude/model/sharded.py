@@ -39,6 +39,7 @@ from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.attached import AdapterRequest
+from postlude.model.causal import weightless
 from postlude.model.fit import check_complete, check_nothing_else, has_own_head, is_tied, untie
 from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh
@@ -111,9 +112,7 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
     :class:`UnsupportedModel` for an architecture that does not say how its buffers follow from its configuration.
     """
-    with torch.device("meta"):
-        # A copy, since transformers notes there which dtype it was made in.
-        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    causal = weightless(config)
     for path, module in causal.named_modules():
         if next(module.buffers(recurse=False), None) is None:
             continue
@@ -161,8 +160,7 @@ def check_names(stored: StoredModel, config: PreTrainedConfig) -> None:
     folder = Path(stored.whole_folder)
     if not all((folder / name).exists() for name in weight_files(folder)):
         return
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    causal = weightless(config)
     conversions = get_model_conversion_mapping(causal)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]

@@ -1,7 +1,8 @@
 """Filters that are SQL predicates over the record: ``len(messages) >= 2``, ``lang = 'en' AND score > 0.5``.
 
 DuckDB evaluates them over batches of records. Columns are typed by what they hold over the whole source, so that a
-predicate means the same in every batch: lists and structs where the records agree, ``JSON`` where they do not.
+predicate means the same in every batch: lists and structs where the records agree. A record that has another kind of
+value than most, in a place that a predicate looks at, is a bad one and bears on no type.
 A predicate that gives NULL drops the record, as a WHERE clause does.
 """
 
@@ -43,12 +44,11 @@ class Predicates:
         self._connection.execute("SET enable_external_access = false")
         self._columns: dict[str, None] = {}
         self._kinds: dict[_Path, Counter[str]] = {}
-        for records in batches:
-            for record in records:
-                for path, kind in self._kinds_in(record):
-                    self._kinds.setdefault(path, Counter())[kind] += 1
+        self._structure = self._learn(map(self._count_kinds, batches))
         self._usual = {path: counts.most_common(1)[0][0] for path, counts in self._kinds.items()}
-        self._structure = self._learn([record for record in records if self.odd(record) is None] for records in batches)
+        if any(len(counts) > 1 for counts in self._kinds.values()):
+            usual = ([record for record in records if self.odd(record) is None] for records in batches)
+            self._structure = self._learn(usual)
         for predicate in predicates:
             if not predicate.strip():
                 raise DataError("A filter is an empty text. Write a SQL predicate, or remove it from 'filters'.")
@@ -73,14 +73,22 @@ class Predicates:
                 return f"its '{'.'.join(path)}' is {kind}, where most records have {usual}, which a filter looks at"
         return None
 
+    def _count_kinds(self, records: Sequence[Record]) -> Sequence[Record]:
+        """The records as they are."""
+        for record in records:
+            for path, kind in self._kinds_in(record):
+                self._kinds.setdefault(path, Counter())[kind] += 1
+        return records
+
     def _kinds_in(self, record: Record) -> Iterator[tuple[_Path, str]]:
         for name in self._names(record):
             yield from self._kinds_below((name,), record[name])
 
     def _kinds_below(self, path: _Path, value: object) -> Iterator[tuple[_Path, str]]:
-        if value is None:
+        plain = value if isinstance(value, dict | list | tuple | str) else json.loads(record_json(value))
+        if plain is None:
             return
-        yield path, kind_of(json.loads(record_json(value)))
+        yield path, kind_of(plain)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, dict):
                 for key, inner in item.items():

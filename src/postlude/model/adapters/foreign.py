@@ -12,12 +12,12 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import set_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
 from postlude.model.adapters.stored import PREFIX, StoredAdapter
 from postlude.model.attached import ADAPTER_NAME
-from postlude.model.causal import with_weights_in
+from postlude.model.causal import weightless, with_weights_in
 from postlude.model.places import one_line
 
 _PROBED = 64
@@ -35,7 +35,7 @@ def config_with(adapter: StoredAdapter, config: PreTrainedConfig) -> PreTrainedC
     text = config.get_text_config()
     if adapter.is_plain and not text.tie_word_embeddings:
         return config
-    causal = skeleton(config)
+    causal = weightless(config)
     paths = _vocabulary_paths(causal)
     rows = {path: size for path in paths if (size := _rows(adapter, path)) is not None}
     is_tied = bool(text.tie_word_embeddings)
@@ -60,13 +60,6 @@ def config_with(adapter: StoredAdapter, config: PreTrainedConfig) -> PreTrainedC
         if untied:
             part.tie_word_embeddings = False
     return config
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without weights."""
-    with torch.device("meta"):
-        causal: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    return causal
 
 
 def merge_by_peft(causal: PreTrainedModel, adapter: StoredAdapter) -> PreTrainedModel:
@@ -95,7 +88,6 @@ def merge_by_peft(causal: PreTrainedModel, adapter: StoredAdapter) -> PreTrained
             AttributeError,
             RuntimeError,
             ImportError,
-            NotImplementedError,
         ) as error:
             raise _unmergeable(adapter, f"PEFT cannot load it: {one_line(error)}") from error
         _check_all_used(adapter, adapted, loaded)
@@ -104,7 +96,7 @@ def merge_by_peft(causal: PreTrainedModel, adapter: StoredAdapter) -> PreTrained
         _separate_head(causal)
         try:
             merged: Any = adapted.merge_and_unload(safe_merge=True)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise _unmergeable(adapter, f"PEFT cannot merge it: {one_line(error)}") from error
         _tie_or_untie(merged, bool(config.get_text_config().tie_word_embeddings))
         distance = float((merged(input_ids=tokens).logits - expected).abs().max())

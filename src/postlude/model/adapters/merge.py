@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from postlude.manifest.problem import ManifestError
-from postlude.model.adapters.foreign import config_with, merge_by_peft, skeleton
+from postlude.model.adapters.foreign import config_with, merge_by_peft
 from postlude.model.adapters.inject import inject
 from postlude.model.adapters.stored import StoredAdapter, StoredModel
-from postlude.model.causal import read_causal
+from postlude.model.causal import read_causal, weightless
 from postlude.model.places import is_adapter_part, one_line
 from postlude.model.weights import InMemory, LazyTensor, Region
 
@@ -125,7 +125,7 @@ def changes_of(adapter: StoredAdapter, config: PreTrainedConfig) -> dict[str, Ch
     whose tensors are not named as the layers that PEFT puts into a model of this configuration."""
     if not adapter.is_plain or config_with(adapter, config) is not config:
         return None
-    causal = skeleton(config)
+    causal = weightless(config)
     try:
         adapted = inject(causal, adapter.config)
     except ValueError as error:
