@@ -60,7 +60,8 @@ def weightless(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a configuration whose parameters and buffers have shapes and no values."""
     with torch.device("meta"):
         # A copy, since transformers notes there which dtype it was made in.
-        return construct_causal(copy.deepcopy(config))
+        causal: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return causal
 
 
 def with_weights_in(model: Model, dtype: torch.dtype) -> Model:
