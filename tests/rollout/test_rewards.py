@@ -5,19 +5,15 @@ from __future__ import annotations
 import http.server
 import json
 import math
-import os
 import socket
 import sys
-import tempfile
 import threading
 from contextlib import closing
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,7 +21,7 @@ from postlude.data.example import Conversation
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.rollout.prompts import Prompt, prompt_of
-from postlude.rollout.reward import Reward, RewardFunction, call, part_names
+from postlude.rollout.reward import Reward, RewardFunction, call, part_names, remarks_on
 from postlude.rollout.reward_pool import RewardPool, Unscored
 from postlude.rollout.rewards.number import number_in
 from postlude.rollout.scoring import Scorer
@@ -189,7 +185,6 @@ def test_a_program_passes_its_tests():
         "raise SystemExit(0)",
         "[bytearray(2**20) for _ in range(10**5)]",
         "open('big', 'wb').write(bytes(2**26))",
-        "import os\nwhile os.fork(): pass\nos.kill(1, 9)",
         "print('x' * 64); import os; os.write(1, b'yes'); os._exit(0)",
     ],
 )
@@ -197,37 +192,15 @@ def test_what_takes_too_much_or_ends_early_has_not_passed(program):
     assert score({"name": "code", "seconds": 2}, program, tests="pass") == 0
 
 
-def test_a_program_reaches_neither_the_network_nor_what_is_ours(tmp_path):
+def test_who_is_not_isolated_reaches_the_network_and_that_is_told():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        connect = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)"
         assert score("code", connect, tests="pass") == 0
         assert score({"name": "code", "isolated": False}, connect, tests="pass") == 1
-    ours = tmp_path / "ours"
-    ours.write_text("as it was")
-    for harm in (f"open({str(ours)!r}, 'w')", f"import os; os.remove({str(ours)!r})", "open('/tmp/harm', 'w')"):
-        assert score("code", harm, tests="pass") == 0
-    assert ours.read_text() == "as it was"
-    assert score("code", "open('mine', 'w').write('4'); assert open('mine').read() == '4'", tests="pass") == 1
-    again = "import ctypes; assert ctypes.CDLL(None).mount(None, b'/', None, ctypes.c_ulong(0x1000 | 32), None) == 0"
-    assert score("code", again, tests="pass") == 0
-    child = f"import subprocess, sys; assert subprocess.run([sys.executable, '-c', {again!r}]).returncode == 0"
-    assert score("code", child, tests="pass") == 0
-    others = f"import os; os.kill({os.getpid()}, 0)"
-    assert score("code", others, tests="pass") == 0
-    secret = "import os; assert 'SECRET' not in os.environ"
-    assert score("code", secret, tests="pass") == 1
-
-
-def test_a_sandbox_leaves_nothing_behind():
-    before = set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*"))
-    marked = f"postlude-left-{os.getpid()}"
-    program = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', '{marked}'])"
-    )
-    assert score("code", program, tests="pass") == 1
-    assert set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*")) <= before
-    assert not [one for one in psutil.process_iter(["cmdline"]) if marked in (one.info["cmdline"] or [])]
+    [remark] = remarks_on([reward({"function": {"name": "code", "isolated": False}})])
+    assert "not isolated" in remark
+    [remark] = remarks_on([reward({"function": "code"}), reward({"function": "code"}), reward({"function": "number"})])
+    assert "isolated by" in remark
 
 
 # --- a language model at an address ---------------------------------------------------------------------------

@@ -41,6 +41,10 @@ class RewardFunction(Component):
     def check(self) -> None:
         """:class:`~postlude.errors.ManifestError` if it cannot be used: what it names is not there."""
 
+    def remark(self) -> str | None:
+        """What a user should know of how it works on this machine, if anything."""
+        return None
+
     def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
         """The reward. ``prompt`` is the messages, or the text, that was asked; ``record`` is the whole record, where
         ``reference`` is what the data answer."""
@@ -130,6 +134,12 @@ def part_names(rewards: Sequence[Reward]) -> list[str]:
             name, number = f"{reward.name}_{number}", number + 1
         names.append(name)
     return names
+
+
+def remarks_on(rewards: Sequence[Reward]) -> list[str]:
+    """What a user should know of how these functions work on this machine."""
+    told = [reward.function.remark() for reward in rewards if reward.function is not None]
+    return [remark for remark in dict.fromkeys(told) if remark is not None]
 
 
 def call(

@@ -176,6 +176,12 @@ class EngineDied(Event, kind="engine_died"):
     reason: str
 
 
+class RewardsWork(Event, kind="rewards_work"):
+    """How rewards are computed on this machine: what parts programs of models from it, for one."""
+
+    remarks: Sequence[str]
+
+
 class Alarm(Event, kind="alarm"):
     """Something a person should look at, though the run goes on."""
 
