@@ -20,3 +20,15 @@ def broken_at_seven(prompt: Any, completion: str, record: Mapping[str, Any]) -> 
 
 def nothing(prompt: Any, completion: str, record: Mapping[str, Any]) -> None:
     """Forgets to return a number."""
+
+
+def stays_at_seven(prompt: Any, completion: str, record: Mapping[str, Any]) -> float:
+    """Does not end at one record."""
+    while prompt[0]["content"].startswith("7+"):
+        pass
+    return 0.0
+
+
+def broken(prompt: Any, completion: str, record: Mapping[str, Any]) -> float:
+    """Fails at every record."""
+    raise KeyError("all")

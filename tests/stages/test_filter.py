@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from postlude.data import room
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 
@@ -107,3 +108,33 @@ def test_data_that_changed_since_a_stage_began_are_not_mixed(filtering, monkeypa
     filtering.written("asked", records(25))
     with pytest.raises(ManifestError, match=r"files of data\.asked changed: other content in asked\.jsonl"):
         filtering.run()
+
+
+@pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
+def test_a_reward_that_does_not_end_at_one_record_leaves_it_out(filtering):
+    function = {"function": "stages.scores:stays_at_seven"}
+    filtering.stages["kept"] |= {"reward": [function], "reward_seconds": 2}
+    assert filtering.run() == 0
+    assert [record["n"] for record in filtering.records("kept")] == [n for n in range(18) if n != 7]
+    [(said, counted)] = filtering.report("kept")["nothing_of"].items()
+    assert "longer than 2 seconds" in said
+    assert counted["count"] == 1
+
+
+STAYS = """
+{%- for message in messages %}{% if message.content == "7+1?" %}{% for a in range(9999) %}{% for b in range(99999) %}
+{%- endfor %}{% endfor %}{% endif %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
+def test_a_template_that_does_not_end_at_one_record_leaves_it_out(filtering, monkeypatch):
+    monkeypatch.setattr(room, "SECONDS", 2.0)
+    filtering.data["asked"] |= {"template": STAYS, "on_bad_record": "skip", "key": "n"}
+    del filtering.stages["kept"]
+    filtering.stages["answers"] = filtering.generate()
+    assert filtering.run() == 0
+    assert len(filtering.records("answers")) == 17
+    assert filtering.report("answers")["nothing_of"] == {"cannot be rendered": {"count": 1, "examples": ["asked:7"]}}

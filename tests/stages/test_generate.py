@@ -169,7 +169,7 @@ def test_a_stage_that_cannot_be_is_refused(project, keys, said):
     [
         ("stages.scores:digit", ManifestError, "Did you mean 'digits'"),
         ("stages.scored:digits", ManifestError, "cannot be imported"),
-        ("stages.scores:broken_at_seven", DataError, "KeyError: 'seven'"),
+        ("stages.scores:broken", DataError, "Not one of 20 samples has a reward.*KeyError: 'all'"),
         ("stages.scores:nothing", DataError, "returned None for the record 'asked:"),
     ],
 )
@@ -178,6 +178,21 @@ def test_a_reward_function_that_fails(project, function, error, said):
     with pytest.raises(error, match=said):
         project.run()
     assert not project.directory.stage("answers").has_artifact()
+
+
+@pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("stages.scores:broken_at_seven", "failed"), ("stages.scores:stays_at_seven", "longer than 2 seconds")],
+)
+def test_a_reward_that_fails_at_one_record_leaves_it_out(project, function, reason):
+    project.stages["answers"] = project.generate(reward=[{"function": function}], reward_seconds=2)
+    assert project.run() == 0
+    assert len(project.records("answers")) == 19
+    [(said, counted)] = project.report("answers")["nothing_of"].items()
+    assert reason in said
+    assert counted["count"] == 1
+    assert "asked:" in counted["examples"][0]
 
 
 def test_data_without_a_prompt(project):

@@ -2,7 +2,8 @@
 
 Notable:
 
-- The template is compiled once, in the environment of transformers, its sandbox included.
+- The template is compiled once, in the environment of transformers, its sandbox included. It is no code of ours: who
+  renders conversations of data does it in a :class:`~postlude.data.room.Room`.
 - What a template raises, and what Python raises inside it, becomes one error that names the template and its line.
 - A template that asks for the date is told ``today``. A run that pins it renders the same text whenever it resumes.
 - Conversations have one form here: texts as content, mappings as arguments. A template that prints those only as lists
@@ -277,23 +278,37 @@ class _Compiled:
     """A template. ``name`` is how an error calls it."""
 
     def __init__(self, text: str, name: str) -> None:
-        from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self.text, self.name = text, name
+        self._environment = _compile_jinja_template("").environment
+        with self._syntax_told():
+            self._environment.parse(text)  # and not compiled yet, since that works out what is constant
+
+    @cached_property
+    def compiled(self) -> Template:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        with self._syntax_told():
+            return _compile_jinja_template(self.text)
+
+    @contextmanager
+    def _syntax_told(self) -> Iterator[None]:
+        from jinja2 import TemplateSyntaxError
+
         try:
-            self.compiled: Template = _compile_jinja_template(text)
+            yield
         except TemplateSyntaxError as error:
             raise ManifestError(
-                f"{name} does not compile: line {error.lineno}: {str(error.message).rstrip('.')}. Mend it, or give "
-                "another template as data.NAME.template."
+                f"{self.name} does not compile: line {error.lineno}: {str(error.message).rstrip('.')}. Mend it, or "
+                "give another template as data.NAME.template."
             ) from error
 
     @cached_property
     def has_marks(self) -> bool:
         """Whether the first word of some block of the template is ``generation``."""
         begins = False
-        for _, kind, text in self.compiled.environment.lex(self.text):
+        for _, kind, text in self._environment.lex(self.text):
             if begins and (kind, text) == ("name", "generation"):
                 return True
             begins = kind == "block_begin" or (begins and kind == "whitespace")

@@ -29,6 +29,7 @@ from postlude.data.example import (
     scores_of,
 )
 from postlude.data.masks import Masked, Masker, TrainOn, WeightedSpan
+from postlude.data.room import Room
 from postlude.data.truncate import Policy, shared_limit, truncate
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
@@ -102,6 +103,7 @@ class Encoder:
         self._block, self._policy, self._today, self._apart = block, truncate, today, apart
         self._drop_unprinted = drop_unprinted
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self._room = Room(self._mask, "rendering it and finding what of it is trained")
 
     @cached_property
     def _renderer(self) -> ChatRenderer:
@@ -141,8 +143,9 @@ class Encoder:
     def _probe(self) -> tuple[Masked, _Row] | None:
         """A conversation of one answer, rendered and tokenised; None where there is no template that renders it."""
         try:
-            masked = Masker(self._renderer, StopTokens(self._tokenizer), "assistant").mask(_PROBE)
-        except (DataError, ManifestError):
+            self._masker  # noqa: B018  (what is wrong with the template is told here)
+            masked, _ = self._room(None)
+        except (DataError, ManifestError, BadRecord):
             return None
         rows = [_row(encoding, masked.spans) for _, encoding in self._tokenize({0: masked}, add_special_tokens=False)]
         return (masked, rows[0]) if rows else None
@@ -169,28 +172,53 @@ class Encoder:
     def _rows(self, examples: Sequence[Answer | Tokens]) -> list[_Row | DataError | BadRecord | None]:
         """Each example tokenised; None where nothing is trained, an exception where something is wrong."""
         rows: dict[int, _Row] = {}
-        errors: dict[int, DataError | BadRecord] = {}
-        chats: dict[int, Masked] = {}
+        chats, ends, errors = self._masked(examples)
         texts: dict[int, Masked] = {}
         for i, example in enumerate(examples):
             try:
-                if isinstance(example, Conversation):
-                    chats[i] = self._masker.mask(example)
-                elif isinstance(example, Text):
+                if isinstance(example, Text):
                     texts[i] = _join(example)
-                else:
+                elif isinstance(example, Tokens):
                     rows[i] = self._check_tokens(example)
-            except (DataError, BadRecord) as error:
+            except BadRecord as error:
                 errors[i] = error
         for i, encoding in self._tokenize(chats, add_special_tokens=False):
-            end = self._prompt_end(examples[i], chats[i].text)
-            row = self._row_apart(chats[i], end, False) if end else _row(encoding, chats[i].spans)
+            row = self._row_apart(chats[i], ends[i], False) if ends[i] else _row(encoding, chats[i].spans)
             rows[i] = replace(row, unprinted=chats[i].unprinted)
         for i, encoding in self._tokenize(texts, add_special_tokens=True):
-            text, end = cast(Text, examples[i]), self._prompt_end(examples[i], texts[i].text)
+            text = cast(Text, examples[i])
+            end = self._text_prompt_end(text) if self._apart else 0
             row = self._row_apart(texts[i], end, True) if end else self._bare(_row(encoding, texts[i].spans))
             rows[i] = self._end_text(row, text)
         return [errors.get(i, rows.get(i)) for i in range(len(examples))]
+
+    def _masked(
+        self, examples: Sequence[Answer | Tokens]
+    ) -> tuple[dict[int, Masked], dict[int, int], dict[int, DataError | BadRecord]]:
+        """The conversations among examples, masked; where in each the prompt ends that is tokenised by itself; and
+        what is wrong with others."""
+        places = [i for i, example in enumerate(examples) if isinstance(example, Conversation)]
+        chats: dict[int, Masked] = {}
+        ends: dict[int, int] = {}
+        errors: dict[int, DataError | BadRecord] = {}
+        if places:
+            self._masker  # noqa: B018  (made here, so that every process of the room has it)
+        for i, result in zip(places, self._room.map([cast(Conversation, examples[i]) for i in places]), strict=True):
+            if isinstance(result, DataError | BadRecord):
+                errors[i] = result
+            elif isinstance(result, Exception):
+                raise result
+            else:
+                chats[i], ends[i] = result
+        return chats, ends, errors
+
+    def _mask(self, conversation: Conversation | None) -> tuple[Masked, int]:
+        """A conversation masked, and where its prompt ends if that is tokenised by itself; by default that of the
+        probe. In the room."""
+        if conversation is None:
+            return Masker(self._renderer, StopTokens(self._tokenizer), "assistant").mask(_PROBE), 0
+        masked = self._masker.mask(conversation)
+        return masked, self._prompt_end(conversation, masked.text) if self._apart else 0
 
     def _tokenize(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
         """The texts in which something is trained, tokenised all at once."""
@@ -214,13 +242,14 @@ class Encoder:
         length = len(row.tokens) - self._added_after_text
         return _Row(row.tokens[:length], row.weights[:length])
 
-    def _prompt_end(self, example: Answer | Tokens, text: str) -> int:
-        """Where in its text the prompt of the last answer ends, if that is tokenised by itself; else 0."""
-        if not self._apart or isinstance(example, Tokens):
-            return 0
-        if isinstance(example, Text):
-            return sum(len(piece) for piece, _ in takewhile(lambda piece: not piece[1], example.pieces))
-        chat = Chat.of(example)
+    @staticmethod
+    def _text_prompt_end(example: Text) -> int:
+        """Where in a text what is given before its answer ends."""
+        return sum(len(piece) for piece, _ in takewhile(lambda piece: not piece[1], example.pieces))
+
+    def _prompt_end(self, conversation: Conversation, text: str) -> int:
+        """Where in its text the prompt of the last answer ends; 0 where it does not begin with one."""
+        chat = Chat.of(conversation)
         if not chat.messages or chat.messages[-1]["role"] != "assistant":
             return 0
         asked = self._renderer.render(chat.until(len(chat.messages) - 1), generation_prompt=True)

@@ -24,8 +24,7 @@ Path = tuple[str | int, ...]
 
 _PRIVATE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 _ANY_PRIVATE = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _PRIVATE) + "]")
-THINKING_BEGINS = re.compile(r"<[^\s<>/]*think[^\s<>]*>|\[THINK\]", re.IGNORECASE)
-THINKING_ENDS = re.compile(r"</[^\s<>]*think[^\s<>]*>|\[/THINK\]", re.IGNORECASE)
+_THINKING = re.compile(r"<([^\s<>]*)>|\[(/?)THINK\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ def _stretches(text: str) -> list[tuple[int, int]]:
     for stripped in ("\n", None):
         leads.append(len(text) - len(text.lstrip(stripped)))
         trails.append(len(text.rstrip(stripped)))
-    thinking = list(THINKING_ENDS.finditer(text))
+    thinking = thinking_ends(text)
     spoken = text[thinking[-1].end() :].lstrip() if thinking else ""
     for stripped in ("\n", None):
         if thinking and not spoken:  # nothing but thinking, so that is what is looked for
             end = thinking[-1].start()
-            begun = list(THINKING_BEGINS.finditer(text, 0, end))
+            begun = thinking_begins(text, 0, end)
             leads.append(len(text) - len(text[begun[-1].end() :].lstrip(stripped)) if begun else leads[-1])
             trails.append(len(text[:end].rstrip(stripped)))
         else:
@@ -145,6 +144,25 @@ def _stretches(text: str) -> list[tuple[int, int]]:
             leads.append(len(text) - len((first if stripped else spoken) or text.lstrip()))
             trails.append(len(text.rstrip()))
     return [(lead, trail if trail >= lead else len(text)) for lead in leads for trail in trails]
+
+
+def thinking_begins(text: str, start: int, end: int) -> list[re.Match[str]]:
+    """The tags between two places with which a thinking part begins: ``<think>``, ``<|start_thinking|>``,
+    ``[THINK]``."""
+    return [tag for tag in _THINKING.finditer(text, start, end) if _thinks(tag) and "/" not in _before_thinking(tag)]
+
+
+def thinking_ends(text: str) -> list[re.Match[str]]:
+    """The tags with which one ends: ``</think>``, ``[/THINK]``."""
+    return [tag for tag in _THINKING.finditer(text) if _thinks(tag) and _before_thinking(tag).startswith("/")]
+
+
+def _thinks(tag: re.Match[str]) -> bool:
+    return tag[1] is None or "think" in tag[1].lower()
+
+
+def _before_thinking(tag: re.Match[str]) -> str:
+    return tag[2] if tag[1] is None else tag[1].lower().partition("think")[0]
 
 
 class Marked:

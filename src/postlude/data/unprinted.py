@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from postlude.data.chat import REASONING_KEYS, Chat
-from postlude.data.sentinels import THINKING_BEGINS, THINKING_ENDS, Path, Render, texts_in, unused_characters, with_text
+from postlude.data.sentinels import Path, Render, texts_in, thinking_begins, thinking_ends, unused_characters, with_text
 from postlude.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -120,8 +120,8 @@ def _in_content(message: Mapping[str, Any], index: int, path: Path, content: str
     """What is said, and what the assistant thought before it between tags."""
     start = 0
     if message.get("role") == "assistant":
-        for end in THINKING_ENDS.finditer(content):
-            begun = list(THINKING_BEGINS.finditer(content, start, end.start()))
+        for end in thinking_ends(content):
+            begun = thinking_begins(content, start, end.start())
             first = begun[-1].end() if begun else start
             if content[first : end.start()].strip():
                 yield _witness("reasoning", index, (path,), content, first, end.start())

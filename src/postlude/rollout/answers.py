@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 
+from postlude.errors import DataError
 from postlude.rollout.engine import Engine, Enough, Request, Sampling
 from postlude.rollout.environment import Environment, play
 from postlude.rollout.ledger import Issue
@@ -153,7 +154,14 @@ class Answerer:
             if reply.done or len(sample.turns) == self.most_turns:
                 continue
             encoder = self.encoders[sample.prompt.source]
-            tokens = encoder.reply(sample.prompt, sample.turns, [*sample.replies, reply.messages], sample.tokens[-1])
+            try:
+                tokens = encoder.reply(
+                    sample.prompt, sample.turns, [*sample.replies, reply.messages], sample.tokens[-1]
+                )
+            except DataError as error:
+                reason = "what the environment replied cannot be rendered"
+                sample.score = Unscored(reason, f"{reason}, at the record '{sample.prompt.example_id}': {error}")
+                continue
             if len(tokens) < self._room_left(sample) and sample.sampled_tokens < self._most(sample):
                 sample.give(tokens, reply.messages)
                 goes_on.append(sample)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-_MARKED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_BEGINS, _ENDS = "<tool_call>", "</tool_call>"
+_MOST_WORK = 64
+"""So many times the length of a text is read at most to find calls in it: what begins like JSON, one thing in
+another, and never ends is read again from each beginning."""
 
 
 def spoken(message: Mapping[str, Any]) -> str:
@@ -23,11 +26,21 @@ def calls_of_answer(answer: Any) -> list[str]:
     """The calls, as :func:`calls_in` tells them, that a right answer consists of: marked ones in a text, a text that is
     nothing but JSON of calls, or such objects. None where it is something else."""
     if isinstance(answer, str):
-        marked = _MARKED.findall(answer)
+        marked = marked_calls(answer)
         return [call for text in marked or [answer] for call in _only_calls(text)]
     several = answer if isinstance(answer, list | tuple) else [answer]
     calls = [_call(call) for call in several]
     return [call for call in calls if call is not None] if None not in calls else []
+
+
+def marked_calls(text: str) -> list[str]:
+    """What stands between the marks of calls in a text, without the white space at its ends."""
+    marked = []
+    begin = text.find(_BEGINS)
+    while begin >= 0 and (end := text.find(_ENDS, begin + len(_BEGINS))) >= 0:
+        marked.append(text[begin + len(_BEGINS) : end].strip())
+        begin = text.find(_BEGINS, end + len(_ENDS))
+    return marked
 
 
 def calls_in(text: str) -> list[str]:
@@ -36,16 +49,28 @@ def calls_in(text: str) -> list[str]:
     A call is an object with a ``name`` and with ``arguments`` or ``parameters``, whatever marks stand round it.
     """
     calls: list[str] = []
-    place = text.find("{")
-    while place >= 0:
+    place, work = text.find("{"), 0
+    while place >= 0 and work <= _MOST_WORK * len(text):
         try:
             value, end = _DECODER.raw_decode(text, place)
+            calls += _calls_below(value)
+        except json.JSONDecodeError as error:
+            work += max(error.pos - place, 1)
+            end = place + 1
         except (ValueError, RecursionError):
-            value, end = None, place + 1
-        call = _call(value)
-        calls += [] if call is None else [call]
-        place = text.find("{", place + 1 if call is None else end)
+            work += sys.getrecursionlimit()
+            end = place + 1
+        place = text.find("{", end)
     return calls
+
+
+def _calls_below(value: Any) -> list[str]:
+    """The calls that a value of JSON is, or that stand in it."""
+    call = _call(value)
+    if call is not None:
+        return [call]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [call for part in parts for call in _calls_below(part)]
 
 
 def _only_calls(text: str) -> list[str]:

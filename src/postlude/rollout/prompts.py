@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
-from postlude.data.example import Answer, Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
+from postlude.data.example import (
+    Answer,
+    BadRecord,
+    Conversation,
+    Example,
+    Judged,
+    Ranked,
+    Record,
+    Text,
+    Tokens,
+    answers_of,
+)
+from postlude.data.room import Room
 from postlude.errors import DataError
 from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked
@@ -24,6 +38,10 @@ EMPTY = "the prompt is empty"
 
 _TURN = "\ue000turn\ue001"
 """Stands for a turn whose tokens are known, while what comes after it is rendered."""
+
+
+_CHUNK = 256
+"""So many prompts are rendered at a time where there are many."""
 
 
 class NoPrompt(ValueError):
@@ -110,17 +128,34 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self._template, self._today = template, today
-        self._renderer: ChatRenderer | None = None
+        self._room = Room(self._render, "rendering it with the chat template")
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer, self._template, self._today)
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that an answer continues. ManifestError if messages need a template and there is none,
         DataError where the template refuses them."""
-        if isinstance(prompt.asked, str):
-            ids = list(self.tokenizer(prompt.asked).input_ids)
-            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+        [tokens] = self.tokens_of([prompt])
+        if isinstance(tokens, DataError):
+            raise tokens
+        return tokens
+
+    def tokens_of(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | DataError]:
+        """As :meth:`tokens` for each of the prompts, with the error in its place."""
+        rendered = iter(self._rendered([_chat(prompt) for prompt in prompts if not isinstance(prompt.asked, str)]))
+        tokens: list[tuple[int, ...] | DataError] = []
+        for prompt in prompts:
+            text = prompt.asked if isinstance(prompt.asked, str) else next(rendered)
+            if isinstance(text, DataError):
+                tokens.append(text)
+                continue
+            ids = list(self.tokenizer(text).input_ids) if text is prompt.asked else list(self._ids(text))
+            if text is prompt.asked and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # some tokenizers end every text, and nothing would follow
-            return tuple(ids)
-        return self._ids(self._rendered(prompt, []))
+            tokens.append(tuple(ids))
+        return tokens
 
     def reply(self, prompt: Prompt, turns: Sequence[str], replies: Sequence[Asked], last: int) -> tuple[int, ...]:
         """The token ids that follow the last of the assistant's turns, up to where the next begins: its end, as far as
@@ -134,7 +169,10 @@ class PromptEncoder:
         for turn, reply in zip([*turns[:-1], _TURN], replies, strict=True):
             messages.append({"role": "assistant", "content": turn})
             messages += [{"role": "user", "content": reply}] if isinstance(reply, str) else reply
-        before, found, after = self._rendered(prompt, messages).rpartition(_TURN)
+        [rendered] = self._rendered([_chat(prompt, messages)])
+        if isinstance(rendered, DataError):
+            raise rendered
+        before, found, after = rendered.rpartition(_TURN)
         if not found or _TURN in before:
             raise DataError(
                 f"The chat template does not say a turn of the assistant once, at '{prompt.example_id}': it cannot "
@@ -143,10 +181,20 @@ class PromptEncoder:
         ids = self._ids(after)
         return ids[1:] if ids[:1] == (last,) else ids
 
-    def _rendered(self, prompt: Prompt, more: Sequence[Mapping[str, Any]]) -> str:
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, self._template, self._today)
-        chat = Chat.of(Conversation([*prompt.asked, *more], prompt.tools))
+    def _rendered(self, chats: Sequence[Chat]) -> list[str | DataError]:
+        if chats:
+            self._renderer  # noqa: B018  (what is wrong with the template is told here)
+        results: list[str | DataError] = []
+        for result in self._room.map(chats):
+            if isinstance(result, BadRecord):
+                result = DataError(f"{result}.")
+            if isinstance(result, Exception) and not isinstance(result, DataError):
+                raise result
+            results.append(result)
+        return results
+
+    def _render(self, chat: Chat) -> str:
+        """In the room."""
         return self._renderer.render(chat, generation_prompt=True)
 
     def _ids(self, text: str) -> tuple[int, ...]:
@@ -159,6 +207,11 @@ class PromptEncoder:
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _chat(prompt: Prompt, more: Sequence[Mapping[str, Any]] = ()) -> Chat:
+    assert not isinstance(prompt.asked, str)
+    return Chat.of(Conversation([*prompt.asked, *more], prompt.tools))
 
 
 class PromptEncoders:
@@ -182,15 +235,32 @@ class PromptEncoders:
     def tokens(self, prompt: Prompt, longest: int | None = None) -> tuple[int, ...] | NotAsked:
         """The prompt's token ids, or why there are none: more than ``longest`` are too many. DataError where its
         template refuses it."""
-        try:
-            tokens = self[prompt.source].tokens(prompt)
-        except DataError as error:
+        [tokens] = self[prompt.source].tokens_of([prompt])
+        return self._asked(prompt, tokens, longest)
+
+    def tokens_of_all(
+        self, prompts: Iterable[Prompt | NotAsked], longest: int | None = None
+    ) -> Iterator[tuple[int, ...] | NotAsked]:
+        """As :meth:`tokens` for each of many prompts, in order."""
+        remaining = iter(prompts)
+        while chunk := list(islice(remaining, _CHUNK)):
+            tokens: dict[int, tuple[int, ...] | DataError] = {}
+            for source, encoder in self._encoders.items():
+                own = {i: one for i, one in enumerate(chunk) if isinstance(one, Prompt) and one.source == source}
+                tokens.update(zip(own, encoder.tokens_of(list(own.values())), strict=True))
+            for i, prompt in enumerate(chunk):
+                yield prompt if isinstance(prompt, NotAsked) else self._asked(prompt, tokens[i], longest)
+
+    def _asked(
+        self, prompt: Prompt, tokens: tuple[int, ...] | DataError, longest: int | None
+    ) -> tuple[int, ...] | NotAsked:
+        if isinstance(tokens, DataError):
             if prompt.source in self._skipping:
                 return NotAsked(prompt.example_id, prompt.source, "cannot be rendered")
             raise DataError(
-                f"The prompt '{prompt.example_id}' cannot be put to the model: {error} To leave such records out and "
+                f"The prompt '{prompt.example_id}' cannot be put to the model: {tokens} To leave such records out and "
                 f"count them, set data.{prompt.source}.on_bad_record to skip."
-            ) from error
+            ) from tokens
         if not tokens:
             return NotAsked(prompt.example_id, prompt.source, EMPTY)
         if longest is not None and len(tokens) > longest:

@@ -1,9 +1,10 @@
-"""Rewards that are computed beside the work: in processes of their own, with a deadline for each sample.
+"""Rewards that are computed beside the work: in processes of their own, with a deadline for each sample and a bound on
+their memory.
 
-A function that hangs is killed with its process; one that raises or returns no number is told. Either way its sample
-has no reward, and the others have theirs. Where a process dies, its sample is tried once more in a new one: a kill from
-outside changes nothing, and a function that takes its process down is told at the second time. Each process has a pipe
-of its own, so that none can die with a lock that others need.
+A function that hangs is killed with its process; one that raises, needs too much or returns no number is told. Either
+way its sample has no reward, and the others have theirs. Where a process dies, its sample is tried once more in a new
+one: a kill from outside changes nothing, and a function that takes its process down is told at the second time. Each
+process has a pipe of its own, so that none can die with a lock that others need.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections import deque
@@ -30,6 +32,8 @@ TRIES = 2
 """How many processes may die under one sample."""
 START_SECONDS = 60.0
 """How long a process may take to start."""
+SHARE_OF_MEMORY = 0.5
+"""Of this machine's, that all the processes of a pool may have together."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class RewardPool:
 
     def __init__(self, workers: int, seconds: float) -> None:
         self._workers, self._seconds = workers, seconds
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._memory = int(pages * SHARE_OF_MEMORY / workers)
         self._processes: list[_Process] = []
 
     def score(
@@ -118,7 +124,7 @@ class RewardPool:
     def _give(self, waiting: deque[int], calls: Sequence[Any]) -> None:
         """Give every process that has nothing to do something to do."""
         while waiting and len(self._processes) < min(self._workers, len(waiting)):
-            self._processes.append(_Process())
+            self._processes.append(_Process(self._memory))
         for process in list(self._processes):
             if waiting and process.task is None:
                 try:
@@ -139,11 +145,11 @@ class RewardPool:
 class _Process:
     """One process that computes rewards."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
         self.connection: Connection
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, os.getpid()), name="rewards", daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), memory), name="rewards", daemon=True)
         self._process.start()
         theirs.close()
         self.task: int | None = None
@@ -160,13 +166,15 @@ def _unscored(reason: str, task: Task) -> Unscored:
     return Unscored(reason, f"{reason}, at the record '{task.example_id}'.")
 
 
-def _serve(connection: Connection, parent: int) -> None:
+def _serve(connection: Connection, parent: int, memory: int) -> None:
     """Compute rewards until nobody asks any more."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     connection.send(("stands", None))
     while True:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from postlude.data.batch import PackedBatch
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.document import Document
 from postlude.data.example import Answer, Conversation, Text
+from postlude.data.room import Room
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.model.language_model import LanguageModel
@@ -48,27 +50,42 @@ class RewardModel:
                 "trained."
             )
         self._model, self._tokenizer, self._name, self._block = model.eval(), tokenizer, name, block
-        self._renderer: ChatRenderer | None = None
+        self._room = Room(self._render, "rendering it with the chat template")
 
-    def score(self, answers: Sequence[tuple[str, Answer]]) -> list[float]:
-        """The score of each answer, which come with their example ids. DataError for one that is too long."""
-        documents = [self._document(example_id, answer) for example_id, answer in answers]
-        batches = batches_of(documents, self._block)
-        scores = over_packs(documents, batches, self._last_values, self._model.device)
-        return [scores[place] for place in range(len(documents))]
+    def score(self, answers: Sequence[tuple[str, Answer]]) -> list[float | Unscored]:
+        """The score of each answer, which come with their example ids; none of one that cannot be rendered. DataError
+        for one that is too long."""
+        ids: dict[int, list[int]] = {}
+        failed: dict[int, Unscored] = {}
+        chats = [i for i, (_, answer) in enumerate(answers) if isinstance(answer, Conversation)]
+        if chats:
+            self._renderer  # noqa: B018  (what is wrong with the template is told here)
+        for i, text in zip(chats, self._room.map([Chat.of(answers[i][1]) for i in chats]), strict=True):  # type: ignore[arg-type]
+            if isinstance(text, str):
+                ids[i] = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+            else:
+                reason = f"the answer cannot be rendered for the reward model '{self._name}'"
+                failed[i] = Unscored(reason, f"{reason}, at the record '{answers[i][0]}': {text}")
+        ids |= {i: self._text_ids(answer) for i, (_, answer) in enumerate(answers) if isinstance(answer, Text)}
+        kept = sorted(ids)
+        documents = [self._document(answers[i][0], ids[i]) for i in kept]
+        scores = over_packs(documents, batches_of(documents, self._block), self._last_values, self._model.device)
+        scored = {i: scores[place] for place, i in enumerate(kept)}
+        return [failed[i] if i in failed else scored[i] for i in range(len(answers))]
 
     def _last_values(self, batch: PackedBatch) -> list[float]:
         last = batch.lengths.cumsum(0).long() - 1
         return self._model.head("scalar")(self._model.hidden(batch)[last])[: batch.documents].tolist()
 
-    def _document(self, example_id: str, answer: Answer) -> Document:
-        if isinstance(answer, Conversation):
-            if self._renderer is None:
-                self._renderer = ChatRenderer(self._tokenizer)
-            text = self._renderer.render(Chat.of(answer))
-            ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
-        else:
-            ids = self._text_ids(answer)
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return ChatRenderer(self._tokenizer)
+
+    def _render(self, chat: Chat) -> str:
+        """In the room."""
+        return self._renderer.render(chat)
+
+    def _document(self, example_id: str, ids: list[int]) -> Document:
         limit = self._model.anatomy.longest_document
         if not ids or (limit is not None and len(ids) > limit):
             raise DataError(
@@ -130,13 +147,13 @@ class Scorer:
             return Unscored(reason, f"{reason}, at the record '{example_id}'.")
         return Score(total, parts)
 
-    def _modelled(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float]:
+    def _modelled(self, name: str, reward: Reward, completions: Sequence[tuple[Prompt, str]]) -> list[float | Unscored]:
         if name not in self._models:
             self._models[name] = self._model_of(reward)
         answers = [(prompt.example_id, prompt.answered(text)) for prompt, text in completions]
         scores = self._models[name].score(answers)
         for (prompt, _), score in zip(completions, scores, strict=True):
-            if not math.isfinite(score):
+            if not isinstance(score, Unscored) and not math.isfinite(score):
                 raise DataError(
                     f"The reward model '{name}' gave {score} for '{prompt.example_id}'. Look at its weights."
                 )

@@ -24,6 +24,9 @@ from postlude.stages.prompts import encoders_of
 from postlude.training.meters import Phases
 from postlude.training.workers import Workers
 
+ENOUGH = 8
+"""So many samples of a portion that all fail are no accident."""
+
 
 class Asking:
     """Answers the prompts of data sets with one model as a recipe says. The model is loaded when it is first asked;
@@ -78,10 +81,10 @@ class Asking:
     def answer(
         self, prompts: Iterable[Prompt | NotAsked], tell: Callable[..., None]
     ) -> tuple[list[Group], list[NotAsked]]:
-        """Each prompt's samples, answered and scored; and the examples that nothing was made for. ``tell`` takes
-        events.
+        """Each prompt's samples, answered and scored; and the examples that nothing was made for, the samples among
+        them that have no reward because a function failed. ``tell`` takes events.
 
-        DataError, naming the record, if a reward fails.
+        DataError, naming the first record, if not one sample has a reward.
         """
         answerer = replace(self._answerer, tell=tell)
         groups: list[Group] = []
@@ -96,21 +99,35 @@ class Asking:
             else:
                 groups.append(begun)
         answered = answerer.answer(groups)
-        require_scores([sample.score for group in answered for sample in group])
-        return answered, unasked
+        failed = [sample for group in answered for sample in group if isinstance(sample.score, Unscored)]
+        scores = [sample.score for group in answered for sample in group]
+        check_any_scored(scores, tell, 1 if self._parts.mode.small else ENOUGH)
+        unasked += [
+            NotAsked(f"{sample.prompt.example_id}#{sample.sample}", sample.prompt.source, sample.score.reason)
+            for sample in failed
+            if isinstance(sample.score, Unscored)
+        ]
+        scored = [[sample for sample in group if sample not in failed] for group in answered]
+        return [group for group in scored if group], unasked
 
     def close(self) -> None:
         """Leave no process at work."""
         self._closing.close()
 
 
-def require_scores(scores: Sequence[Score | Unscored | None]) -> list[Score]:
-    """The scores, where anything rewards. DataError for the first sample that has none because its reward failed: a
-    policy could do without it, a data set or a report cannot."""
-    for score in scores:
-        if isinstance(score, Unscored):
-            raise DataError(score.detail)
-    return [score for score in scores if isinstance(score, Score)]
+def check_any_scored(
+    scores: Sequence[Score | Unscored | None], tell: Callable[..., None], enough: int = ENOUGH
+) -> None:
+    """Tell of the samples of a portion that have no reward because a function failed. DataError where all of them have
+    none and they are ``enough``: that is no accident of a few records."""
+    failed = [score for score in scores if isinstance(score, Unscored)]
+    if len(failed) == len(scores) >= enough:
+        raise DataError(
+            f"Not one of {len(scores)} samples has a reward. The first: {failed[0].detail} Mend the function, or raise "
+            "reward_seconds."
+        )
+    if failed:
+        tell("alarm", what="rewards", reason=f"{len(failed)} of {len(scores)} have no reward. {failed[0].detail}")
 
 
 def score_of(sample: Trajectory) -> Score:

@@ -13,13 +13,16 @@ from typing import Any
 from postlude import storage
 from postlude.data.dataset import Dataset
 from postlude.data.encode import Encoder
+from postlude.data.encoded_dataset import UNUSABLE
 from postlude.data.example import Conversation, Ranked, Text, Tokens
+from postlude.data.masks import UnprintedError
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
 from postlude.model.language_model import LanguageModel
 from postlude.recipes.evaluate import Evaluate
 from postlude.rollout.prompts import PROMPTING
+from postlude.rollout.reward import Reward
 from postlude.rollout.scoring import passes
 from postlude.stages.asking import Asking, score_of
 from postlude.stages.models import lineage_of
@@ -152,15 +155,17 @@ class Evaluation(Work):
         examples = [example for _, _, examples in read for example in examples]
         model, encoder = self._language_model(piece.model, piece.dataset)
         encoded = list(zip(examples, encoder.encode(examples, piece.dataset), strict=True))
+        skips = self.parts.manifest.data[piece.dataset].on_bad_record == "skip"
         for (example_id, _), encoding in encoded:
-            if encoding.error is not None:
+            if encoding.error is not None and (isinstance(encoding.error, UnprintedError) or not skips):
                 raise DataError(f"The example '{example_id}' cannot be used: {encoding.error}") from encoding.error
         documents = [document for _, encoding in encoded for document in encoding.documents]
         measured = iter(likelihoods(model, documents, self.config.block))
         for (example_id, _), encoding in encoded:
             own = [next(measured) for _ in encoding.documents]
             if not own:
-                yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
+                why = encoding.dropped or ("nothing to measure" if encoding.error is None else UNUSABLE)
+                yield {"id": example_id, "left": why}
                 continue
             values = _choice(own) if piece.kind == "choice" else _loss(own)
             yield {"id": example_id, **values, "tokens": sum(map(len, encoding.documents))}
@@ -258,6 +263,10 @@ class Evaluation(Work):
                         shown = [_with_error(value[key], value.get(f"{key}_error")) for value in values]
                         listing.add_row(f"{name}: {key.replace('_', ' ')}", *shown)
         return listing
+
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        return () if self.config.generation is None else self.config.generation.reward
 
     def parents(self) -> Mapping[str, Any]:
         return {name: lineage_of(start) for name, start in self.config.named_models.items()}

@@ -17,13 +17,13 @@ from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.recipes.filter import Filter
 from postlude.rollout.prompts import NoPrompt, Prompt, prompt_of
-from postlude.rollout.reward import REFERENCE
-from postlude.rollout.reward_pool import RewardPool
-from postlude.rollout.scoring import Scorer
-from postlude.stages.asking import require_scores
+from postlude.rollout.reward import REFERENCE, Reward
+from postlude.rollout.reward_pool import RewardPool, Unscored
+from postlude.rollout.scoring import Score, Scorer
+from postlude.stages.asking import ENOUGH, check_any_scored
 from postlude.stages.models import lineage_of_judges
 from postlude.stages.parts import Parts
-from postlude.stages.prompts import dropped_by_filters
+from postlude.stages.prompts import count_example, dropped_by_filters
 from postlude.stages.work import Entry, Tell, Work, read_rows
 from postlude.telemetry.screen import Fields
 
@@ -61,14 +61,21 @@ class Filtering(Work):
             [_judged(example, example_id, name, record) for example_id, example in examples]
             for name, record, examples in read
         ]
-        scores = iter(require_scores(self.scorer.score([pair for row in judged for pair in row])))
+        every = self.scorer.score([pair for row in judged for pair in row])
+        check_any_scored(every, tell, 1 if self.parts.mode.small else ENOUGH)
+        scores = iter(every)
         entries = bad
         for (_, record, _), row in zip(read, judged, strict=True):
             own = [next(scores) for _ in row]
-            if not own:
+            failed = [(i, score) for i, score in enumerate(own) if isinstance(score, Unscored)]
+            if failed:
+                entries.append({"left": failed[0][1].reason, "id": row[failed[0][0]][0].example_id})
                 continue
-            reward = sum(score.total for score in own) / len(own)
-            parts = {name: sum(score.parts[name] for score in own) / len(own) for name in own[0].parts}
+            given = [score for score in own if isinstance(score, Score)]
+            if not given:
+                continue
+            reward = sum(score.total for score in given) / len(given)
+            parts = {name: sum(score.parts[name] for score in given) / len(given) for name in given[0].parts}
             entries.append({"reward": reward, "record": {**_plain(record), "reward": reward, "rewards": parts}})
         return entries
 
@@ -80,6 +87,7 @@ class Filtering(Work):
     def finish(self, portions: Iterable[Sequence[Entry]], folder: str) -> Mapping[str, Any]:
         keep = self.config.keep
         read = kept = bad = 0
+        left: dict[str, Any] = {}
         total = 0.0
         chosen: set[int] | None = None
         if keep is not None and keep.share is not None:
@@ -88,7 +96,9 @@ class Filtering(Work):
         with storage.open_file(storage.join(folder, RECORDS), "wb") as file:
             for entry in chain.from_iterable(portions):
                 if "left" in entry:
-                    bad += 1
+                    bad += entry["left"] == BAD_RECORD
+                    if entry["left"] != BAD_RECORD:
+                        count_example(left, entry["left"], entry["id"])
                     continue
                 place, read = read, read + 1
                 total += entry.get("reward", 0.0)
@@ -104,6 +114,7 @@ class Filtering(Work):
             "records": kept,
             "bad_records": bad,
             "dropped_by_filters": dropped_by_filters(self.datasets),
+            **({"nothing_of": left} if left else {}),
         }
         if not kept:
             mean = f" (their mean reward is {total / read:.4f})" if read and self.config.reward else ""
@@ -119,6 +130,10 @@ class Filtering(Work):
         best = sorted(range(len(rewards)), key=lambda place: (-rewards[place], place))
         return set(best[: max(1, round(share * len(rewards)))])
 
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        return self.config.reward
+
     def parents(self) -> Mapping[str, Any]:
         return lineage_of_judges(self.config.reward)
 
@@ -128,6 +143,8 @@ class Filtering(Work):
             rows.append(("mean reward of what was read", f"{report['reward']:.4f}"))
         for name, reasons in report["dropped_by_filters"].items():
             rows += [(f"{name}: dropped by {reason}", f"{count:,}") for reason, count in reasons.items()]
+        for reason, counted in report.get("nothing_of", {}).items():
+            rows.append((f"left out: {reason}", f"{counted['count']:,}"))
         return Fields(f"{self.parts.task.stage}: filtered", rows)
 
     def close(self) -> None:

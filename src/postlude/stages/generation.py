@@ -15,7 +15,7 @@ from postlude.errors import DataError
 from postlude.recipes.generate import Generate, KeepSome
 from postlude.rollout.answers import Group
 from postlude.rollout.prompts import PROMPTING, Prompt
-from postlude.rollout.reward import REFERENCE
+from postlude.rollout.reward import REFERENCE, Reward
 from postlude.rollout.trajectory import Trajectory
 from postlude.stages.asking import Asking, columns_of, score_of
 from postlude.stages.models import lineage_of, lineage_of_judges
@@ -161,6 +161,10 @@ class Generation(Work):
         if self.config.is_rewarded:
             report["reward"] = rewards / counts["completions"]
         return {**report, "nothing_of": left, "dropped_by_filters": dropped_by_filters(self.datasets)}
+
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        return self.config.reward
 
     def parents(self) -> Mapping[str, Any]:
         return {"model": lineage_of(self.config.model), **lineage_of_judges(self.config.reward)}

@@ -20,6 +20,7 @@ from postlude.rollout.assessment import Assessment
 from postlude.rollout.engine import Sampling
 from postlude.rollout.ledger import Issue, Ledger
 from postlude.rollout.prompts import NotAsked, Prompt, PromptEncoders
+from postlude.rollout.reward import remarks_on
 from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.rounds import Rounds
 from postlude.rollout.scoring import Score, Scorer, passes
@@ -103,6 +104,8 @@ class OnlineTraining:
             reference="reference" if config.compares else None,
             critic=config.critic,
         )
+        if remarks := remarks_on(self.config.reward):
+            journal.event("rewards_work", remarks=remarks)
         answerer = self._answerer(journal.event)
         ledger = Ledger(self.data.datasets, config.data, self.parts.manifest.seed, config.epochs)
         rounds = Rounds(rules, ledger, self._read, answerer, assessment, journal.rollouts)
@@ -209,6 +212,7 @@ class OnlineTraining:
         longest = self.config.batch.block - self.config.rollout.max_tokens
         counts = count_prompts(self.parts.task.stage, self._every_prompt(), self.encoders, longest)
         report.trial = Trial(counts, None, "the small step below answers two of the prompts")
+        report.remarks += remarks_on(self.config.reward)
         small = OnlineTraining(self.parts.rehearsal())
         report.rehearsal = rehearse(self.models, small.models, lambda: small.supply(NoJournal()).steps)
 

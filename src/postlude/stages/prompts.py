@@ -89,8 +89,7 @@ def count_prompts(
     ask nothing."""
     reasons: dict[str, Any] = {}
     lengths: list[int] = []
-    for prompt in prompts:
-        tokens = prompt if isinstance(prompt, NotAsked) else encoders.tokens(prompt, longest)
+    for tokens in encoders.tokens_of_all(prompts, longest):
         if isinstance(tokens, NotAsked):
             count_example(reasons, tokens.reason, tokens.example_id)
         else:

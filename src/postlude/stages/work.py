@@ -28,6 +28,7 @@ from postlude.data.example import Example, Record
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
 from postlude.errors import DataError
+from postlude.rollout.reward import Reward, remarks_on
 from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import Row, no_preview, rows_of
@@ -98,6 +99,11 @@ class Work(ABC):
         """What a preflight tells of the data, read whole."""
         return {}
 
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        """What says how good answers are."""
+        return ()
+
     def preview(self, blocks: int) -> Preview:
         """The prompts that are put to a model. ManifestError where none are."""
         raise no_preview(self.parts)
@@ -138,6 +144,8 @@ class Work(ABC):
         done = {int(name.partition(".")[0]) for name in storage.list_directory(self._folder) if name[0].isdigit()}
         done = set(workers.from_lead(done))
         recorder.event("stage_started", from_step=next(n for n in range(count + 1) if n not in done))
+        if remarks := remarks_on(self.rewards):
+            recorder.event("rewards_work", remarks=remarks)
         for first in range(0, count, workers.world):
             if workers.sum_numbers({"stop": float(stop())})["stop"]:
                 return False
@@ -209,6 +217,7 @@ class Work(ABC):
         Small random models stand in for the stage's. What comes out is written into the preflight's own run, where it
         stands in for the data that the stage will make: so the stages after it are tried on records of the right shape.
         """
+        report.remarks += remarks_on(self.rewards)
         with closing(self):
             counts = self.counts()
         small = type(self)(self.parts.rehearsal())

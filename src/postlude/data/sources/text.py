@@ -22,8 +22,9 @@ from postlude.errors import DataError
 
 _BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _BLANK = b" \t\r\n"
-_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-"""What tells where a JSON value ends: its brackets, and texts, in which they do not count."""
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""What tells where a JSON value ends: its brackets, and texts, in which they do not count. A text that is not whole yet
+goes to the end, so that none is looked at twice."""
 
 csv.field_size_limit(2**31 - 1)  # the module's default refuses fields of 128 KiB
 

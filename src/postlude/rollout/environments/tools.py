@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -13,10 +12,9 @@ from pydantic import Field
 
 from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
+from postlude.rollout.calls import marked_calls
 from postlude.rollout.environment import Environment, Reply
 from postlude.rollout.reward import Asked
-
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class Tools(Environment):
@@ -67,7 +65,7 @@ class Calls:
         self._functions = functions
 
     async def step(self, said: str) -> Reply:
-        calls = _CALL.findall(said)
+        calls = marked_calls(said)
         return Reply([await self._call(call) for call in calls], done=not calls)
 
     async def _call(self, call: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
 from postlude.rollout.reward import Asked, RewardFunction
 
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
+"""Linear: what ends no block is followed by no further mark at which another could begin."""
 
 
 class JsonSchema(RewardFunction):
