@@ -114,9 +114,7 @@ class Worker:
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        import torch
-
-        torch.set_num_threads(self._setup.threads)
+        openmp.compute_with(self._setup.threads)
         for module in self._setup.modules:
             importlib.import_module(module)
         self._relay.take_console(self._setup.width)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from postlude.data.preview import Preview
 from postlude.manifest.component import load_named
 from postlude.stages.parts import Mode, Parts, StageTask, devices_of
 from postlude.stages.report import StageReport
+from postlude.telemetry import openmp
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
 from postlude.telemetry.sinks.sink import Sink
@@ -59,7 +59,7 @@ def _finished_tokenizer(task: StageTask, workers: Workers, mode: Mode) -> PreTra
 def run_stage_here(task: StageTask) -> Summary:
     """Work on a stage in this process, which has a terminal and listens to signals: alone, or as the rank that the
     environment names (torchrun's variables)."""
-    torch.set_num_threads(task.threads)
+    openmp.compute_with(task.threads)
     with Interruption().listening() as stop, StageProgress(task.stage) as display:
         return run_stage(task, stop, display)
 

@@ -12,6 +12,7 @@ from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom
 from postlude.runs import artifact_of, find
+from postlude.telemetry import openmp
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
@@ -27,6 +28,7 @@ def generate(
     conversation, as they are made."""
     from postlude.rollout.talk import talk
 
+    openmp.give_way()
     yield from talk(artifact_of(model) or model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 

@@ -22,6 +22,7 @@ from postlude.errors import UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling, with_version
 from postlude.rollout.serving.guardian import Process
 from postlude.rollout.serving.server import EngineDied, Serving
+from postlude.telemetry import openmp
 
 START_SECONDS = 300.0
 
@@ -88,7 +89,7 @@ class _Engine:
     def __init__(self, dtype: str, concurrency: int) -> None:
         import torch
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        openmp.compute_with(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._dtype, self._concurrency = getattr(torch, dtype), concurrency
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
