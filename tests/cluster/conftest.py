@@ -171,3 +171,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
 def new_project() -> type[Project]:
     """For other settings, and projects that several tests share."""
     return Project
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of a project as it is made, undisturbed."""
+    return Project(tmp_path_factory.mktemp("calm")).finished()
