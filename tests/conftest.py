@@ -37,8 +37,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def vllm() -> EngineChoice:
-    """The engine ``vllm``; the test is skipped where its environment was not made, except where a change is judged."""
-    choice = lookup("engines", "vllm")()
+    """The engine ``vllm`` without compiling, which takes most of its start; the test is skipped where its environment
+    was not made, except where a change is judged. One test has it compile, as it does by itself."""
+    choice = lookup("engines", "vllm")(options={"enforce-eager": True})
     assert isinstance(choice, EngineChoice)
     try:
         choice.check()

@@ -170,7 +170,7 @@ def test_vllm_answers_with_the_tokens_of_the_native_engine(project, shared_data,
     for number, settings in enumerate((plain, keys)):
         published_says = generated(project, f"published-{number}", **settings)
         native = generated(project, f"native-{number}", **wide, **settings)
-        served = generated(project, f"vllm-{number}", **wide, engine="vllm", **settings)
+        served = generated(project, f"vllm-{number}", **wide, engine={"name": "vllm", "options": vllm.options}, **settings)
         assert told(native) == told(served) == told(published_says)
         assert len(native) == len(openings)
     project.models["one"] = project.models["two"]
