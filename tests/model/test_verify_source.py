@@ -20,8 +20,6 @@ from postlude.workflow import models as commands
 from ranks import run_ranks
 from stages.conftest import Project, chat, write_random_model
 
-pytestmark = pytest.mark.capability("Artifacts and exports compared with their sources")
-
 GENERATION = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7]}
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -89,6 +87,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
         "judge": project.train(recipe="reward", data={"pairs": 1.0}),
         "fresh": project.train(model={"new": {"architecture": "llama", "config": SMALL}}, tokenizer={"bytes": True})
         | asked,
+        "mean": {"recipe": "merge", "models": {"a": {"from": "full"}, "b": {"path": project.models["one"]}}},
     }
     assert project.run() == 0
     found = {name: project.artifact(name) for name in project.stages}
@@ -119,6 +118,7 @@ def told(folder: Path, *edits: Callable[[Path], None]) -> dict[str, list[str]]:
         kept.rename(folder)
 
 
+@pytest.mark.capability("Artifacts and exports compared with their sources")
 @pytest.mark.parametrize("name", [*WHOLE, *ADAPTERS, "judge", "fresh"])
 def test_what_was_not_damaged_holds_what_it_must(made, name) -> None:
     report = commands.verify(str(made[name]))
@@ -190,6 +190,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 }
 
 
+@pytest.mark.capability("Artifacts and exports compared with their sources")
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_fault_of_a_whole_model_is_told(made, name) -> None:
     for what, (damage, kind, fault) in DAMAGES.items():
@@ -216,6 +217,15 @@ def test_every_fault_of_an_adapter_is_told(made, name) -> None:
 NO_SUCH = {"base_model.model.no.such.weight": torch.ones(1)}
 
 
+def test_of_a_merged_model_files_and_heads_are_compared(made) -> None:
+    report = commands.verify(str(made["mean"]))
+    assert report.exit_code == 0
+    assert report.source.not_compared == ["its weights were merged, not trained, and are not computed again"]
+    assert "model.safetensors: changed" in told(made["mean"], DAMAGES["a changed weight"][0])["files"]
+    denied, kind, fault = DAMAGES["a head that the configuration denies"]
+    assert fault in told(made["mean"], denied)[kind]
+
+
 def test_every_fault_of_a_model_that_scores_is_told(made) -> None:
     judge, scalar, head = made["judge"], "scalar_head.safetensors", "lm_head.safetensors"
     assert told(judge, edit_weights(lambda t: other(t, "weight"), scalar))["other weights"] == ["scalar.weight"]
@@ -228,6 +238,7 @@ def test_every_fault_of_a_model_that_scores_is_told(made) -> None:
     assert told(judge, edit_weights(lambda t: other(t, UP)))["other weights"] == [UP]
 
 
+@pytest.mark.capability("Artifacts and exports compared with their sources")
 def test_all_faults_are_told_in_one_pass_of_a_model_that_cannot_be_loaded(made) -> None:
     folder = made["merged"]
     whats = ("a dropped weight", "a weight without a place", "a lost generation config", "a weight that no adapter has")

@@ -188,6 +188,9 @@ class _Trained(_Claim):
     """The last checkpoint of a stage, and the model that it began with."""
 
     def required(self) -> Content:
+        if "model" not in self.lineage:
+            self.found.not_compared.append("its weights were merged, not trained, and are not computed again")
+            return Content()
         stage = self._stage()
         content = self._begun_with(stage) or Content()
         trained = self._last_checkpoint(stage)
