@@ -71,7 +71,7 @@ def export(
 
 
 def verify(model: Model, as_json: AsJson = False) -> None:
-    """Compare a model's logits, computed as training does, with those of the plain Hugging Face forward."""
+    """Compare packed logits with those of transformers, and what a model holds with what its source says."""
     from postlude.workflow import models
 
     report = models.verify(model)

@@ -23,6 +23,8 @@ from postlude.nearest import suggestion
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter, as PEFT names them."""
 LINEAGE_FILE = "lineage.json"
+EXPORTED_FROM = "exported_from"
+"""In the lineage of an exported folder: the place and the hash of the artifact that it was made of."""
 SCALAR_FILE = "scalar_head.safetensors"
 """Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
 LM_HEAD_FILE = "lm_head.safetensors"

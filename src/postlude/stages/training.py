@@ -148,6 +148,7 @@ class Training:
             summary.steps,
             model=lineage_of(self.config.model),
             data={name: dataset.fingerprint for name, dataset in self.data.datasets.items()},
+            stop_ids=self.data.stop_ids,
             amendments=[entry["assignment"] for entry in amendments if "assignment" in entry],
             precision={"name": precision.name, "reason": precision.reason},
         )

@@ -80,8 +80,8 @@ class Identifier:
                 yield f"data.{name}", files
             if dataset.template is not None and dataset.template.endswith(".jinja"):
                 yield f"data.{name}.template", _existing(dataset.template)
-        for key, path in _places(config, f"stages.{stage}"):
-            if model_files := _model_files(path):
+        for key, place in places(config, f"stages.{stage}"):
+            if model_files := _model_files(place.path or ""):
                 yield key, model_files
 
     def _content(self, uri: str) -> str:
@@ -114,8 +114,8 @@ class Identifier:
             if template is not None:
                 is_path = template.endswith(".jinja")
                 yield from (storage.read_text(path) for path in _existing(template)) if is_path else [template]
-        for _, path in _places(config, ""):
-            for file in _model_files(path):
+        for _, place in places(config, ""):
+            for file in _model_files(place.path or ""):
                 if storage.name(file).endswith(".jinja") or storage.name(file) == "tokenizer_config.json":
                     yield storage.read_text(file)
         for need in needs(manifest, stage):
@@ -137,12 +137,12 @@ def _existing(path: str) -> list[str]:
     return [path] if storage.exists(path) else []
 
 
-def _places(part: Any, key: str) -> Iterator[tuple[str, str]]:
-    """The keys below a part of the manifest that say where a model or a tokenizer is, with the path each says."""
+def places(part: Any, key: str) -> Iterator[tuple[str, ModelPlace | TokenizerFrom | TokensFrom]]:
+    """The keys below a part of the manifest that say where a model or a tokenizer is, with what says it."""
     if isinstance(part, ModelPlace | TokenizerFrom | TokensFrom) and part.path is not None:
-        yield f"{key}.path", part.path
+        yield f"{key}.path", part
     for name, below in _below(part):
-        yield from _places(below, f"{key}.{name}")
+        yield from places(below, f"{key}.{name}")
 
 
 def _components(part: Any) -> Iterator[Component]:
