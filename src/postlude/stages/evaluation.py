@@ -286,7 +286,7 @@ _SHOWN = ("reward", "stopped", "accuracy", "accuracy_per_token", "loss", "perple
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:z.4f}" if error is None else f"{value:z.4f} ± {error:z.4f}"
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

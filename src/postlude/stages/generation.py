@@ -169,7 +169,7 @@ class Generation(Work):
         rows = [(name, f"{report[name]:,}") for name in ("prompts", "completions", "records", "tokens")]
         rows.append(("ended with a stop token", f"{report['stopped']:.0%}"))
         if "reward" in report:
-            rows.append(("mean reward", f"{report['reward']:.4f}"))
+            rows.append(("mean reward", f"{report['reward']:z.4f}"))
         rows += [(f"nothing: {reason}", f"{counted['count']:,}") for reason, counted in report["nothing_of"].items()]
         return Fields(f"{self.parts.task.stage}: generated", rows)
 

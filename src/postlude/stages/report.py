@@ -26,7 +26,7 @@ class Rehearsal:
     """Of the small step; None if it was not made."""
     grad_norm: float | None
     expected_loss: float
-    """What a model that knows nothing has: the logarithm of the vocabulary."""
+    """Per token, of a model that knows nothing: the logarithm of the vocabulary."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,8 +57,8 @@ class Rehearsal:
         rows.append(("precision", f"{self.precision.name} ({self.precision.reason})"))
         step = "not made: the model is too large for this machine"
         if self.loss is not None:
-            step = f"loss {self.loss:.3f} (chance: {self.expected_loss:.3f}), gradient norm {self.grad_norm:.3g}"
-        rows.append(("one small step", step))
+            step = f"loss {self.loss:z.3f}, gradient norm {self.grad_norm:.3g}"
+        rows += [("one small step", step), ("log of the vocabulary", f"{self.expected_loss:.3f}")]
         return Fields("One worker", rows)
 
 
