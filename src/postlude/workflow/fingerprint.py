@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,6 +34,7 @@ from postlude.runs import LINEAGE, Identity, Run, artifact_of
 
 _WRITES_DATE = "strftime_now"
 """The function with which a chat template asks for the date."""
+_TEMPLATE_FILES = ["tokenizer_config.json", "*.jinja", "additional_chat_templates/*"]
 WHOLE_BYTES = 2**30
 """Up to this size the content of a local file is read."""
 
@@ -99,14 +101,17 @@ class Identifier:
     def _day(self, stage: str) -> str | None:
         """What day the stage's templates are told: the manifest's, that of the stage where it has begun, or today;
         None where none of them writes the date."""
-        if not any(_WRITES_DATE in template for template in self._templates(stage)):
-            return None
         standing = self.run.stage(stage)
         identity = standing.identity() if standing.has_begun() else None
+        # A version that did not look at templates of the hub began stages without a day, which go on so.
+        hub = identity is None or identity.day is not None
+        if not any(_WRITES_DATE in template for template in self._templates(stage, hub)):
+            return None
         return self.resolved.manifest.today or (date.today().isoformat() if identity is None else identity.day)
 
-    def _templates(self, stage: str) -> Iterator[str]:
-        """The texts of the templates that a stage may render with: given ones, and those beside its models."""
+    def _templates(self, stage: str, hub: bool) -> Iterator[str]:
+        """The texts of the templates that a stage may render with: given ones, those beside its models, and where
+        ``hub`` says so those of models of the hub."""
         manifest = self.resolved.manifest
         config = manifest.stages[stage]
         for name in set(datasets_used(config).values()):
@@ -115,11 +120,12 @@ class Identifier:
                 is_path = template.endswith(".jinja")
                 yield from (storage.read_text(path) for path in _existing(template)) if is_path else [template]
         for _, place in places(config, ""):
-            for file in _model_files(place.path or ""):
-                if storage.name(file).endswith(".jinja") or storage.name(file) == "tokenizer_config.json":
+            path = place.path or ""
+            for file in _model_files(path) or (_hub_files(path) if hub and path else []):
+                if _may_hold_template(file):
                     yield storage.read_text(file)
         for need in needs(manifest, stage):
-            yield from self._templates(need)
+            yield from self._templates(need, hub)
 
     # --- code -----------------------------------------------------------------------------------------------
 
@@ -172,6 +178,26 @@ def _model_files(path: str) -> list[str]:
     left = {LINEAGE, storage.MARKER}
     below = storage.expand(storage.join(glob.escape(place), "**"))
     return [uri for uri in below if not storage.is_directory(uri) and storage.name(uri) not in left]
+
+
+def _may_hold_template(uri: str) -> bool:
+    return uri.endswith(".jinja") or storage.name(uri) == "tokenizer_config.json"
+
+
+@cache
+def _hub_files(name: str) -> list[str]:
+    """The files with the chat templates of a model of the hub, fetched where they are not on this machine; none where
+    they cannot be had, as the stage itself will say."""
+    from huggingface_hub import snapshot_download
+
+    for is_local in (True, False):
+        try:
+            folder = snapshot_download(name, allow_patterns=_TEMPLATE_FILES, local_files_only=is_local)
+        except (OSError, ValueError):  # its own errors derive from these
+            continue
+        if files := [uri for uri in _model_files(folder) if _may_hold_template(uri)]:
+            return files
+    return []
 
 
 def _foreign_source(component: type) -> str | None:

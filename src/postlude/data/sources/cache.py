@@ -23,6 +23,12 @@ _POLL_SECONDS, _SAY_AFTER_SECONDS, _DEADLINE_SECONDS = 0.1, 5.0, 4 * 3600.0
 _log = logging.getLogger(__name__)
 
 
+def find_made(cache: str, name: str) -> str | None:
+    """The local path of the file ``name``, if it was made."""
+    path = os.path.join(_machine_folder(cache), name)
+    return path if os.path.exists(path) else None
+
+
 def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     """The local path of the file ``name``, which ``make(path)`` writes if it is not there yet."""
     folder = _machine_folder(cache)
