@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from postlude import storage
+from postlude.data.remote_code import is_trusted
 from postlude.model.adapters.stored import open_model
 from postlude.model.places import LM_HEAD_FILE, is_adapter_part, quiet
 
@@ -35,7 +36,9 @@ def differences_from_checkpoint(artifact: str, checkpoint: str) -> list[str]:
             written: Mapping[str, Tensor] = stored.adapters[-1].named_in_model() if stored.adapters else {}
         else:
             with quiet():
-                causal = AutoModelForCausalLM.from_pretrained(stored.folder, dtype="auto")
+                causal = AutoModelForCausalLM.from_pretrained(
+                    stored.folder, dtype="auto", trust_remote_code=is_trusted(stored.folder)
+                )
             written = causal.state_dict()
             beside = Path(stored.folder, LM_HEAD_FILE)
             if beside.exists():

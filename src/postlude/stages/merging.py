@@ -22,6 +22,7 @@ from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.model.adapters.stored import open_model
+from postlude.model.causal import from_config
 from postlude.model.fit import has_own_head, is_tied, untie
 from postlude.model.places import LINEAGE_FILE, LM_HEAD_FILE, SCALAR_FILE, local_folder
 from postlude.model.weights import (
@@ -244,7 +245,7 @@ def _say_if_untied(config: PreTrainedConfig, folder: Path) -> None:
     if not is_tied(config):
         return
     with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        causal = from_config(AutoModelForCausalLM, copy.deepcopy(config))
     if has_own_head(open_checkpoint(folder, str(folder)), causal):
         untie(config)
         config.save_pretrained(folder)
