@@ -48,7 +48,7 @@ def test_nothing_that_is_printed_acts(text):
     out = io.StringIO()
     console = open_console()
     console.file = out
-    listing = Listing(text, {text: "whole", "b": "text"})
+    listing = Listing(text, {f"{text}!": "whole", "b": "text"})
     listing.add_row(text, Text(text))
     for part in (Text(text), listing, Fields(text, [(text, text)])):
         console.print(part)
