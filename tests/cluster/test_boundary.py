@@ -40,9 +40,11 @@ class Leaky(Filter):
 @register("sinks", "leaky")
 class LeakySink(Sink):
     auth_token: str
+    mirror: str
 
     def open(self, run_uri, stage):
-        return Open(self.auth_token)
+        print("opened for", self.mirror)
+        return Open(f"{{self.auth_token}} at {{self.mirror}}")
 
 
 class Open(OpenSink):
@@ -92,21 +94,16 @@ def seen(new_project: Any, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         folder,
         environment={"HF_TOKEN": canaries["HF_TOKEN"], "PLAIN": canaries["PLAIN"], "NAMED": {"from": "environment"}},
     )
-    source = project.manifest["data"]["chats"]["source"]["path"]
     project.manifest["plugins"] = ["leaky_plugin"]
     project.manifest["sinks"] = [{"name": "leaky", "auth_token": canaries["sink"]}]
     project.manifest["data"]["chats"]["filters"] = [{"name": "leaky", "password": canaries["filter"]}]
-    signed = f"?token={canaries['query']}&X-Amz-Signature={canaries['signature']}"
-    # A name with all of that in it: what is made of a URI anywhere is made of this one.
-    os.makedirs(folder / f"user:{canaries['uri']}@host")
-    named = folder / f"user:{canaries['uri']}@host" / f"chats.jsonl{signed}"
-    named.write_text(Path(source).read_text())
-    project.manifest["data"]["chats"]["source"]["path"] = f"file://{named}"
+    address = f"https://user:{canaries['uri']}@host/x?token={canaries['query']}&X-Amz-Signature={canaries['signature']}"
+    project.manifest["sinks"][0]["mirror"] = address
     project.stage["steps"] = 400
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as place:
         environment = {
             "TMPDIR": place,
-            "PYTHONPATH": os.pathsep.join([str(folder / "leaky_plugin"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "leaky_plugin"), os.environ.get("PYTHONPATH")])),
             "NAMED": canaries["NAMED"],
             "JUDGE_KEY": canaries["JUDGE_KEY"],
         }
@@ -172,7 +169,7 @@ def test_no_canary_is_found_anywhere(seen: Seen) -> None:
             assert found == [], place
     for name in ("HF_TOKEN", "PLAIN", "NAMED", "TYPED"):
         assert f"{name} <{name}>" in seen.said  # it did reach the worker, and was printed there
-    assert b"a service refuses <auth_token>" in seen.files["events.jsonl"]
+    assert b"a service refuses <auth_token> at https://host/x" in seen.files["events.jsonl"]
 
 
 def test_a_digest_tells_that_a_value_has_changed(seen: Seen) -> None:
