@@ -136,8 +136,10 @@ def kept(document: Any, path: tuple[str, ...] = ()) -> Any:
 
 
 def stripped(uri: str) -> str:
-    """A URI without user, password, and what else lets in whoever has it."""
-    scheme, _, rest = uri.partition("://")
+    """A URI without user, password, and what else lets in whoever has it. A path stays as it is."""
+    scheme, is_uri, rest = uri.partition("://")
+    if not is_uri:
+        return uri
     head, separator, fragment = rest.partition("#")
     head, mark, query = head.partition("?")
     authority, slash, path = _authority(head)
