@@ -17,6 +17,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from postlude import storage
+from postlude.data.remote_code import REMEDY, is_trusted
 from postlude.manifest.problem import ManifestError
 from postlude.nearest import suggestion
 
@@ -80,8 +81,10 @@ def read_config(folder: str, place: str) -> PreTrainedConfig:
     """The configuration of a model in a local folder or on the hub. ManifestError if there is none, or the weights are
     quantised."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted(folder))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ManifestError(f"The model at '{place}' cannot be loaded. {REMEDY}") from error
         raise ManifestError(
             f"There is no model to load at '{place}': {one_line(error)} Give a Hugging Face directory, a hub name, "
             "or RUN/STAGE."

@@ -38,7 +38,7 @@ from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.attached import AdapterRequest
-from postlude.model.causal import weightless
+from postlude.model.causal import from_config, weightless
 from postlude.model.fit import check_complete, check_nothing_else, has_own_head, is_tied, untie
 from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh
@@ -312,7 +312,7 @@ def _examine(config: PreTrainedConfig) -> Anatomy:
         setattr(text, key, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        examined = LanguageModel(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).anatomy
+        examined = LanguageModel(from_config(AutoModelForCausalLM, small, dtype=torch.float32)).anatomy
     each = len(examined.layers) // depth
     firsts = [kinds.index(kind) * each for kind in kinds]
     return replace(examined, layers=tuple(layer for first in firsts for layer in examined.layers[first : first + each]))

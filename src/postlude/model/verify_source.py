@@ -32,7 +32,7 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
 from postlude.model.adapters.merge import config_of, merged_sources
 from postlude.model.adapters.stored import StoredAdapter, StoredModel, digest_of, open_model
-from postlude.model.causal import weightless
+from postlude.model.causal import from_config, weightless
 from postlude.model.fit import has_own_head, is_tied, untie, with_tied
 from postlude.model.load import configuration
 from postlude.model.places import (
@@ -221,7 +221,7 @@ class _Trained(_Claim):
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
             return []
         with torch.device("meta"):
-            names = AutoModelForSequenceClassification.from_config(config).state_dict()
+            names = from_config(AutoModelForSequenceClassification, config).state_dict()
         return [name for name in names if name not in wanted]
 
     def _stage(self) -> Stage | None:

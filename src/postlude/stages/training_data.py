@@ -168,6 +168,7 @@ class TrainingData:
         if choice is None:
             return parts.tokenizer_of(self.config.model)
         if choice.train is None:
+            parts.trust(choice, choice.path or "")
             return load_tokenizer(choice)
         kept = parts.stage.tokenizer
         if parts.workers.leads and not storage.is_committed(kept):

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from postlude.runs import Run
 from postlude.telemetry import events
+from postlude.telemetry.guard import shown
 from postlude.telemetry.screen import Kind, Listing, open_console, prose
 from postlude.telemetry.summary import summarize
 
@@ -138,7 +139,9 @@ class StageProgress:
             text, share = self._describe(), self._line.get("progress", 0.0)
         room = console().width - cell_len(text) - 1
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=max(4, min(room, 20))), Text(text, overflow="fold"))
+        grid.add_row(
+            ProgressBar(total=1.0, completed=share, width=max(4, min(room, 20))), Text(shown(text), overflow="fold")
+        )
         return grid
 
 

@@ -6,6 +6,8 @@ job server of a cluster.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import socket
@@ -13,9 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from postlude import storage
-from postlude.cluster.providers.base import provider_of
+from postlude.cluster.providers.base import provider_of, variables_set
 from postlude.errors import ComputeError, UserError
+from postlude.manifest.assignments import HANDED_ON, holds_secret
 from postlude.manifest.load import load
+from postlude.manifest.value import without_value
 from postlude.runs import Run
 from postlude.telemetry.progress import waiting
 from postlude.workflow.plan import make_plan
@@ -39,8 +43,16 @@ def detach(manifest_path: str, overrides: Sequence[str], options: Sequence[str])
     if run.holder() is not None:
         run.hold()  # says who has it
     make_plan(resolved, run, Selection())
-    command = ["-m", "postlude", "run", manifest_path, *overrides, *options]
-    return run, provider_of(resolved.manifest.compute).submit(run, command)
+    provider = provider_of(resolved.manifest.compute)
+    secret = [assignment for assignment in overrides if holds_secret(assignment)]
+    if secret and provider.is_remote:
+        raise ComputeError(
+            f"The command line would hold a secret on another machine: {', '.join(map(without_value, secret))}. Name "
+            "it in the manifest: compute.environment: {NAME: {from: environment}}."
+        )
+    command = ["-P", "-m", "postlude", "run", manifest_path, *(each for each in overrides if each not in secret)]
+    with variables_set({HANDED_ON: json.dumps(secret)}):
+        return run, provider.submit(run, [*command, *options])
 
 
 def logs(uri: str, follow: bool) -> Iterator[str]:
@@ -49,7 +61,7 @@ def logs(uri: str, follow: bool) -> Iterator[str]:
     path = storage.local_path(run.output) if storage.is_local(run.uri) else ""
     if not os.path.exists(path):
         raise NotRunning(f"'{uri}' has no {storage.name(run.output)}: it was not started with --detach here.")
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(storage.open_file(path), encoding="utf-8", errors="replace") as file:
         while True:
             over = run.holder() is None  # asked first: what comes after is read once more
             while text := file.read(65536):

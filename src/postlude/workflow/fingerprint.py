@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from postlude import storage
+from postlude.data.remote_code import code_digest
 from postlude.data.sources.source import Source
 from postlude.errors import UserError
 from postlude.manifest.component import Component
@@ -31,6 +32,7 @@ from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
 from postlude.runs import LINEAGE, Identity, Run, artifact_of
+from postlude.secrecy import stripped_all
 
 _WRITES_DATE = "strftime_now"
 """The function with which a chat template asks for the date."""
@@ -60,7 +62,9 @@ class Identifier:
         """What the result of a stage follows from, given the results of the stages that it needs and which revisions
         of theirs those are. UserError if a file that it reads is not there."""
         config = self.resolved.manifest.stages[stage]
-        files = {what: {uri: self._content(uri) for uri in uris} for what, uris in self._files(stage, config)}
+        files = {
+            what: {stripped_all(uri): self._content(uri) for uri in uris} for what, uris in self._files(stage, config)
+        }
         read = {uri for contents in files.values() for uri in contents}
         return Identity(
             config=bearing(self.resolved, stage),
@@ -131,6 +135,8 @@ class Identifier:
 
     def _code(self, stage: str, config: StageConfig) -> Iterator[tuple[str, str]]:
         yield f"the recipe {config.recipe}", str(config.version)
+        for key, part in _trusting(config, f"stages.{stage}"):
+            yield f"the code of {key}", code_digest(artifact_of(part) or part)
         data = [self.resolved.manifest.data[name] for name in datasets_used(config).values()]
         for component in (component for part in (config, *data) for component in _components(part)):
             source = _foreign_source(type(component))
@@ -149,6 +155,14 @@ def places(part: Any, key: str) -> Iterator[tuple[str, ModelPlace | TokenizerFro
         yield f"{key}.path", part
     for name, below in _below(part):
         yield from places(below, f"{key}.{name}")
+
+
+def _trusting(part: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Those of the keys that let code be run, of models that no stage makes: what a stage makes follows from it."""
+    if isinstance(part, ModelPlace | TokenizerFrom) and part.trust_remote_code and part.path is not None:
+        yield f"{key}.path", part.path
+    for name, below in _below(part):
+        yield from _trusting(below, f"{key}.{name}")
 
 
 def _components(part: Any) -> Iterator[Component]:

@@ -11,9 +11,11 @@ from contextlib import closing, contextmanager, nullcontext
 
 from postlude import storage
 from postlude.cluster.providers.base import Provider, open_cluster
+from postlude.manifest.assignments import handed_on
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import dump_lock, lock, read_lock
 from postlude.manifest.schema import Manifest
+from postlude.manifest.value import without_value
 from postlude.runs import Run
 from postlude.telemetry import events
 from postlude.telemetry.progress import console, say, stage_table, waiting
@@ -44,7 +46,7 @@ def run(
     after another, for a debugger. ``wait_seconds``: how long to wait for another process that holds the run.
     :class:`UserError` on what the user can mend; the run can be continued.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = load(storage.read_bytes(manifest_path), manifest_path, [*overrides, *handed_on()])
     check_compute(resolved.manifest)
     run = run_of(resolved)
     with hold(run, wait_seconds):
@@ -62,7 +64,8 @@ def run(
             events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
             chosen = {"--stage": stage, "--until": until}
             options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
-            command = ["postlude", "run", manifest_path, *overrides, *options, *["--inline"] * inline]
+            repeated = map(without_value, overrides)
+            command = ["postlude", "run", manifest_path, *repeated, *options, *["--inline"] * inline]
             say(f"Interrupted: {what_holds(run, plan)}. Go on with: {shlex.join(command)}", whole=True)
             return INTERRUPTED
         events.record(run.events, "run_finished")

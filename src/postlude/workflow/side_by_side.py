@@ -14,6 +14,7 @@ from postlude.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run
+from postlude.secrecy import stripped_all
 from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
@@ -131,7 +132,7 @@ class StagesAtWork:
         return replace(task, engines=host_names(self._job_name(decision), pool.most))
 
     def _job_name(self, decision: Decision) -> str:
-        return f"{decision.stage}@{self.run.uri}"
+        return f"{decision.stage}@{stripped_all(self.run.uri)}"  # Ray writes it into its logs
 
     def _engines(self, decision: Decision, give_up: Callable[[], bool]) -> AbstractContextManager[None]:
         """The hosts of a stage's engines, where these have a pool of their own."""
@@ -144,7 +145,7 @@ class StagesAtWork:
         if pool is None:
             return nullcontext()
         threads = pool.cpus_per_worker or threads_of(manifest, name)
-        setup = WorkerSetup(name, threads, compute.environment)
+        setup = WorkerSetup(name, threads, compute.variables())
         seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
         return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
@@ -165,7 +166,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setup=WorkerSetup(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
+            setup=WorkerSetup(name, task.threads, compute.variables(), [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )

@@ -39,7 +39,7 @@ class NativeServer:
     def start(self, room: Path, folder: Path, version: int) -> None:
         ours, theirs = socket.socketpair()
         options = [str(theirs.fileno()), self._serving.dtype, str(self._serving.concurrency)]
-        command = [sys.executable, "-m", "postlude.rollout.serving.native_server", *options]
+        command = [sys.executable, "-P", "-m", "postlude.rollout.serving.native_server", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._serving.threads)}
         self._process = Process(room, command, environment, theirs.fileno())
         theirs.close()
@@ -99,7 +99,9 @@ class _Engine:
 
         from postlude.rollout.native import NativeEngine
 
-        causal = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, attn_implementation="sdpa")
+        causal = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         causal.to(self._device)  # type: ignore[arg-type]
         self._native, self._version = NativeEngine(causal, None, self._concurrency), version
 
