@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from postlude import __version__
+from postlude import __version__, storage
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.example import Format
 from postlude.data.remote_code import code_digest, trust
@@ -45,6 +45,8 @@ class StageTask:
     threads: int
     engines: Sequence[str] = ()
     """The names of the hosts of engines that answer for it, where these have a pool of their own."""
+    guard: storage.Guard | None = None
+    """Of the run directory, for ranks in other processes than that which holds the run."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def detach(manifest_path: str, overrides: Sequence[str], options: Sequence[str])
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
     run = run_of(resolved)
     if run.holder() is not None:
-        run.hold()  # says who has it
+        run.hold().release()  # says who has it
     make_plan(resolved, run, Selection())
     provider = provider_of(resolved.manifest.compute)
     secret = [assignment for assignment in overrides if holds_secret(assignment)]
@@ -82,7 +82,12 @@ def stop(uri: str, now: bool, seconds: float) -> str:
         raise NotRunning(f"Nobody works on '{uri}': there is nothing to stop.")
     if holder.host != socket.gethostname():
         raise ComputeError(f"{holder} works on '{uri}'. Stop it there.")
-    os.kill(holder.pid, signal.SIGKILL if now else signal.SIGTERM)
+    was_sent = holder.send(signal.SIGKILL if now else signal.SIGTERM, only_if_certain=now)
+    if not was_sent and run.holder() is not None:
+        raise ComputeError(
+            f"{holder} works on '{uri}', but the process that has this number here did not begin when that did, or an "
+            "earlier version did not write down when. It was left alone: look at it, and end it yourself."
+        )
     deadline = time.monotonic() + seconds
     with waiting(f"{holder} to stop" + ("" if now else " with a checkpoint")):
         while run.holder() is not None:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from postlude import storage
 from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
 from postlude.manifest.load import Resolved
@@ -59,7 +60,7 @@ class StagesAtWork:
         if self._needs_no_work(decision):
             return
         try:
-            summary = run_stage_here(self._task(decision, inline=True))
+            summary = run_stage_here(self._task(decision, inline=True), self.stop)
         except BaseException as error:
             self._end(decision, error=error)
         else:
@@ -118,7 +119,8 @@ class StagesAtWork:
     def _task(self, decision: Decision, inline: bool = False) -> StageTask:
         manifest = self.resolved.manifest
         threads = threads_of(manifest, decision.stage, inline)
-        task = StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
+        guard = storage.shared_guard(self.run.uri)
+        task = StageTask(self.resolved.tree, decision.stage, self.run.uri, threads, guard=guard)
         pool = engines_of(manifest, manifest.stages[decision.stage])
         if pool is None:
             return task

@@ -41,6 +41,7 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
             try:
                 with writing(path):
                     make(unfinished)
+                    storage.make_folders(folder)  # which may not be ours any more
                     os.replace(unfinished, path)
             finally:
                 if os.path.exists(unfinished):
@@ -55,7 +56,7 @@ def _machine_folder(cache: str) -> str:
         own = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.path.join(own, "postlude", digest(cache))
     with writing(folder):
-        os.makedirs(folder, exist_ok=True)
+        storage.make_folders(folder)
     return folder
 
 
