@@ -219,14 +219,14 @@ def test_a_program_reaches_neither_the_network_nor_what_is_ours(tmp_path):
     assert score("code", secret, tests="pass") == 1
 
 
-def test_a_sandbox_leaves_nothing_behind():
-    before = set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*"))
+def test_a_sandbox_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     marked = f"postlude-left-{os.getpid()}"
     program = (
         f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', '{marked}'])"
     )
     assert score("code", program, tests="pass") == 1
-    assert set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*")) <= before
+    assert not list(tmp_path.iterdir())
     assert not [one for one in psutil.process_iter(["cmdline"]) if marked in (one.info["cmdline"] or [])]
 
 

@@ -139,7 +139,7 @@ def servers() -> list[psutil.Process]:
 def serves(process: psutil.Process) -> bool:
     try:
         found = process.cmdline()
-        return "postlude.rollout.serving.native_server" in found[1:3] and process.status() != psutil.STATUS_ZOMBIE
+        return "postlude.rollout.serving.native_server" in found[1:4] and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
