@@ -13,7 +13,6 @@ import threading
 from contextlib import closing
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
