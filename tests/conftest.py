@@ -18,6 +18,7 @@ pytest_plugins = ["schedule", "status"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # what stands beside is another test, which must not be waited for
 openmp.wait_shortly()
 
 # Nothing about time is asserted in a test. A developer's runs explore; one that gates a change repeats.
