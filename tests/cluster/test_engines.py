@@ -61,7 +61,7 @@ def below(project, roots: list[int] | None, what: str) -> dict[int, psutil.Proce
         with suppress(psutil.NoSuchProcess):
             for one in psutil.Process(root).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    words = [one.name(), *one.cmdline()[:3]]
+                    words = [one.name(), *one.cmdline()[:4]]
                     if any(word.startswith(what) for word in words) and one.status() != psutil.STATUS_ZOMBIE:
                         found[one.pid] = one
     return found

@@ -195,10 +195,18 @@ class _Trained(_Claim):
         content = self._begun_with(stage) or Content()
         trained = self._last_checkpoint(stage)
         if not self.is_whole:
-            content.tensors = dict(trained or {})
+            content = self._beside_base(content, trained or {})
         elif content.config is not None or trained is not None:
             content.tensors = self._whole(content, trained)
         return content
+
+    def _beside_base(self, begun: Content, trained: Mapping[str, LazyTensor]) -> Content:
+        """Of what was trained all that the base does not have: a tied head stands in checkpoints, and in no adapter."""
+        size = begun.config.get_text_config().vocab_size if begun.config is not None else 0
+        base = begun.values()
+        is_of_base = {name for name in trained if name in base and _same(trained[name], base[name], size)}
+        tensors = {name: tensor for name, tensor in trained.items() if name not in is_of_base}
+        return Content(tensors, generation=begun.generation)
 
     def _whole(self, begun: Content, trained: Mapping[str, LazyTensor] | None) -> dict[str, LazyTensor | None]:
         """The trained values over those that training began with, which are not known where it is not known what was
@@ -261,7 +269,12 @@ class _Trained(_Claim):
             self.found.not_compared.append("the model that training began with is not there any more, or is another")
             return None
         stored = self.opened.enter_context(open_model(place))
-        content = _content(stored) if self.is_whole else Content()
+        try:
+            content = _content(stored)
+        except NotInParts:
+            if self.is_whole:
+                raise
+            content = Content()  # of an adapter all that was trained is looked for
         content.generation = stored.generation_config()
         self.found.compared_with.append(f"the model at '{place}', with which training began")
         return content
