@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-PYTEST  = $(BIN)/pytest --numprocesses 3
+PYTEST  = $(BIN)/pytest --numprocesses 2
 INSTALLED = $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
