@@ -205,7 +205,9 @@ class _Trained(_Claim):
         size = begun.config.get_text_config().vocab_size if begun.config is not None else 0
         base = begun.values()
         is_of_base = {name for name in trained if name in base and _same(trained[name], base[name], size)}
-        tensors = {name: tensor for name, tensor in trained.items() if name not in is_of_base}
+        tensors: dict[str, LazyTensor | None] = {
+            name: tensor for name, tensor in trained.items() if name not in is_of_base
+        }
         return Content(tensors, generation=begun.generation)
 
     def _whole(self, begun: Content, trained: Mapping[str, LazyTensor] | None) -> dict[str, LazyTensor | None]:
