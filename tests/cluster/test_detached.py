@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,14 @@ class Slow(Messages):
 
 def postlude(project, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "postlude", *arguments]
-    return subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    return subprocess.run(
+        command,
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},  # where the plugin is
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
 
 
 @pytest.mark.capability("A detached run is followed, stopped with a checkpoint and gone on with, bitwise")

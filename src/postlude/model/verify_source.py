@@ -41,6 +41,7 @@ from postlude.model.places import (
     LINEAGE_FILE,
     SCALAR_FILE,
     adapter_folder,
+    is_adapter_part,
     local_files,
     local_folder,
     read_config,
@@ -204,7 +205,10 @@ class _Trained(_Claim):
         """Of what was trained all that the base does not have: a tied head stands in checkpoints, and in no adapter."""
         size = begun.config.get_text_config().vocab_size if begun.config is not None else 0
         base = begun.values()
-        is_of_base = {name for name in trained if name in base and _same(trained[name], base[name], size)}
+        if base:
+            is_of_base = {name for name in trained if name in base and _same(trained[name], base[name], size)}
+        else:  # where it is not there, what has no mark of an adapter may be of it
+            is_of_base = {name for name in trained if name != SCALAR and not is_adapter_part(name)}
         tensors: dict[str, LazyTensor | None] = {
             name: tensor for name, tensor in trained.items() if name not in is_of_base
         }
