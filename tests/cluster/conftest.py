@@ -78,7 +78,7 @@ class Project:
             text=True,
             start_new_session=True,
             cwd=self.folder,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": str(self.folder), **environment},  # where a test's plugin is
         )
         return self.process
 
