@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,11 @@ class Project:
         path.write_text(json.dumps(self.manifest))
         return str(path)
 
-    def start(self, on: RayOnHosts | None = None, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, on: RayOnHosts | None = None, assignments: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """Run it, in a process group of its own; ``on`` the head of a cluster."""
-        command = [sys.executable, "-m", "postlude", "run", self.write()]
+        command = [sys.executable, "-m", "postlude", "run", self.write(), *assignments]
         if on is not None:
             command, environment = on.hosts.command(1, command), {**on.environment, **environment}
         self.process = subprocess.Popen(

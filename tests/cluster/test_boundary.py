@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,23 +106,7 @@ def seen(new_project: Any, tmp_path_factory: pytest.TempPathFactory) -> Seen:
             "JUDGE_KEY": canaries["JUDGE_KEY"],
         }
         # What stands on this command line is not the run's to hide: the processes that it starts are looked at.
-        command = [
-            sys.executable,
-            "-m",
-            "postlude",
-            "run",
-            project.write(),
-            f"compute.environment.TYPED={canaries['TYPED']}",
-        ]
-        project.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            cwd=folder,
-            env={**os.environ, **environment},
-        )
+        project.start(assignments=[f"compute.environment.TYPED={canaries['TYPED']}"], **environment)
         try:
             project.until(lambda: project.step() > 10)
             tree = psutil.Process(project.process.pid).children(recursive=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,24 @@ from postlude.storage import exact_json
 from postlude.workflow.detached import stop
 
 
+@pytest.fixture
+def asleep() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing of what the run is about."""
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[tuple[Run, Path, dict[str, Any]]]:
+    """A run that this process holds, its lock file, and what that says."""
+    run = Run(str(tmp_path / "r"))
+    with run.hold() as lock:
+        path = Path(lock.uri)
+        yield run, path, exact_json.load(path.read_bytes())
+
+
 @pytest.mark.parametrize("now", [False, True], ids=["with a checkpoint", "now"])
 @pytest.mark.parametrize(
     "changes",
@@ -22,42 +42,23 @@ from postlude.workflow.detached import stop
     ids=["a later process with its number", "a process of another machine of this name"],
 )
 @pytest.mark.capability("`stop` ends only the process that holds the run, told by its start")
-def test_a_process_that_only_has_the_number_is_left_alone(
-    tmp_path: Path, now: bool, changes: dict[str, object]
-) -> None:
-    run = Run(str(tmp_path / "r"))
-    innocent = subprocess.Popen(["sleep", "600"])
-    try:
-        with run.hold() as held:
-            lock_file = Path(held.uri)
-            record = exact_json.load(lock_file.read_bytes())
-            lock_file.write_text(exact_json.dump({**record, "pid": innocent.pid, **changes}))
-            with pytest.raises(ComputeError, match="was left alone"):
-                stop(run.uri, now, seconds=1.0)
-        assert innocent.poll() is None
-    finally:
-        innocent.kill()
-        innocent.wait()
+def test_a_process_that_only_has_the_number_is_left_alone(held, asleep, now: bool, changes: dict[str, object]) -> None:
+    run, lock_file, record = held
+    lock_file.write_text(exact_json.dump({**record, "pid": asleep.pid, **changes}))
+    with pytest.raises(ComputeError, match="was left alone"):
+        stop(run.uri, now, seconds=1.0)
+    assert asleep.poll() is None
 
 
-def test_of_an_earlier_version_it_is_not_killed_but_asked(tmp_path: Path) -> None:
-    run = Run(str(tmp_path / "r"))
-    earlier = subprocess.Popen(["sleep", "600"])
-    try:
-        with run.hold() as held:
-            lock_file = Path(held.uri)
-            record = exact_json.load(lock_file.read_bytes())
-            old = {"host": record["host"], "pid": earlier.pid, "since": record["since"]}
-            lock_file.write_text(exact_json.dump(old))
-            with pytest.raises(ComputeError, match="was left alone"):
-                stop(run.uri, now=True, seconds=1.0)
-            assert earlier.poll() is None
-            with pytest.raises(ComputeError, match="has not stopped within"):
-                stop(run.uri, now=False, seconds=0.0)  # it has, but this process holds the run
-        assert earlier.wait(10) == -signal.SIGTERM
-    finally:
-        earlier.kill()
-        earlier.wait()
+def test_of_an_earlier_version_it_is_not_killed_but_asked(held, asleep) -> None:
+    run, lock_file, record = held
+    lock_file.write_text(exact_json.dump({"host": record["host"], "pid": asleep.pid, "since": record["since"]}))
+    with pytest.raises(ComputeError, match="was left alone"):
+        stop(run.uri, now=True, seconds=1.0)
+    assert asleep.poll() is None
+    with pytest.raises(ComputeError, match="has not stopped within"):
+        stop(run.uri, now=False, seconds=0.0)  # it has, but this process holds the run
+    assert asleep.wait(10) == -signal.SIGTERM
 
 
 def test_now_kills_the_process_that_holds_it(tmp_path: Path) -> None:

@@ -54,16 +54,18 @@ def give_way() -> None:
     How they wait changes no result.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) and not _watches:
-        _watches.extend(Watch(library) for library in loaded_libraries())
+        import torch
+
+        _watches.extend(Watch(library, torch.get_num_threads()) for library in loaded_libraries())
         for watch in _watches:
             threading.Thread(target=watch.keep, name="give way", daemon=True).start()
 
 
 class Watch:
-    """Keeps a libgomp between spinning and sleeping."""
+    """Keeps a libgomp between spinning and sleeping, which has so many ``threads`` where it computes."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._library, self._threads = library, threads
         self._leave: threading.Event | None = None
         self._quiet_looks = 0
 
@@ -96,9 +98,11 @@ class Watch:
             self._leave = None
 
     def _crowd(self, leave: threading.Event) -> None:
-        """Hold a team of more threads than there are cores. They do nothing, and sleep."""
+        """Hold a team of as many threads, beside this one, as make one more than there are cores. They do nothing, and
+        sleep."""
         nothing = ctypes.cast(self._library.omp_get_level, ctypes.c_void_p)
-        self._library.GOMP_parallel(nothing, None, self._library.omp_get_num_procs() + 1, 0)
+        missing = max(self._library.omp_get_num_procs() - self._threads, 0) + 1
+        self._library.GOMP_parallel(nothing, None, 1 + missing, 0)
         leave.wait()
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from postlude import storage
@@ -90,9 +90,8 @@ class Local(Provider):
                         num_cpus=max(workers, hardware.cores()),
                         include_dashboard=False,
                         object_store_memory=OBJECT_STORE_BYTES,
-                        _temp_dir=os.path.join(
-                            folder, "r"
-                        ),  # Ray opens its own to everybody, and this one is ours alone
+                        # Ray opens its own folder to everybody, and the one round it is ours alone.
+                        _temp_dir=os.path.join(folder, "r"),
                         _node_ip_address="127.0.0.1",
                         job_config=job_without_folder(),
                         configure_logging=False,
@@ -126,9 +125,7 @@ class Local(Provider):
                 "A detached run on this machine keeps its output in the run directory, which must be local."
             )
         os.makedirs(storage.local_path(run.uri), exist_ok=True)
-        with open(
-            storage.local_path(run.output), "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
-        ) as output:
+        with open(storage.local_path(run.output), "ab", opener=partial(os.open, mode=0o600)) as output:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 stdin=subprocess.DEVNULL,
