@@ -317,3 +317,18 @@ def test_an_own_head_that_ranks_share_is_trained_and_written(tmp_path, tensor) -
         assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
         heads.append(tensors["lm_head.weight"])
     torch.testing.assert_close(*heads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_head_stands_in_checkpoints_and_in_no_adapter(tmp_path, monkeypatch) -> None:
+    """Compared with its base, and from another folder, where the path of that leads nowhere."""
+    write_random_model(tmp_path / "tied", 1, tie_word_embeddings=True)
+    monkeypatch.chdir(tmp_path)
+    project = Project(tmp_path, {"one": "tied"})
+    project.stages["s"] = project.train(data={"asked": 1.0}, adapter={"rank": 2})
+    assert project.run() == 0
+    place = str(project.artifact("s").absolute())
+    for folder, is_compared in ((tmp_path, True), (tmp_path / "tied", False)):
+        monkeypatch.chdir(folder)
+        source = commands.verify(place).source
+        assert source.faults == {}
+        assert (source.not_compared == []) == is_compared
