@@ -442,3 +442,9 @@ def test_a_sum_that_is_no_finite_number_is_told():
     assert isinstance(right, Unscored)
     assert "no finite number, at the record 'sums:1'" in right.detail
     assert wrong.total == 0
+
+
+@pytest.mark.parametrize("completion", ["3", "3.0"])
+def test_a_whole_number_that_a_table_keeps_as_floating_point_is_right_either_way(completion):
+    assert score({"name": "exact_match", "answer": "right"}, completion, right=3.0) == 1
+    assert score({"name": "exact_match", "answer": "right"}, completion, right=3.5) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from postlude.data.example import (
     answers_of,
 )
 from postlude.data.room import Room
+from postlude.data.unprinted import unprinted
 from postlude.errors import DataError
 from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked
@@ -137,25 +138,28 @@ class PromptEncoder:
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that an answer continues. ManifestError if messages need a template and there is none,
         DataError where the template refuses them."""
-        [tokens] = self.tokens_of([prompt])
-        if isinstance(tokens, DataError):
-            raise tokens
-        return tokens
+        [put] = self.put([prompt])
+        if isinstance(put, DataError):
+            raise put
+        return put[0]
 
-    def tokens_of(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | DataError]:
-        """As :meth:`tokens` for each of the prompts, with the error in its place."""
-        rendered = iter(self._rendered([_chat(prompt) for prompt in prompts if not isinstance(prompt.asked, str)]))
-        tokens: list[tuple[int, ...] | DataError] = []
+    def put(
+        self, prompts: Sequence[Prompt], look: bool = False
+    ) -> list[tuple[tuple[int, ...], set[str]] | DataError]:
+        """As :meth:`tokens` for each of the prompts, with the error in its place; and, where one shall ``look``, what
+        the template leaves out of it (:data:`postlude.manifest.schema.Unprinted`)."""
+        rendered = iter(self._rendered([_chat(prompt) for prompt in prompts if not isinstance(prompt.asked, str)], look))
+        results: list[tuple[tuple[int, ...], set[str]] | DataError] = []
         for prompt in prompts:
-            text = prompt.asked if isinstance(prompt.asked, str) else next(rendered)
-            if isinstance(text, DataError):
-                tokens.append(text)
-                continue
-            ids = list(self.tokenizer(text).input_ids) if text is prompt.asked else list(self._ids(text))
-            if text is prompt.asked and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()  # some tokenizers end every text, and nothing would follow
-            tokens.append(tuple(ids))
-        return tokens
+            if isinstance(prompt.asked, str):
+                ids = list(self.tokenizer(prompt.asked).input_ids)
+                if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                    ids.pop()  # some tokenizers end every text, and nothing would follow
+                results.append((tuple(ids), set()))
+            else:
+                result = next(rendered)
+                results.append(result if isinstance(result, DataError) else (self._ids(result[0]), result[1]))
+        return results
 
     def reply(self, prompt: Prompt, turns: Sequence[str], replies: Sequence[Asked], last: int) -> tuple[int, ...]:
         """The token ids that follow the last of the assistant's turns, up to where the next begins: its end, as far as
@@ -172,7 +176,7 @@ class PromptEncoder:
         [rendered] = self._rendered([_chat(prompt, messages)])
         if isinstance(rendered, DataError):
             raise rendered
-        before, found, after = rendered.rpartition(_TURN)
+        before, found, after = rendered[0].rpartition(_TURN)
         if not found or _TURN in before:
             raise DataError(
                 f"The chat template does not say a turn of the assistant once, at '{prompt.example_id}': it cannot "
@@ -181,11 +185,12 @@ class PromptEncoder:
         ids = self._ids(after)
         return ids[1:] if ids[:1] == (last,) else ids
 
-    def _rendered(self, chats: Sequence[Chat]) -> list[str | DataError]:
+    def _rendered(self, chats: Sequence[Chat], look: bool = False) -> list[tuple[str, set[str]] | DataError]:
+        """Each conversation rendered and, where one shall ``look``, what kinds of things that leaves out."""
         if chats:
             self._renderer  # noqa: B018  (what is wrong with the template is told here)
-        results: list[str | DataError] = []
-        for result in self._room.map(chats):
+        results: list[tuple[str, set[str]] | DataError] = []
+        for result in self._room.map([(chat, look) for chat in chats]):
             if isinstance(result, BadRecord):
                 result = DataError(f"{result}.")
             if isinstance(result, Exception) and not isinstance(result, DataError):
@@ -193,9 +198,12 @@ class PromptEncoder:
             results.append(result)
         return results
 
-    def _render(self, chat: Chat) -> str:
+    def _render(self, task: tuple[Chat, bool]) -> tuple[str, set[str]]:
         """In the room."""
-        return self._renderer.render(chat, generation_prompt=True)
+        chat, look = task
+        render = partial(self._renderer.render, generation_prompt=True)
+        text = render(chat)
+        return text, {omission.kind for omission in unprinted(render, chat, text)} if look else set()
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -235,32 +243,38 @@ class PromptEncoders:
     def tokens(self, prompt: Prompt, longest: int | None = None) -> tuple[int, ...] | NotAsked:
         """The prompt's token ids, or why there are none: more than ``longest`` are too many. DataError where its
         template refuses it."""
-        [tokens] = self[prompt.source].tokens_of([prompt])
-        return self._asked(prompt, tokens, longest)
+        [put] = self[prompt.source].put([prompt])
+        return self._asked(prompt, put, longest)
 
-    def tokens_of_all(
+    def look_at(
         self, prompts: Iterable[Prompt | NotAsked], longest: int | None = None
-    ) -> Iterator[tuple[int, ...] | NotAsked]:
-        """As :meth:`tokens` for each of many prompts, in order."""
+    ) -> Iterator[tuple[Prompt | NotAsked, tuple[int, ...] | NotAsked, set[str]]]:
+        """Each of many prompts in order, with its tokens as :meth:`tokens` tells them, and what its template leaves
+        out of it."""
         remaining = iter(prompts)
         while chunk := list(islice(remaining, _CHUNK)):
-            tokens: dict[int, tuple[int, ...] | DataError] = {}
+            results: dict[int, tuple[tuple[int, ...], set[str]] | DataError] = {}
             for source, encoder in self._encoders.items():
                 own = {i: one for i, one in enumerate(chunk) if isinstance(one, Prompt) and one.source == source}
-                tokens.update(zip(own, encoder.tokens_of(list(own.values())), strict=True))
+                results.update(zip(own, encoder.put(list(own.values()), look=True), strict=True))
             for i, prompt in enumerate(chunk):
-                yield prompt if isinstance(prompt, NotAsked) else self._asked(prompt, tokens[i], longest)
+                if isinstance(prompt, NotAsked):
+                    yield prompt, prompt, set()
+                else:
+                    put = results[i]
+                    yield prompt, self._asked(prompt, put, longest), set() if isinstance(put, DataError) else put[1]
 
     def _asked(
-        self, prompt: Prompt, tokens: tuple[int, ...] | DataError, longest: int | None
+        self, prompt: Prompt, put: tuple[tuple[int, ...], set[str]] | DataError, longest: int | None
     ) -> tuple[int, ...] | NotAsked:
-        if isinstance(tokens, DataError):
+        if isinstance(put, DataError):
             if prompt.source in self._skipping:
                 return NotAsked(prompt.example_id, prompt.source, "cannot be rendered")
             raise DataError(
-                f"The prompt '{prompt.example_id}' cannot be put to the model: {tokens} To leave such records out and "
+                f"The prompt '{prompt.example_id}' cannot be put to the model: {put} To leave such records out and "
                 f"count them, set data.{prompt.source}.on_bad_record to skip."
-            ) from tokens
+            ) from put
+        tokens, _ = put
         if not tokens:
             return NotAsked(prompt.example_id, prompt.source, EMPTY)
         if longest is not None and len(tokens) > longest:

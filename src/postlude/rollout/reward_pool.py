@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from postlude.errors import UserError
 from postlude.manifest.component import Component
 from postlude.rollout.reward import RewardFunction, call
+from postlude.telemetry.guard import guard_streams
 
 if TYPE_CHECKING:  # the processes of the pool need no torch
     from postlude.rollout.prompts import Prompt
@@ -173,6 +174,7 @@ def _serve(connection: Connection, parent: int, memory: int) -> None:
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    guard_streams()
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     connection.send(("stands", None))

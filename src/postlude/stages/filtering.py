@@ -117,7 +117,7 @@ class Filtering(Work):
             **({"nothing_of": left} if left else {}),
         }
         if not kept:
-            mean = f" (their mean reward is {total / read:.4f})" if read and self.config.reward else ""
+            mean = f" (their mean reward is {total / read:z.4f})" if read and self.config.reward else ""
             raise DataError(
                 f"The stage '{self.parts.task.stage}' kept none of {read} records{mean}. Lower the threshold of "
                 "'keep', or look at the reward."
@@ -140,7 +140,7 @@ class Filtering(Work):
     def table(self, report: Mapping[str, Any]) -> Fields:
         rows = [("read", f"{report['read']:,}"), ("kept", f"{report['records']:,}")]
         if "reward" in report:
-            rows.append(("mean reward of what was read", f"{report['reward']:.4f}"))
+            rows.append(("mean reward of what was read", f"{report['reward']:z.4f}"))
         for name, reasons in report["dropped_by_filters"].items():
             rows += [(f"{name}: dropped by {reason}", f"{count:,}") for reason, count in reasons.items()]
         for reason, counted in report.get("nothing_of", {}).items():

@@ -31,7 +31,7 @@ from postlude.errors import DataError
 from postlude.rollout.reward import Reward, remarks_on
 from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
-from postlude.stages.prompts import Row, no_preview, rows_of
+from postlude.stages.prompts import Row, no_preview, rows_of, tell_unprinted
 from postlude.stages.report import StageReport, Trial
 from postlude.storage import exact_json
 from postlude.telemetry.progress import console
@@ -102,6 +102,10 @@ class Work(ABC):
     @property
     def rewards(self) -> Sequence[Reward]:
         """What says how good answers are."""
+        return ()
+
+    def remarks(self) -> Sequence[str]:
+        """What should be known of the data before the work begins."""
         return ()
 
     def preview(self, blocks: int) -> Preview:
@@ -220,6 +224,8 @@ class Work(ABC):
         report.remarks += remarks_on(self.rewards)
         with closing(self):
             counts = self.counts()
+            tell_unprinted(report, self.parts, counts)
+            report.remarks += self.remarks()
         small = type(self)(self.parts.rehearsal())
         if not small.portions:
             report.trial = Trial(counts, None, "its models are not made yet, or it needs the whole of them")
