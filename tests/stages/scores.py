@@ -29,6 +29,13 @@ def stays_at_seven(prompt: Any, completion: str, record: Mapping[str, Any]) -> f
     return 0.0
 
 
+def stays_at_eight(prompt: Any, completion: str, record: Mapping[str, Any]) -> float:
+    """Does not end at another."""
+    while prompt[0]["content"].startswith("8+"):
+        pass
+    return 0.0
+
+
 def broken(prompt: Any, completion: str, record: Mapping[str, Any]) -> float:
     """Fails at every record."""
     raise KeyError("all")

@@ -92,6 +92,8 @@ class Dataset:
         chosen = sum(map(len, self._kept))
         if config.filters:
             self._filter(config, cache, str(sample))
+        self.dropped_by_filters = {reason: left_out.count for reason, left_out in self.dropped.items()}
+        """How many records the filters left out, by reason, with those that they could not judge."""
         self.groups: Sequence[int] = [len(rows) for rows in self._kept]
         """The rows of each group that are used; the positions that :meth:`examples` takes count these."""
         whole = sum(map(len, _choose(self._records.groups, config.limit, None)))

@@ -166,8 +166,4 @@ def count_example(reasons: dict[str, Any], reason: str, example_id: str) -> None
 
 def dropped_by_filters(datasets: Mapping[str, Dataset]) -> dict[str, dict[str, int]]:
     """How many records the filters of each data set left out, by reason."""
-    return {
-        name: {reason: dropped.count for reason, dropped in dataset.dropped.items() if reason != BAD_RECORD}
-        for name, dataset in datasets.items()
-        if dataset.dropped
-    }
+    return {name: dataset.dropped_by_filters for name, dataset in datasets.items() if dataset.dropped_by_filters}

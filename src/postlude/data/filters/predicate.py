@@ -5,7 +5,8 @@ predicate means the same in every batch: lists and structs where the records agr
 value than most, in a place that a predicate looks at, is a bad one and bears on no type; where no kind is that of most,
 nothing is guessed. Whole numbers and fractions are one kind, and each record is evaluated on what its own number is:
 one fraction does not make floating point of the identifiers of the others.
-A predicate that gives NULL drops the record, as a WHERE clause does.
+A predicate that gives NULL drops the record, as a WHERE clause does. They are evaluated in a
+:class:`~postlude.data.room.Room`: what does not end at a record, or needs too much, is told of that record.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import duckdb
@@ -22,6 +24,7 @@ import pyarrow as pa
 from postlude.data.example import Record
 from postlude.data.formats.columns import kind_of
 from postlude.data.records import record_json
+from postlude.data.room import Exceeded, Room
 from postlude.errors import DataError, UserError
 from postlude.nearest import suggestion_or_list
 
@@ -45,9 +48,8 @@ class Predicates:
     def __init__(self, predicates: Sequence[str], batches: Iterable[Sequence[Record]]) -> None:
         self._written = " ".join(predicates)
         self._mentions: dict[str, bool] = {}
-        self._connection = duckdb.connect(config={"threads": 1, "autoinstall_known_extensions": False})
-        # A predicate that read files would depend on more than the fingerprint of the data set knows.
-        self._connection.execute("SET enable_external_access = false")
+        self._connection = _connect()
+        self._room = Room(_rows_of, "evaluating a filter")
         self._columns: dict[str, None] = {}
         self._kinds: dict[_Path, Counter[str]] = {}
         self._whole: dict[_Path, tuple[int, int]] = {}
@@ -66,15 +68,32 @@ class Predicates:
             if None not in self._usual.values():  # else the first record that has such a value tells more
                 self.keeps(predicate, [], str)
 
-    def keeps(self, predicate: str, records: Sequence[Record], where: Callable[[int], str]) -> list[bool]:
-        """For each record whether the predicate is true of it. ``where`` tells where the record at a place stands."""
+    def keeps(
+        self, predicate: str, records: Sequence[Record], where: Callable[[int], str]
+    ) -> Sequence[bool | Exceeded]:
+        """For each record whether the predicate is true of it, or that this could not be found out within bounds.
+        ``where`` tells where the record at a place stands."""
         try:
             return self._evaluate(predicate, records)
         except duckdb.Error as error:
             place = f" for {where(self._first_that_fails(predicate, records))}" if records else ""
-            raise DataError(
-                f"The filter '{predicate}' cannot be evaluated{place}. {self._reason(error)} Correct it in 'filters'."
-            ) from error
+            raise self._refusal(predicate, place, self._reason(error)) from error
+        except Exceeded as error:
+            if not records:
+                raise self._refusal(predicate, "", f"{str(error).capitalize()}.") from error
+        return [self._keeps_alone(predicate, record, partial(where, place)) for place, record in enumerate(records)]
+
+    def _keeps_alone(self, predicate: str, record: Record, where: Callable[[], str]) -> bool | Exceeded:
+        try:
+            return self._evaluate(predicate, [record])[0]
+        except duckdb.Error as error:
+            raise self._refusal(predicate, f" for {where()}", self._reason(error)) from error
+        except Exceeded as error:
+            return error
+
+    @staticmethod
+    def _refusal(predicate: str, place: str, reason: str) -> DataError:
+        return DataError(f"The filter '{predicate}' cannot be evaluated{place}. {reason} Correct it in 'filters'.")
 
     def odd(self, record: Record, where: Callable[[], str]) -> str | None:
         """What is wrong with a record whose value, in a place that the predicates look at, is of another kind than
@@ -199,10 +218,8 @@ class Predicates:
         true: set[int] = set()
         for fractions, rows in alike.items():
             texts = self._texts([records[row] for row in rows])
-            self._connection.register("batch", pa.table({_ROW: pa.array(rows, pa.int64()), _RECORD: texts}))
-            columns = f"SELECT {_ROW}, unnest(from_json({_RECORD}::JSON, $1)) FROM batch"
-            query = f"SELECT {_ROW} FROM ({columns}) WHERE ({predicate}\n)"
-            true |= {row for (row,) in self._connection.execute(query, [self._structure_for(fractions)]).fetchall()}
+            batch = pa.table({_ROW: pa.array(rows, pa.int64()), _RECORD: texts})
+            true |= self._room((predicate, self._structure_for(fractions), batch))
         return [row in true for row in range(len(records))]
 
     def _texts(self, records: Sequence[Record]) -> pa.Array:
@@ -216,7 +233,7 @@ class Predicates:
             middle = (low + high) // 2
             try:
                 self._evaluate(predicate, records[low:middle])
-            except duckdb.Error:
+            except (duckdb.Error, Exceeded):
                 high = middle
             else:
                 low = middle
@@ -231,6 +248,26 @@ class Predicates:
             return message if message.endswith((".", "!")) else f"{message}."
         hint = suggestion_or_list(unknown[1], self._columns)
         return f"No record has the column '{unknown[1]}'.{hint}"
+
+
+def _connect() -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config={"threads": 1, "autoinstall_known_extensions": False})
+    # A predicate that read files would depend on more than the fingerprint of the data set knows.
+    connection.execute("SET enable_external_access = false")
+    return connection
+
+
+_connection_of_room = cache(_connect)
+
+
+def _rows_of(task: tuple[str, str, pa.Table]) -> set[int]:
+    """The rows of a batch of which a predicate is true. In the room."""
+    predicate, structure, batch = task
+    connection = _connection_of_room()
+    connection.register("batch", batch)
+    columns = f"SELECT {_ROW}, unnest(from_json({_RECORD}::JSON, $1)) FROM batch"
+    query = f"SELECT {_ROW} FROM ({columns}) WHERE ({predicate}\n)"
+    return {row for (row,) in connection.execute(query, [structure]).fetchall()}
 
 
 def _numbers_in(value: Any) -> Iterator[int | float]:

@@ -50,7 +50,7 @@ class Sieve:
                 left = [place for place in left if verdicts[place] is None]
                 keeps = self._predicates.keeps(judge, [records[place] for place in left], places_in(where, left))
                 for place, keep in zip(left, keeps, strict=True):
-                    verdicts[place] = None if keep else judge
+                    verdicts[place] = keep if isinstance(keep, BadRecord) else None if keep else judge
                 continue
             name, reason_to_drop = judge
             for place in left:
