@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from postlude.data import encode as encode_module
 from postlude.data.document import SCORE, Document
 from postlude.data.encode import NOTHING_TO_TRAIN, Encoder
 from postlude.data.example import BadRecord, Conversation, Example, Judged, Ranked, Text, Tokens
@@ -23,6 +25,7 @@ from postlude.data.turns import MaskError
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
+from postlude.rollout.prompts import Prompt, PromptEncoder
 
 BYTES = load_tokenizer(TokenizerFrom(bytes=True))
 TALK = Conversation([{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}])
@@ -347,3 +350,50 @@ def test_a_judgement_is_the_score_of_every_token() -> None:
         found = document(Judged(TALK, desirable))
         assert (found.streams[SCORE.name] == score).all()
         assert trained_text(BYTES, found) == ["That.<|im_end|>"]
+
+
+# --- long texts ---------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_tokenised_in_portions_and_what_is_too_long_is_told(monkeypatch):
+    texts = ["a" * 30, "b", "c" * 31, "", "d" * 9, "e" * 9, "f" * 5]
+    examples = [(text[:1], Text([(text, 1.0)])) for text in texts]
+    whole = Encoder(BYTES, block=99).encode(examples, "source")
+    monkeypatch.setattr(encode_module, "_AT_A_TIME", 10)
+    monkeypatch.setattr(encode_module, "LONGEST_TEXT", 30)
+    assert [list(portion) for portion in encode_module._portions(dict(enumerate(texts)))] == [
+        [0],
+        [1],
+        [2],
+        [3, 4],
+        [5],
+        [6],
+    ]
+    for text, before, now in zip(texts, whole, Encoder(BYTES, block=99).encode(examples, "source"), strict=True):
+        if len(text) > 30:
+            assert isinstance(now.error, BadRecord)
+            assert "31 characters, and at most 30" in str(now.error)
+        else:
+            assert [one.tokens.tolist() for one in now.documents] == [one.tokens.tolist() for one in before.documents]
+    long = Conversation([{"role": "user", "content": "a" * 31}, {"role": "assistant", "content": "b"}])
+    assert "at most 30" in str(encode(long, template=CHATML).error)
+    for asked in ("a" * 31, long.messages[:1]):
+        put = PromptEncoder(BYTES, CHATML).put([Prompt("a:1", "a", asked, None, None, {})])
+        assert "at most 30" in str(put[0])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "phi3", "qwen2.5"])
+def tokenizer(request, shared_data):
+    return load_tokenizer(str(shared_data / "tokenizers" / request.param))
+
+
+@given(st.text("aé語\U0001f389 \u0301\r\n", max_size=60), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_of_many_stretches_the_tokens_are_those_of_each(tokenizer, text, seed):
+    encoding = tokenizer.backend_tokenizer.encode(text)
+    chance = random.Random(seed)
+    together = encode_module._TokensOfMany(encoding)
+    for _ in range(20):
+        start, end = sorted((chance.randint(0, len(text)), chance.randint(0, len(text))))
+        if start < end:
+            assert together(start, end) == encode_module._tokens_of(encoding, start, end)

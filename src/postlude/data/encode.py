@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice, takewhile
 from typing import TYPE_CHECKING, cast
 
@@ -43,6 +43,12 @@ NOTHING_TO_TRAIN = "nothing to train on"
 
 _LEADS = ("\n", "a", "1", "")
 """What a text is put behind that goes on with another; of the last nothing has to be taken away."""
+LONGEST_TEXT = 2**22
+"""Characters of a text that is tokenised: each takes up to 230 bytes meanwhile."""
+_AT_A_TIME = 2**20
+"""So many characters are tokenised at a time, where no text has more."""
+_MANY = 64
+"""Of so many stretches of a text the tokens are looked up together."""
 _PROBE_ANSWER = "Good morning."
 _PROBE = Conversation([{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": _PROBE_ANSWER}])
 
@@ -223,18 +229,20 @@ class Encoder:
         if conversation is None:
             return Masker(self._renderer, StopTokens(self._tokenizer), "assistant").mask(_PROBE), 0
         masked = self._masker.mask(conversation)
+        check_length(masked.text)
         return masked, self._prompt_end(conversation, masked.text) if self._apart else 0
 
     def _tokenize(self, texts: Mapping[int, Masked], add_special_tokens: bool) -> Iterator[tuple[int, Encoding]]:
-        """The texts in which something is trained, tokenised all at once."""
+        """The texts in which something is trained, tokenised, many at once."""
         trained = {i: masked.text for i, masked in texts.items() if masked.spans}
         backend = self._tokenizer.backend_tokenizer
         # Somebody else's call of the tokenizer may have left these behind.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
-        encodings = backend.encode_batch(list(trained.values()), add_special_tokens=add_special_tokens)
-        return zip(trained, encodings, strict=True)
+        for several in _portions(trained):
+            encodings = backend.encode_batch([trained[i] for i in several], add_special_tokens=add_special_tokens)
+            yield from zip(several, encodings, strict=True)
 
     @cached_property
     def _added_after_text(self) -> int:
@@ -343,20 +351,60 @@ class Encoder:
         return Encoded(tuple(documents), truncated=cut, unprinted=left_out)
 
 
+def check_length(text: str) -> None:
+    """:class:`BadRecord` for a text that is too long to be tokenised."""
+    if len(text) > LONGEST_TEXT:
+        raise BadRecord(
+            f"it has {len(text):,} characters, and at most {LONGEST_TEXT:,} are tokenised at once: make several "
+            "records of it"
+        )
+
+
 def _join(text: Text) -> Masked:
+    joined = "".join(piece for piece, _ in text.pieces)
+    check_length(joined)
     ends = list(accumulate(len(piece) for piece, _ in text.pieces))
     spans = [(end - len(piece), end, weight) for end, (piece, weight) in zip(ends, text.pieces, strict=True) if weight]
-    return Masked("".join(piece for piece, _ in text.pieces), spans)
+    return Masked(joined, spans)
+
+
+def _portions(texts: Mapping[int, str]) -> Iterator[list[int]]:
+    """The keys of texts, in order, as many at a time as are :data:`_AT_A_TIME` characters together, or one text."""
+    portion: list[int] = []
+    size = 0
+    for key, text in texts.items():
+        if portion and size + len(text) > _AT_A_TIME:
+            yield portion
+            portion, size = [], 0
+        portion.append(key)
+        size += len(text)
+    if portion:
+        yield portion
 
 
 def _row(encoding: Encoding, spans: Sequence[WeightedSpan]) -> _Row:
     tokens = np.array(encoding.ids, dtype=np.int64)
     weights = np.zeros(len(tokens), dtype=np.float32)
+    tokens_of = _TokensOfMany(encoding) if len(spans) > _MANY else partial(_tokens_of, encoding)
     for start, end, weight in spans:
         if end > start:
-            stretch = slice(*_tokens_of(encoding, start, end))
+            stretch = slice(*tokens_of(start, end))
             np.maximum(weights[stretch], weight, out=weights[stretch])
     return _Row(tokens, weights)
+
+
+class _TokensOfMany:
+    """The same as :func:`_tokens_of` for many stretches of a text, each of which is not looked for from its start."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        self._places = offsets[:, 1].nonzero()[0]  # not of what is put round the text
+        self._starts, self._ends = np.maximum.accumulate(offsets[self._places]).T
+
+    def __call__(self, start: int, end: int) -> tuple[int, int]:
+        first = int(np.searchsorted(self._ends, start, "right"))
+        after = int(np.searchsorted(self._starts, end, "left"))
+        return (int(self._places[first]), int(self._places[after - 1]) + 1) if first < after else (0, 0)
 
 
 def _tokens_of(encoding: Encoding, start: int, end: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from postlude.data.chat import Chat, ChatRenderer
-from postlude.data.encode import Encoder
+from postlude.data.encode import Encoder, check_length
 from postlude.data.example import (
     Answer,
     BadRecord,
@@ -143,23 +143,30 @@ class PromptEncoder:
             raise put
         return put[0]
 
-    def put(
-        self, prompts: Sequence[Prompt], look: bool = False
-    ) -> list[tuple[tuple[int, ...], set[str]] | DataError]:
+    def put(self, prompts: Sequence[Prompt], look: bool = False) -> list[tuple[tuple[int, ...], set[str]] | DataError]:
         """As :meth:`tokens` for each of the prompts, with the error in its place; and, where one shall ``look``, what
         the template leaves out of it (:data:`postlude.manifest.schema.Unprinted`)."""
-        rendered = iter(self._rendered([_chat(prompt) for prompt in prompts if not isinstance(prompt.asked, str)], look))
+        chats = [_chat(prompt) for prompt in prompts if not isinstance(prompt.asked, str)]
+        rendered = iter(self._rendered(chats, look))
         results: list[tuple[tuple[int, ...], set[str]] | DataError] = []
         for prompt in prompts:
             if isinstance(prompt.asked, str):
-                ids = list(self.tokenizer(prompt.asked).input_ids)
-                if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                    ids.pop()  # some tokenizers end every text, and nothing would follow
-                results.append((tuple(ids), set()))
+                result = self._given(prompt.asked)
+                results.append(result if isinstance(result, DataError) else (result, set()))
             else:
-                result = next(rendered)
-                results.append(result if isinstance(result, DataError) else (self._ids(result[0]), result[1]))
+                chat = next(rendered)
+                results.append(chat if isinstance(chat, DataError) else (self._ids(chat[0]), chat[1]))
         return results
+
+    def _given(self, text: str) -> tuple[int, ...] | DataError:
+        try:
+            check_length(text)
+        except BadRecord as error:
+            return DataError(f"{error}.")
+        ids = list(self.tokenizer(text).input_ids)
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()  # some tokenizers end every text, and nothing would follow
+        return tuple(ids)
 
     def reply(self, prompt: Prompt, turns: Sequence[str], replies: Sequence[Asked], last: int) -> tuple[int, ...]:
         """The token ids that follow the last of the assistant's turns, up to where the next begins: its end, as far as
@@ -203,6 +210,7 @@ class PromptEncoder:
         chat, look = task
         render = partial(self._renderer.render, generation_prompt=True)
         text = render(chat)
+        check_length(text)
         return text, {omission.kind for omission in unprinted(render, chat, text)} if look else set()
 
     def _ids(self, text: str) -> tuple[int, ...]:
