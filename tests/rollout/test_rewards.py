@@ -18,11 +18,16 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from postlude.data.example import Conversation
+from postlude.data.filters.filter import words
+from postlude.data.sentinels import thinking_ends
+from postlude.data.turns import _whole_tags
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
+from postlude.rollout.calls import calls_in, calls_of_answer
 from postlude.rollout.prompts import Prompt, prompt_of
 from postlude.rollout.reward import Reward, RewardFunction, call, part_names, remarks_on
 from postlude.rollout.reward_pool import RewardPool, Unscored
+from postlude.rollout.rewards.code import _FENCED
 from postlude.rollout.rewards.number import number_in
 from postlude.rollout.scoring import Scorer
 
@@ -357,6 +362,25 @@ def called(function: Any, completion: str, *calls: Any, content: str = "") -> fl
 def test_the_right_answer_is_a_call(function, completion, right):
     assert called(function, completion, CALL) == right
     assert called(function, completion, CALL, content="Let me see.") == right
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<tool_call>", "</tool_call>", "{", '{"a":', "[", "```", "```json\n", "<think", "</think>", "[/THINK]", "<",
+     "####", "\\boxed{", "\\frac{", "{}", "1,", "1/", " ", "\n", "\\", '"', "a"],
+)  # fmt: skip
+def test_however_much_a_model_says_it_is_read_once(piece):
+    """What reads it in the square of its length would not end here."""
+    said = piece * (2**17 // len(piece))
+    for text in (said, f"```\n{said}", f'<think>{{"a": "{said}'):
+        assert calls_in(text) == calls_of_answer(text) == []
+        assert len(thinking_ends(text)) <= len(text) / 8
+        assert not score({"name": "json_schema", "schema": {"type": "null"}}, text)
+        assert isinstance(_FENCED.findall(text), list)
+    for mark in ("", "\\boxed{", "#### "):
+        number_in(mark + said)
+    assert len(_whole_tags(said)) <= len(said)
+    assert len(words(said)) <= len(said)
 
 
 def test_several_calls_and_calls_in_columns():

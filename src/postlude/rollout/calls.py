@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 _BEGINS, _ENDS = "<tool_call>", "</tool_call>"
+_OBJECT = re.compile(r'\{[ \t\n\r]*["}]')
 _MOST_WORK = 64
 """So many times the length of a text is read at most to find calls in it: what begins like JSON, one thing in
 another, and never ends is read again from each beginning."""
@@ -49,18 +51,18 @@ def calls_in(text: str) -> list[str]:
     A call is an object with a ``name`` and with ``arguments`` or ``parameters``, whatever marks stand round it.
     """
     calls: list[str] = []
-    place, work = text.find("{"), 0
-    while place >= 0 and work <= _MOST_WORK * len(text):
+    begin, work = _OBJECT.search(text), 0
+    while begin is not None and work <= _MOST_WORK * len(text):
+        place = begin.start()
+        end = place + 1
         try:
             value, end = _DECODER.raw_decode(text, place)
             calls += _calls_below(value)
         except json.JSONDecodeError as error:
-            work += max(error.pos - place, 1)
-            end = place + 1
+            work += error.pos - place + error.pos // _MOST_WORK  # such an error counts the lines before it
         except (ValueError, RecursionError):
-            work += sys.getrecursionlimit()
-            end = place + 1
-        place = text.find("{", end)
+            work += _MOST_WORK * sys.getrecursionlimit()
+        begin = _OBJECT.search(text, end)
     return calls
 
 

@@ -26,12 +26,11 @@ class JsonSchema(RewardFunction):
         self._validator()
 
     def score(self, prompt: Asked, completion: str, record: Record) -> float | bool:
-        blocks = _FENCED.findall(completion)
+        blocks, validator = _FENCED.findall(completion), self._validator()
         try:
-            value = json.loads(blocks[-1] if blocks else completion)
-        except ValueError:
+            return validator.is_valid(json.loads(blocks[-1] if blocks else completion))
+        except (ValueError, RecursionError):
             return False
-        return self._validator().is_valid(value)
 
     def _validator(self) -> Any:
         try:
