@@ -303,6 +303,11 @@ class _Compiled:
                 f"{self.name} does not compile: line {error.lineno}: {str(error.message).rstrip('.')}. Mend it, or "
                 "give another template as data.NAME.template."
             ) from error
+        except (SyntaxError, RecursionError) as error:
+            raise ManifestError(
+                f"{self.name} does not compile: more stands within each other than Python can hold. Give another "
+                "template as data.NAME.template."
+            ) from error
 
     @cached_property
     def has_marks(self) -> bool:
@@ -316,11 +321,11 @@ class _Compiled:
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        from jinja2 import TemplateError
-
         try:
             yield
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # somebody else's code: whatever it raises is told with its line
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
             if not lines:

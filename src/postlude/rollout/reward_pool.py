@@ -25,6 +25,7 @@ from postlude.errors import UserError
 from postlude.manifest.component import Component
 from postlude.rollout.reward import RewardFunction, call
 from postlude.telemetry.guard import guard_streams
+from postlude.telemetry.hardware import machine_bytes
 
 if TYPE_CHECKING:  # the processes of the pool need no torch
     from postlude.rollout.prompts import Prompt
@@ -64,8 +65,7 @@ class RewardPool:
 
     def __init__(self, workers: int, seconds: float) -> None:
         self._workers, self._seconds = workers, seconds
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._memory = int(pages * SHARE_OF_MEMORY / workers)
+        self._memory = int(machine_bytes() * SHARE_OF_MEMORY / workers)
         self._processes: list[_Process] = []
 
     def score(
