@@ -121,6 +121,19 @@ def test_what_a_template_raises_names_the_template_and_the_line(tokenizer, tmp_p
     assert str(file) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "nested", ["{% for m in messages %}" * 30 + "{% endfor %}" * 30, "{{ " + "(" * 5000 + ")" * 5000]
+)
+def test_a_template_with_more_within_each_other_than_python_holds_is_refused(tokenizer, nested):
+    with pytest.raises(ManifestError, match="given in the manifest does not compile: more stands within each other"):
+        hello(tokenizer, nested)
+
+
+def test_a_template_that_calls_itself_without_end_is_told(tokenizer):
+    with pytest.raises(DataError, match="line 1: maximum recursion"):
+        hello(tokenizer, "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}")
+
+
 def test_a_template_that_does_not_compile_is_refused_with_its_line(tokenizer, tmp_path):
     file = tmp_path / "broken.jinja"
     file.write_text("{% for m in messages %}\n{{ m.content }}\n{% endif %}")

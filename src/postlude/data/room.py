@@ -3,14 +3,15 @@ filters.
 
 They run in a process that can be killed: a copy of this one, so that nothing is loaded anew and what they need is
 there. It has a deadline for each record and a bound on what it may add to its memory. What exceeds them is told in
-the place of its record, and the others have theirs. The process is made with the first call, and again when it is
-needed and gone; it ends with this one, and with the room.
+the place of its record, and the others have theirs. One process works for all the rooms; it is made with the first
+call, again when it is needed and gone, and ends with this one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import mmap
 import os
 import pickle
@@ -20,7 +21,8 @@ import struct
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -49,8 +51,11 @@ class Room(Generic[Task, Result]):
 
     def __init__(self, function: Callable[[Task], Result], subject: str) -> None:
         self._function, self._subject = function, subject
-        self._lock = threading.Lock()
-        self._process: _Process | None = None
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self._number = next(_numbers)
+        _rooms[self._number] = self
 
     def __call__(self, task: Task) -> Result:
         """What the function returns; raises what it raises, or :class:`Exceeded`."""
@@ -62,20 +67,19 @@ class Room(Generic[Task, Result]):
     def map(self, tasks: Sequence[Task]) -> list[Result | Exception]:
         """What the function returns for each task, or what it raises: a UserError, BadRecord or :class:`Exceeded`. What
         else it raises is raised here."""
-        with self._lock:
-            results: list[Result | Exception] = []
-            for first in range(0, len(tasks), TASKS):
+        results: list[Result | Exception] = []
+        for first in range(0, len(tasks), TASKS):
+            with _at_work.lock:
                 results += self._map(tasks[first : first + TASKS])
-            return results
+        return results
 
     def _map(self, tasks: Sequence[Task]) -> list[Result | Exception]:
         exceeded: dict[int, Exceeded] = {}
         deaths: dict[int, int] = {}
         while True:
             left = [place for place in range(len(tasks)) if place not in exceeded]
-            answer = self._at_work().ask([tasks[place] for place in left])
+            answer = _at_work.process_for(self._number).ask(self._number, [tasks[place] for place in left])
             if isinstance(answer, _Ended):
-                self._process = None
                 place = left[answer.place] if left else 0
                 deaths[place] = deaths.get(place, 0) + 1
                 if answer.reason or deaths[place] == TRIES:
@@ -90,16 +94,41 @@ class Room(Generic[Task, Result]):
     def _told(self, result: Any) -> Any:
         return Exceeded(f"{self._subject} needed too much memory") if isinstance(result, MemoryError) else result
 
-    def _at_work(self) -> _Process:
-        if self._process is None or not self._process.lives:
-            self._process = _Process(self._function)
-        return self._process
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_process": None}
+        return {"_function": self._function, "_subject": self._subject}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state)
+        self._enlist()
+
+
+_numbers = itertools.count()
+_rooms: weakref.WeakValueDictionary[int, Room[Any, Any]] = weakref.WeakValueDictionary()
+"""Of this process, by their numbers."""
+
+
+class _AtWork:
+    """The one process that works for all the rooms of this process: a copy has the functions of those that there are
+    when it is made, so that it is made anew for the first task of a later one. Who holds ``lock`` may ask it."""
+
+    def __init__(self) -> None:
+        self.begin()
+        os.register_at_fork(after_in_child=self.begin)  # another copy of this process has a process of its own
+
+    def begin(self) -> None:
+        self.lock = threading.Lock()
+        self._process: _Process | None = None
+
+    def process_for(self, room: int) -> _Process:
+        if self._process is not None and not (self._process.lives and room in self._process.rooms):
+            self._process.end()
+            self._process = None
+        if self._process is None:
+            self._process = _Process({number: one._function for number, one in _rooms.items()})
+        return self._process
+
+
+_at_work = _AtWork()
 
 
 class _Ended:
@@ -110,9 +139,10 @@ class _Ended:
 
 
 class _Process:
-    """A copy of this process that calls a function."""
+    """A copy of this process that calls functions, by the numbers of their rooms."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, functions: Mapping[int, Callable[[Any], Any]]) -> None:
+        self.rooms = functions.keys()
         self._place = mmap.mmap(-1, 8)
         """Shared: at which task it is."""
         ours, theirs = os.pipe(), os.pipe()
@@ -122,31 +152,31 @@ class _Process:
             pid = os.fork()
         if pid == 0:
             try:
-                _serve(function, theirs[0], ours[1], parent, self._place)
+                _serve(functions, theirs[0], ours[1], parent, self._place)
             finally:
                 os._exit(1)
         os.close(theirs[0])
         os.close(ours[1])
         self._reads, self._writes = Connection(ours[0], writable=False), Connection(theirs[1], readable=False)
         self._pid = pid
-        self.end = weakref.finalize(self, _end, pid, self._reads, self._writes)
+        self.end = weakref.finalize(self, _end, pid, parent, self._reads, self._writes)
 
     @property
     def lives(self) -> bool:
         """Whether it was not killed since it was last asked."""
         return self.end.alive and not self._reads.poll()
 
-    def ask(self, tasks: Sequence[Any]) -> tuple[str, Any] | _Ended:
+    def ask(self, room: int, tasks: Sequence[Any]) -> tuple[str, Any] | _Ended:
         """The results of the tasks, or how it ended."""
         self._mark(0)
         try:
-            self._writes.send_bytes(pickle.dumps(tasks, pickle.HIGHEST_PROTOCOL))
+            self._writes.send_bytes(pickle.dumps((room, tasks), pickle.HIGHEST_PROTOCOL))
             place, waited, pause = 0, 0.0, min(SECONDS, 0.5)
             while not self._reads.poll(pause):
                 waited += pause  # not by the clock: this process may be stopped for a while, and the other with it
                 if self._marked() != place:
                     place, waited = self._marked(), 0.0
-                elif waited > SECONDS:
+                elif waited >= SECONDS:
                     self.end()
                     return _Ended(place, f"took longer than {SECONDS:g} seconds")
             answer: tuple[str, Any] = pickle.loads(self._reads.recv_bytes())
@@ -162,18 +192,19 @@ class _Process:
         return int(struct.unpack_from("q", self._place)[0])
 
 
-def _end(pid: int, *connections: Connection) -> None:
+def _end(pid: int, parent: int, *connections: Connection) -> None:
     for connection in connections:
         connection.close()
-    try:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):  # of a process that was copied itself
-        return
+    if os.getpid() == parent:  # and no other copy of it
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
-def _serve(function: Callable[[Any], Any], reads: int, writes: int, parent: int, marked: mmap.mmap) -> None:
-    """Call the function until nobody asks any more."""
+def _serve(
+    functions: Mapping[int, Callable[[Any], Any]], reads: int, writes: int, parent: int, marked: mmap.mmap
+) -> None:
+    """Call the functions until nobody asks any more."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
@@ -189,14 +220,14 @@ def _serve(function: Callable[[Any], Any], reads: int, writes: int, parent: int,
     _bound_memory()
     while True:
         try:
-            tasks = pickle.loads(asked.recv_bytes())
+            room, tasks = pickle.loads(asked.recv_bytes())
         except EOFError:
             return
         results: list[Any] = []
         try:
             for place, task in enumerate(tasks):
                 struct.pack_into("q", marked, 0, place)
-                results.append(_call(function, task))
+                results.append(_call(functions[room], task))
             answer = pickle.dumps(("done", results), pickle.HIGHEST_PROTOCOL)
         except Exception as error:  # a fault of ours: it is raised where it was asked
             answer = pickle.dumps(("raised", error), pickle.HIGHEST_PROTOCOL)
