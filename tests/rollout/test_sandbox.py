@@ -191,7 +191,7 @@ def test_what_a_test_gives_is_no_way_to_what_it_expects():
     ids=["loops", "sleeps", "remembers", "fills a file", "fills many", "threads"],
 )
 def test_limits_hold_for_all_of_a_test(program, walls):
-    assert not passes(program, "pass", walls, SandboxLimits(2.0, 256 * 2**20))
+    assert not passes(program, "pass", walls, SandboxLimits(1.0, 256 * 2**20))
 
 
 STARTS = """

@@ -37,6 +37,7 @@ def asked(project):
     return project
 
 
+@pytest.mark.long
 @UNENDING
 def test_a_template_that_does_not_end_at_one_record(asked):
     pairs = [
