@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from postlude import storage
 from postlude.model.adapters.stored import open_model
+from postlude.model.checkpoint_reader import Reader, load
 from postlude.model.places import LM_HEAD_FILE, is_adapter_part, quiet
 
 PREFIX = "policy.model.causal."
@@ -44,8 +43,10 @@ def differences_from_checkpoint(artifact: str, checkpoint: str) -> list[str]:
 
 
 def _weights_in(checkpoint: str) -> dict[str, Tensor]:
-    """The policy's trained weights in a local checkpoint, whole, by their names in transformers' model."""
-    reader = FileSystemReader(storage.local_path(checkpoint))
+    """The policy's trained weights in a checkpoint, whole, by their names in transformers' model. CorruptError if it is
+    not what was committed."""
+    storage.verify(checkpoint)
+    reader = Reader(checkpoint)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -53,7 +54,7 @@ def _weights_in(checkpoint: str) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process alone
-        distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
+        load(checkpoint, state, alone=True)
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 

@@ -21,6 +21,7 @@ from postlude.storage.errors import (
     StorageError,
     StorageFull,
 )
+from postlude.storage.extent import Extent, Follower, extent_of, read_extent, restore
 from postlude.storage.files import (
     create,
     exists,
@@ -44,3 +45,17 @@ from postlude.storage.files import (
 from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
+from postlude.storage.sealed import (
+    damaged,
+    is_as_named,
+    name_with_digest,
+    plain_name,
+    read_committed,
+    read_document,
+    read_sealed_text,
+    set_aside,
+    whole_files,
+    write_document,
+    write_once,
+    write_sealed_text,
+)

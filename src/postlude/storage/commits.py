@@ -116,7 +116,7 @@ def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | N
             files.sync_folder(os.path.dirname(os.path.abspath(folder)))
     sizes = {path: asdict(digest) for path, digest in sorted(digests.items())}
     body = {"files": sizes, "extra": dict(extra or {})}
-    files.write_text(files.join(uri, MARKER), exact_json.dump({**body, "sha256": _checksum(body)}))
+    files.write_text(files.join(uri, MARKER), exact_json.dump({**body, "sha256": checksum(body)}))
 
 
 def discard(uri: str) -> None:
@@ -139,25 +139,28 @@ def read_marker(uri: str) -> Marker:
         raise NotFound(f"'{uri}' was never committed: it has no file {MARKER}.") from error
     try:
         body = exact_json.load(text)
-        checksum = body.pop("sha256")
-        sound = checksum == _checksum(body)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        digest = body.pop("sha256")
+        sound = digest == checksum(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorruptError(f"'{place}' is damaged: it is not what was written ({error}).") from error
     if not sound:
         raise CorruptError(f"'{place}' is damaged: its checksum does not fit its content.")
     return Marker({path: Digest(**digest) for path, digest in body["files"].items()}, body["extra"])
 
 
-def verify(uri: str) -> Marker:
-    """Read every file again. CorruptError, naming the file, if one is missing or is not what was written."""
+def verify(uri: str, endings: tuple[str, ...] = ("",)) -> Marker:
+    """Read every file with one of these endings again. CorruptError, naming the file, if one is missing or is not what
+    was written."""
     marker = read_marker(uri)
-    check(uri, marker)
+    check(uri, marker, endings)
     return marker
 
 
-def check(uri: str, marker: Marker) -> None:
-    """Read every file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
+def check(uri: str, marker: Marker, endings: tuple[str, ...] = ("",)) -> None:
+    """Read every such file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
     for path, digest in marker.files.items():
+        if not path.endswith(endings):
+            continue
         place = files.join(uri, path)
         try:
             size = files.size_bytes(place)
@@ -175,5 +178,6 @@ def sha256_of(uri: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
+def checksum(body: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON can hold, as it is written, hexadecimal."""
     return hashlib.sha256(exact_json.dump(body).encode()).hexdigest()

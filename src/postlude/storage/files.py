@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import IO, Any
 
 from postlude.nearest import nearest
-from postlude.storage.errors import StorageError, reading, writing
+from postlude.storage.errors import NotReadable, StorageError, reading, writing
 
 UNFINISHED = ".unfinished"
 """How the name of a local file or folder ends while it is being written: no listing shows it."""
@@ -88,8 +88,11 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_text(uri: str) -> str:
-    """The content of a file, as UTF-8."""
-    return read_bytes(uri).decode()
+    """The content of a file, as UTF-8. :class:`~postlude.storage.errors.NotReadable` if it is none."""
+    try:
+        return read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise NotReadable(f"'{uri}' is not text in UTF-8 ({error}). Write it anew, or check the path.") from error
 
 
 def write_text(uri: str, text: str) -> None:
@@ -179,6 +182,13 @@ def remove(uri: str) -> None:
     with writing(uri):
         if filesystem.exists(path):
             filesystem.rm(path, recursive=True)
+
+
+def free_place(uri: str) -> str:
+    """A URI beside a damaged file, for keeping it under a name that nothing reads."""
+    base = f"{name(uri)}.damaged-"
+    number = 1 + sum(entry.startswith(base) for entry in list_directory(parent(uri)))
+    return join(parent(uri), f"{base}{number}")
 
 
 def size_bytes(uri: str) -> int:

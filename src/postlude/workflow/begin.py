@@ -7,18 +7,33 @@ to the same end.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+
+from pydantic import BaseModel
 
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.graph import needs
 from postlude.manifest.load import Resolved
-from postlude.runs import Identity, Run, set_aside, take_over
+from postlude.runs import (
+    Identity,
+    Run,
+    artifact_of,
+    known_identity,
+    missing,
+    set_aside,
+    settle_events,
+    take_over,
+)
 from postlude.telemetry import events
 from postlude.telemetry.progress import say
-from postlude.workflow.fingerprint import Identifier
+from postlude.workflow.fingerprint import Identifier, model_places
 from postlude.workflow.plan import Decision
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""Only an adapter has this file."""
 
 
 class DamagedInput(UserError):
@@ -29,12 +44,94 @@ def verify_inputs(run: Run, stage: str, needed: Iterable[str]) -> None:
     """Read every file of the artifacts that a stage needs. :class:`DamagedInput` if one is not what was written."""
     for need in needed:
         try:
-            storage.verify(run.stage(need).artifact)
+            _verify(run.stage(need).artifact)
         except (storage.CorruptError, storage.NotFound) as error:
             raise DamagedInput(
                 f"The stage '{stage}' needs what the stage '{need}' made, but that is not what was committed. "
                 f"{error} Put the file back as it was, or make it anew with --from {need}."
             ) from error
+
+
+def verify_models(config: BaseModel, key: str) -> None:
+    """Read every file of the artifacts that a part of the manifest names by their paths; ``key`` is its own.
+    :class:`DamagedInput` as above."""
+    for place, path in model_places(config, key):
+        verify_model(path, place)
+
+
+def verify_model(path: str, key: str | None = None) -> None:
+    """Read every file of a model, named by ``key``, that is the artifact of a stage; of any other there is nothing to
+    compare. :class:`DamagedInput` as above."""
+    try:
+        place = artifact_of(path) or path
+    except UserError:
+        return  # that there is no model yet is told by who loads it
+    try:
+        _verify(place)
+    except storage.CorruptError as error:
+        named = f", which {key} names," if key else ""
+        raise DamagedInput(
+            f"The model at '{path}'{named} is not what was committed. {error} Put the file back as it was, or, if it "
+            f"was changed on purpose, remove '{storage.join(place, storage.MARKER)}'."
+        ) from error
+
+
+def _verify(place: str) -> None:
+    """Read every file of an artifact, and of those that it is an adapter on."""
+    seen: set[str] = set()
+    while place not in seen and storage.is_committed(place):
+        seen.add(place)
+        storage.verify(place)
+        config = storage.join(place, ADAPTER_CONFIG)
+        if storage.exists(config):
+            place = json.loads(storage.read_bytes(config)).get("base_model_name_or_path") or place
+    if not seen:
+        storage.read_marker(place)
+
+
+def verify_kept(run: Run, stages: Iterable[str]) -> None:
+    """Read every file of finished stages again. :class:`DamagedInput` if an artifact is not what was committed; what
+    else is, is told."""
+    for name in stages:
+        stage = run.stage(name)
+        try:
+            storage.verify(stage.artifact)
+        except (storage.CorruptError, storage.NotFound) as error:
+            raise DamagedInput(
+                f"What the finished stage '{name}' made is not what was committed. {error} Put the file back as it "
+                f"was, or make it anew with --from {name}."
+            ) from error
+        for damage in missing(stage, deep=True):
+            _tell(run, name, "not what was written", damage)
+
+
+def mend_records(run: Run) -> None:
+    """Before anything is planned: set aside what is damaged of what the run says of itself, write again what follows
+    from the rest, and tell it."""
+    stages = run.stages()
+    damages = [settle_events(run.events, stages), events.drop_damaged(run.events)]
+    for damage in filter(None, damages):
+        _tell(run, None, "events", damage)
+    for stage in stages:
+        for what, damage in {"state": stage.set_state_aside(), "readings": stage.readings.drop_damaged()}.items():
+            if damage is not None:
+                _tell(run, stage.name, f"{what} set aside", damage)
+
+
+def mend_identity(run: Run, decision: Decision) -> None:
+    """Write again what a stage that is kept or goes on was begun with, where that was lost."""
+    stage = run.stage(decision.stage)
+    if known_identity(stage) is None:
+        if storage.exists(stage.identity_uri):
+            storage.set_aside(stage.identity_uri)
+        origin = stage.status().details.get("taken_over_from")
+        replace(decision.identity, taken_over_from=origin).write(stage.identity_uri)
+        _tell(run, decision.stage, "identity written again", "It was lost, and is that of the manifest.")
+
+
+def _tell(run: Run, stage: str | None, what: str, reason: str) -> None:
+    say(f"{stage or run.name}: {what}: {reason}")
+    events.record(run.events, "alarm", stage, what=what, reason=reason)
 
 
 def identity_now(resolved: Resolved, run: Run, decision: Decision) -> Identity:
@@ -75,7 +172,7 @@ def begin(run: Run, decision: Decision, identity: Identity) -> None:
     it was begun with the same."""
     stage = run.stage(decision.stage)
     if not stage.has_begun():
-        before = stage.identity()
+        before = known_identity(stage)
         if before is None or before.fingerprint != identity.fingerprint:
             stage.clear()
     if decision.action != "resume":

@@ -29,7 +29,7 @@ from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
-from postlude.runs import LINEAGE, Identity, Run, artifact_of
+from postlude.runs import LINEAGE, Identity, Run, artifact_of, known_identity
 
 _WRITES_DATE = "strftime_now"
 """The function with which a chat template asks for the date."""
@@ -48,7 +48,7 @@ class Identifier:
 
     def __post_init__(self) -> None:
         for stage in self.run.stages():
-            identity = stage.identity()
+            identity = known_identity(stage)
             if identity is not None:
                 contents = {uri: content for files in identity.files.values() for uri, content in files.items()}
                 stamps = identity.stamps
@@ -80,7 +80,7 @@ class Identifier:
                 yield f"data.{name}", files
             if dataset.template is not None and dataset.template.endswith(".jinja"):
                 yield f"data.{name}.template", _existing(dataset.template)
-        for key, path in _places(config, f"stages.{stage}"):
+        for key, path in model_places(config, f"stages.{stage}"):
             if model_files := _model_files(path):
                 yield key, model_files
 
@@ -102,7 +102,7 @@ class Identifier:
         if not any(_WRITES_DATE in template for template in self._templates(stage)):
             return None
         standing = self.run.stage(stage)
-        identity = standing.identity() if standing.has_begun() else None
+        identity = known_identity(standing) if standing.has_begun() else None
         return self.resolved.manifest.today or (date.today().isoformat() if identity is None else identity.day)
 
     def _templates(self, stage: str) -> Iterator[str]:
@@ -114,7 +114,7 @@ class Identifier:
             if template is not None:
                 is_path = template.endswith(".jinja")
                 yield from (storage.read_text(path) for path in _existing(template)) if is_path else [template]
-        for _, path in _places(config, ""):
+        for _, path in model_places(config, ""):
             for file in _model_files(path):
                 if storage.name(file).endswith(".jinja") or storage.name(file) == "tokenizer_config.json":
                     yield storage.read_text(file)
@@ -137,12 +137,12 @@ def _existing(path: str) -> list[str]:
     return [path] if storage.exists(path) else []
 
 
-def _places(part: Any, key: str) -> Iterator[tuple[str, str]]:
+def model_places(part: Any, key: str) -> Iterator[tuple[str, str]]:
     """The keys below a part of the manifest that say where a model or a tokenizer is, with the path each says."""
     if isinstance(part, ModelPlace | TokenizerFrom | TokensFrom) and part.path is not None:
         yield f"{key}.path", part.path
     for name, below in _below(part):
-        yield from _places(below, f"{key}.{name}")
+        yield from model_places(below, f"{key}.{name}")
 
 
 def _components(part: Any) -> Iterator[Component]:

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 from postlude import storage
 from postlude.errors import UserError
 from postlude.manifest.schema import ModelFrom
-from postlude.runs import artifact_of, find
+from postlude.runs import LINEAGE, artifact_of, find
+from postlude.workflow.begin import ADAPTER_CONFIG, verify_model
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""Only an adapter has this file."""
 
 
 def generate(
@@ -27,6 +25,7 @@ def generate(
     conversation, as they are made."""
     from postlude.rollout.talk import talk
 
+    verify_model(model)
     yield from talk(artifact_of(model) or model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
@@ -39,6 +38,7 @@ def export(place: str, out: str, merge: bool = False) -> None:
     artifact = artifact_of(place)
     if artifact is None:
         raise UserError(f"'{place}' is not a run or a stage of one. Give RUN or RUN/STAGE.")
+    verify_model(artifact)
     adapter = storage.exists(storage.join(artifact, ADAPTER_CONFIG))
     if merge and not adapter:
         raise UserError(f"The model of '{place}' is whole: there is no adapter to merge. Leave --merge out.")
@@ -74,6 +74,7 @@ def verify(model: str) -> Verification:
     from postlude.model.load import load_model
     from postlude.model.verify import verify as compare
 
+    verify_model(model)
     place = artifact_of(model) or model
     report = compare(load_model(ModelFrom(path=model), place, None, seed=0))
     checkpoint = _last_checkpoint(place)
@@ -89,5 +90,5 @@ def _last_checkpoint(artifact: str) -> str | None:
     stage = storage.parent(artifact.rstrip("/"))
     if not storage.is_local(artifact) or not storage.exists(artifact) or artifact_of(stage) is None:
         return None
-    steps = json.loads(storage.read_bytes(storage.join(artifact, "lineage.json"))).get("steps")
+    steps = json.loads(storage.read_committed(artifact, LINEAGE)).get("steps")
     return next((checkpoint.uri for checkpoint in find(stage).checkpoints() if checkpoint.step == steps), None)

@@ -13,12 +13,12 @@ from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
-from postlude.runs import Run
+from postlude.runs import Run, final_account
 from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs
+from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs, verify_models
 from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
@@ -54,7 +54,7 @@ class StagesAtWork:
         """Run one stage to its end in this process."""
         from postlude.stages.stage import run_stage_here
 
-        verify_inputs(self.run, decision.stage, decision.needs)
+        self._verify(decision)
         if self._needs_no_work(decision):
             return
         try:
@@ -67,7 +67,7 @@ class StagesAtWork:
     def start(self, decision: Decision, alone: bool) -> None:
         """Start a stage on a group of workers; only one that is ``alone`` draws a live line."""
         try:
-            verify_inputs(self.run, decision.stage, decision.needs)
+            self._verify(decision)
             if self._needs_no_work(decision):
                 return
         except UserError as error:
@@ -103,6 +103,11 @@ class StagesAtWork:
         for supervisor, _ in self._at_work.values():
             supervisor.abandon()
         self._threads.shutdown()
+
+    def _verify(self, decision: Decision) -> None:
+        """Read what the stage is made of. :class:`UserError` if an artifact is not what was committed."""
+        verify_inputs(self.run, decision.stage, decision.needs)
+        verify_models(self.resolved.manifest.stages[decision.stage], f"stages.{decision.stage}")
 
     def _needs_no_work(self, decision: Decision) -> bool:
         """Prepare the stage; whether it is done with that, because another run made it."""
@@ -192,7 +197,7 @@ class StagesAtWork:
             if error is not None:
                 raise error
         else:
-            stage.enter("done", steps=summary.steps, **details)
+            stage.enter("done", steps=summary.steps, account=final_account(stage), **details)
 
 
 def _identity_details(run: Run, decision: Decision) -> dict[str, Any]:

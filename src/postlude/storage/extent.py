@@ -1,0 +1,98 @@
+"""How far a journal goes at a moment that something else stands for, such as a checkpoint: how many lines, their
+digest, and the last of them, from which they can be written again.
+
+Of a local journal alone. Behind a remote URI a journal is of objects, which are there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+from postlude.storage import files
+from postlude.storage.errors import NotFound
+from postlude.storage.journal import Journal, is_entry
+
+TAIL_BYTES = 2**20
+"""Of more new lines than so many bytes none are kept."""
+_PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """So many first lines of a journal."""
+
+    lines: int
+    sha256: str
+    tail: str = ""
+    """The last lines, as they stand in the file."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def holds(self, lines: Iterable[bytes]) -> bool:
+        """Whether the lines begin with these."""
+        count, sha256 = 0, hashlib.sha256()
+        for line in islice(lines, self.lines):
+            sha256.update(line)
+            count += 1
+        return count == self.lines and sha256.hexdigest() == self.sha256
+
+
+class Follower:
+    """Digests a local journal as it grows."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._uri = journal.uri
+        self._bytes, self._lines, self._sha256 = 0, 0, hashlib.sha256()
+
+    def extent(self) -> Extent:
+        """How far it goes now, the tail being what was added since this was asked before."""
+        begin, tail = self._bytes, b""
+        with suppress(NotFound), files.open_file(self._uri) as file:
+            file.seek(begin)
+            while piece := file.read(_PIECE_BYTES):
+                piece += file.readline()
+                whole = piece[: piece.rfind(b"\n") + 1]
+                self._bytes += len(whole)
+                self._lines += whole.count(b"\n")
+                self._sha256.update(whole)
+                tail = whole if self._bytes - begin == len(whole) <= TAIL_BYTES else b""
+        return Extent(self._lines, self._sha256.hexdigest(), tail.decode(errors="replace"))
+
+
+def extent_of(journal: Journal) -> Extent | None:
+    """How far a journal goes, without a tail; None of a remote one."""
+    return replace(Follower(journal).extent(), tail="") if files.is_local(journal.uri) else None
+
+
+def read_extent(body: Mapping[str, Any] | None) -> Extent | None:
+    """What :meth:`Extent.to_json` gave."""
+    return Extent(**body) if body else None
+
+
+def restore(journal: Journal, extents: Sequence[Extent]) -> bool:
+    """Bring a journal to begin with the lines of the first extent, with the help of the tails of all, newest first.
+    False, with nothing changed, where that cannot be. What stood there is kept beside."""
+    newest, lines = extents[0], list(journal.lines())
+    known: list[bytes] = []
+    for extent in extents:
+        if extent.lines != newest.lines - len(known):
+            continue
+        known = extent.tail.encode().splitlines(keepends=True) + known
+        wanted = lines[: newest.lines - len(known)] + known
+        if newest.holds(wanted):
+            journal.rewrite([*wanted, *_later(lines, wanted)])
+            return True
+    return False
+
+
+def _later(lines: Sequence[bytes], wanted: Sequence[bytes]) -> list[bytes]:
+    """What stands behind the wanted lines: behind the last of them that is there, or at their number."""
+    there = set(wanted)
+    last = max((number for number, line in enumerate(lines) if line in there), default=len(wanted) - 1)
+    return [line for line in lines[last + 1 :] if is_entry(line)]

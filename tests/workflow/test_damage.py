@@ -1,0 +1,335 @@
+"""Whatever is cut, emptied, changed or removed of a run directory: it is told or comes to nothing, and never hides
+another run or ends in a traceback.
+
+Three runs (supervised, online, generation) are cut off in the middle, and brought to their end; each is then damaged in
+every file, one after another, and every time `status`, `runs` and `run` are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postlude import storage
+from postlude.rollout.reward import call
+from postlude.rollout.reward_pool import RewardPool
+from postlude.stages.generation import Generation
+from postlude.training.trainer import Trainer
+from results import stage_differences
+from stages.conftest import write_random_model
+from workflow.conftest import Done, Project
+
+DAMAGES = ("cut", "emptied", "changed", "changed", "removed")
+"""What is done to each file, each time at another place."""
+TOLD = ("alarm", "checkpoint_skipped")
+
+
+class CutOff(Exception):
+    """The run ends here."""
+
+
+def after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which raises when it was called so often."""
+    left = iter(range(calls))
+
+    def call_or_raise(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise CutOff
+        return function(*arguments)
+
+    return call_or_raise
+
+
+def supervised(project: Project, model: str) -> None:
+    project.stage |= {"steps": 5, "checkpoint": {"every": 2}, "evaluate": {"data": {"held": 1.0}, "every": 2}}
+    project.manifest["data"]["held"] = {**project.data, "limit": 4}
+
+
+def online(project: Project, model: str) -> None:
+    project.stage |= {
+        "recipe": "grpo",
+        "model": {"path": model},
+        "steps": 5,
+        "checkpoint": {"every": 2},
+        "rollout": {"prompts": 4, "max_tokens": 4},
+        "updates": 2,
+        "group": 2,
+        "reward": [{"function": {"name": "regex", "pattern": "[a-m]"}}],
+    }
+    del project.stage["tokenizer"]
+
+
+def generation(project: Project, model: str) -> None:
+    project.manifest["stages"] = {
+        "sft": {
+            "recipe": "generate",
+            "model": {"path": model},
+            "data": {"chats": 1.0},
+            "max_tokens": 3,
+            "concurrency": 8,
+            "threads": 1,
+        }
+    }
+
+
+CUT_OFF = {supervised: (Trainer, "train", 4), online: (Trainer, "train", 4), generation: (Generation, "do", 3)}
+
+
+@dataclass
+class Case:
+    """A run, the result that it has undisturbed, and another run that stands beside it."""
+
+    project: Project
+    master: Path
+    """A copy of the run directory, never damaged."""
+    calm: Path
+    """The undisturbed run's directory."""
+    is_finished: bool
+    beside: Path
+    done: list[str] = field(default_factory=list)
+    """The damages that were tried."""
+
+    @property
+    def place(self) -> Path:
+        return Path(self.project.run.uri)
+
+    def restore(self) -> None:
+        shutil.rmtree(self.place.parent, ignore_errors=True)
+        shutil.copytree(self.master, self.place)
+        shutil.copytree(self.beside, self.place.parent / "healthy")
+
+    def files(self) -> list[str]:
+        paths = (path for path in self.master.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.master)) for path in paths)
+
+    def differences(self) -> list[str]:
+        try:
+            return list(stage_differences(self.calm, self.place, "sft"))
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            return [f"cannot be compared: {error!r}"]
+
+    def told(self) -> set[str]:
+        """The alarms, as text: those of events that can be read."""
+        lines = (self.place / "events.jsonl").read_bytes().splitlines() if self.place.exists() else []
+        return {line.decode(errors="replace") for line in lines if any(f'"{k}"'.encode() in line for k in TOLD)}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Case]]:
+    folder = tmp_path_factory.mktemp("damage")
+    model = write_random_model(folder / "model", 1)
+    cases = {}
+    with pytest.MonkeyPatch.context() as patch:
+        # A process for a regular expression of ours takes longer than all the rest.
+        patch.setattr(
+            RewardPool,
+            "score",
+            lambda self, function, name, asked: [
+                call(function, name, prompt.example_id, prompt.asked, text, dict(prompt.rewarded_record))
+                for prompt, text in asked
+            ],
+        )
+        for prepare, (owner, method, calls) in CUT_OFF.items():
+            above = folder / prepare.__name__
+            above.mkdir()
+            project = Project(above)
+            prepare(project, model)
+            project.manifest["run_dir"] = str(above / "calm")
+            assert project("run", "MANIFEST").exit_code == 0
+            calm = Path(project.run.uri)
+            project.manifest["run_dir"] = str(above / "runs")
+            place = Path(project.run.uri)
+            with pytest.MonkeyPatch.context() as cut:
+                cut.setattr(owner, method, after(calls, getattr(owner, method)))
+                with pytest.raises(CutOff):
+                    project("run", "MANIFEST")
+            for is_finished in (False, True):
+                if is_finished:
+                    assert project("run", "MANIFEST").exit_code == 0
+                    assert list(stage_differences(calm, place, "sft")) == []
+                name = f"{prepare.__name__}-{'finished' if is_finished else 'cut off'}"
+                shutil.copytree(place, folder / name)
+                cases[name] = Case(project, folder / name, calm, is_finished, folder)
+        for name, case in cases.items():
+            case.beside = folder / ("generation" if "generation" not in name else "supervised") / "calm" / "small"
+        yield cases
+
+
+def damage(path: Path, how: str, chance: random.Random) -> None:
+    content = path.read_bytes()
+    match how:
+        case "removed":
+            path.unlink()
+        case "emptied":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(content[: chance.randrange(max(len(content), 1))])
+        case "changed" if content:
+            place = chance.randrange(len(content))
+            path.write_bytes(
+                content[:place] + bytes([content[place] ^ chance.randrange(1, 256)]) + content[place + 1 :]
+            )
+
+
+def try_damage(case: Case, name: str, how: str, chance: random.Random) -> str | None:
+    """Damage a file, ask the three commands, and say what is wrong with what they did."""
+    case.restore()
+    before = case.told()
+    damage(case.place / name, how, chance)
+    said: list[Done] = []
+    for command in (("status", "RUN"), ("runs", str(case.place.parent)), ("run", "MANIFEST")):
+        try:
+            said.append(case.project(*command))
+        except Exception as error:  # a traceback is what is looked for
+            return f"postlude {command[0]}: {error!r}"
+    status, runs, run = said
+    if runs.exit_code or "healthy" not in runs.out:
+        return f"postlude runs: {runs}"
+    if status.exit_code and not status.err.startswith("Error: "):
+        return f"postlude status: {status}"
+    different = case.differences()
+    is_told = bool(case.told() - before or run.err.startswith("Error: "))
+    if different and not is_told:
+        return f"silent: {different[:3]}"
+    may_be_lost = "examples/" in name or case.is_finished
+    if different and not may_be_lost:
+        return f"not bitwise: {different[:3]}; {run.err}"
+    if run.exit_code and not case.is_finished:
+        return f"does not end: {run.err}"
+    return None
+
+
+CASES = [f"{prepare.__name__}-{state}" for prepare in CUT_OFF for state in ("cut off", "finished")]
+
+
+@pytest.mark.long
+@pytest.mark.capability("Damage to any file of a run directory is told or mended, never believed")
+@pytest.mark.parametrize("name", CASES)
+def test_every_damage_is_told_or_comes_to_nothing(cases: dict[str, Case], name: str) -> None:
+    case, faults = cases[name], {}
+    for file in case.files():
+        for number, how in enumerate(DAMAGES):
+            chance = random.Random(f"{name} {file} {how} {number}")
+            case.done.append(f"{file} {how}")
+            fault = try_damage(case, file, how, chance)
+            if fault is not None:
+                faults[f"{file} {how} {number}"] = fault
+    assert not faults, json.dumps(faults, indent=1)
+
+
+@pytest.mark.long
+def test_there_were_enough_of_them(cases: dict[str, Case]) -> None:
+    if all(case.done for case in cases.values()):
+        assert sum(len(case.done) for case in cases.values()) >= 500
+
+
+# --- one by one ---------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.capability("A damaged artifact that is named by its path is refused by every command")
+def test_a_damaged_artifact_named_by_its_path_is_refused(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    artifact = project.sft.artifact
+    weights = Path(artifact, "model.safetensors")
+    whole = weights.read_bytes()
+    flip(weights)
+    project.manifest["name"] = "second"
+    project.stage["model"] = {"path": artifact}
+    del project.stage["tokenizer"]
+    commands = [
+        ("run", "MANIFEST"),
+        ("validate", "MANIFEST"),
+        ("generate", artifact, "--prompt", "x"),
+        ("verify", artifact),
+        ("export", artifact.removesuffix("/model").replace("/stages", ""), str(weights.parents[4] / "out")),
+    ]
+    for command in commands:
+        done = project(*command)
+        assert done.exit_code == 1, command
+        said = " ".join((done.out + done.err).split())
+        assert "model.safetensors' is damaged" in said, command
+    weights.write_bytes(whole)
+    assert project("run", "MANIFEST").exit_code == 0
+
+
+def test_the_base_of_an_adapter_is_looked_at_as_well(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    base = project.sft.artifact
+    project.manifest["name"] = "adapted"
+    project.stage |= {"model": {"path": base}, "adapter": {"kind": "lora", "rank": 2}}
+    del project.stage["tokenizer"]
+    assert project("run", "MANIFEST").exit_code == 0
+    flip(Path(base, "model.safetensors"))
+    assert "model.safetensors' is damaged" in project("generate", project.sft.artifact, "--prompt", "x").err
+
+
+def test_a_finished_artifact_that_is_damaged_is_told_with_the_remedy(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    flip(Path(project.sft.artifact, "model.safetensors"))
+    done = project("run", "MANIFEST")
+    assert done.exit_code == 1
+    assert "--from sft" in done.err
+    assert project("run", "MANIFEST", "--from", "sft").exit_code == 0
+
+
+def test_lines_that_the_checkpoint_stands_for_are_written_again(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    calm = list(project.sft.metrics.lines())
+    project.as_if_killed()
+    path = Path(project.sft.metrics.uri)
+    path.write_bytes(b"".join(calm[:3]) + calm[3][:20])
+    assert "damaged" in project("runs", project.manifest["run_dir"]).out
+    assert project("run", "MANIFEST").exit_code == 0
+    assert list(project.sft.metrics.lines()) == calm
+    (alarm,) = project.told("alarm")
+    assert alarm["what"] == "lines written again"
+
+
+def test_lines_that_no_checkpoint_has_are_told_and_training_goes_on(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("postlude.storage.extent.TAIL_BYTES", 0)
+    assert project("run", "MANIFEST").exit_code == 0
+    lines = list(project.sft.metrics.lines())
+    project.as_if_killed(keep=2)
+    Path(project.sft.metrics.uri).write_bytes(b"".join(lines[1:]))
+    assert project("run", "MANIFEST").exit_code == 0
+    assert [alarm["what"] for alarm in project.told("alarm")] == ["lines are lost"]
+    assert [event["step"] for event in project.told("checkpoint_skipped")] == [2]
+    assert project.told("stage_started")[-1]["from_step"] == 2
+
+
+def test_a_lost_identity_is_that_of_the_manifest_where_the_state_proves_it(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    whole = storage.read_bytes(project.sft.identity_uri)
+    storage.remove(project.sft.identity_uri)
+    assert project("run", "MANIFEST").exit_code == 0
+    assert storage.read_bytes(project.sft.identity_uri) == whole
+    project.stage["steps"] = 5
+    storage.write_bytes(project.sft.identity_uri, b"")
+    assert "what it was begun with is not known" in project("run", "MANIFEST", "--dry-run").out
+
+
+def test_a_change_of_the_running_stage_that_was_lost_stops_it(project: Project) -> None:
+    assert project("run", "MANIFEST").exit_code == 0
+    project.as_if_killed(keep=2)
+    project.sft.amendments.append({"id": 0, "assignment": "optimizer.lr=0.1"}, sync=True)
+    path = Path(project.sft.amendments.uri)
+    path.write_bytes(path.read_bytes().replace(b"lr=0.1", b"lr=0.2"))
+    done = project("run", "MANIFEST")
+    assert done.exit_code == 1
+    assert "--from sft" in done.err
+    assert "amendments.jsonl" in done.err
