@@ -73,8 +73,8 @@ def settle(
 
 
 def missing(stage: Stage, deep: bool) -> Iterator[str]:
-    """What a stage has lost of what it stands for, if it is finished, or its newest checkpoint. ``deep``: what is long is
-    read, too."""
+    """What a stage has lost of what it stands for, if it is finished, or of what its newest checkpoint stands for.
+    ``deep``: what is long is read, too."""
     is_done = stage.status().state == "done"
     account = _standing(stage)
     remedy = "Put it back as it was." if is_done else "`postlude run` writes it again where a checkpoint has it."

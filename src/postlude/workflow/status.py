@@ -182,9 +182,7 @@ def _stage(run: Run, summary: StageSummary, needs: list[str]) -> StageStatus:
         checkpoints[0].step if checkpoints else None,
         details.get("error"),
         needs,
-        identity.revision
-        if identity and stage.has_begun()
-        else _read(lambda: revision_of(run, summary.stage), []) or 1,
+        revision_of(run, summary.stage),
         identity.fingerprint if identity else None,
         identity.taken_over_from if identity else None,
         _read(lambda: walk(run, summary.stage), damages),
