@@ -63,7 +63,7 @@ class Stage:
         """One entry for each optimiser step."""
         self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"), {"step": int})
         """What a policy answered, and what became of it, by the optimiser step that it was trained in."""
-        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"), _OF_READINGS)
+        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"), _OF_READINGS, sealed=True)
         """What was read of each rank, at intervals."""
         self.amendments = storage.Journal(
             storage.join(uri, "amendments.jsonl"),

@@ -87,7 +87,7 @@ class Journal:
         if before:
             files.write_bytes(free_place(self.uri), b"".join(before))
         if files.is_local(self.uri):
-            self._storage.replace(list(lines))
+            files.write_bytes(self.uri, b"".join(lines))
             return
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, lines, strict=False)))
         self._storage.replace(before[:shared])

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-
-from pydantic import BaseModel
+from pathlib import Path
 
 from postlude import storage
+from postlude.data.sources.source import Source
 from postlude.errors import UserError
-from postlude.manifest.graph import needs
+from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
+from postlude.manifest.schema import Manifest
 from postlude.runs import (
     Identity,
     Run,
@@ -44,6 +45,7 @@ def verify_inputs(run: Run, stage: str, needed: Iterable[str]) -> None:
     """Read every file of the artifacts that a stage needs. :class:`DamagedInput` if one is not what was written."""
     for need in needed:
         try:
+            storage.read_marker(run.stage(need).artifact)
             _verify(run.stage(need).artifact)
         except (storage.CorruptError, storage.NotFound) as error:
             raise DamagedInput(
@@ -52,11 +54,18 @@ def verify_inputs(run: Run, stage: str, needed: Iterable[str]) -> None:
             ) from error
 
 
-def verify_models(config: BaseModel, key: str) -> None:
-    """Read every file of the artifacts that a part of the manifest names by their paths; ``key`` is its own.
+def verify_paths(manifest: Manifest, stage: str) -> None:
+    """Read every file of the artifacts that a stage names by their paths, as its models or its data.
     :class:`DamagedInput` as above."""
-    for place, path in model_places(config, key):
-        verify_model(path, place)
+    config = manifest.stages[stage]
+    for key, path in model_places(config, f"stages.{stage}"):
+        verify_model(path, key)
+    for name in sorted(set(datasets_used(config).values())):
+        source = manifest.data[name].source
+        files = source.files() if isinstance(source, Source) else []
+        for folder in sorted({storage.parent(file) for file in files}):
+            if storage.is_committed(folder):
+                _verify_named(folder, folder, f"data.{name}")
 
 
 def verify_model(path: str, key: str | None = None) -> None:
@@ -66,27 +75,41 @@ def verify_model(path: str, key: str | None = None) -> None:
         place = artifact_of(path) or path
     except UserError:
         return  # that there is no model yet is told by who loads it
+    _verify_named(place, path, key)
+
+
+def _verify_named(place: str, path: str, key: str | None) -> None:
     try:
         _verify(place)
     except storage.CorruptError as error:
         named = f", which {key} names," if key else ""
         raise DamagedInput(
-            f"The model at '{path}'{named} is not what was committed. {error} Put the file back as it was, or, if it "
-            f"was changed on purpose, remove '{storage.join(place, storage.MARKER)}'."
+            f"The artifact at '{path}'{named} is not what was committed. {error} Put the file back as it was, or, if "
+            f"it was changed on purpose, remove '{storage.join(place, storage.MARKER)}'."
         ) from error
 
 
 def _verify(place: str) -> None:
-    """Read every file of an artifact, and of those that it is an adapter on."""
+    """Read every file of a model that was committed, and of those that it is an adapter on."""
     seen: set[str] = set()
-    while place not in seen and storage.is_committed(place):
+    while place not in seen:
         seen.add(place)
-        storage.verify(place)
-        config = storage.join(place, ADAPTER_CONFIG)
-        if storage.exists(config):
-            place = json.loads(storage.read_bytes(config)).get("base_model_name_or_path") or place
-    if not seen:
-        storage.read_marker(place)
+        if storage.is_committed(place):
+            storage.verify(place)
+        place = _base_of(place) or place
+
+
+def _base_of(place: str) -> str | None:
+    """The model that an adapter at ``place`` belongs to; None where it is no adapter, or whoever loads it will tell."""
+    try:
+        named = json.loads(storage.read_bytes(storage.join(place, ADAPTER_CONFIG)))["base_model_name_or_path"]
+        if not (storage.is_local(named) and storage.is_local(place)):
+            return named
+    except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    folder = Path(storage.local_path(place)).absolute()
+    roots = (Path.cwd(), folder, *folder.parents)  # where the loader looks, in that order
+    return next((base for root in roots if storage.is_committed(base := str(root / named))), named)
 
 
 def verify_kept(run: Run, stages: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs, verify_models
+from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs, verify_paths
 from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
@@ -107,7 +107,7 @@ class StagesAtWork:
     def _verify(self, decision: Decision) -> None:
         """Read what the stage is made of. :class:`UserError` if an artifact is not what was committed."""
         verify_inputs(self.run, decision.stage, decision.needs)
-        verify_models(self.resolved.manifest.stages[decision.stage], f"stages.{decision.stage}")
+        verify_paths(self.resolved.manifest, decision.stage)
 
     def _needs_no_work(self, decision: Decision) -> bool:
         """Prepare the stage; whether it is done with that, because another run made it."""
