@@ -104,12 +104,13 @@ def _base_of(place: str) -> str | None:
     try:
         named = json.loads(storage.read_bytes(storage.join(place, ADAPTER_CONFIG)))["base_model_name_or_path"]
         if not (storage.is_local(named) and storage.is_local(place)):
-            return named
+            return str(named)
     except (storage.StorageError, ValueError, KeyError, TypeError, AttributeError):
         return None
     folder = Path(storage.local_path(place)).absolute()
     roots = (Path.cwd(), folder, *folder.parents)  # where the loader looks, in that order
-    return next((base for root in roots if storage.is_committed(base := str(root / named))), named)
+    bases = (str(root / named) for root in roots)
+    return next(filter(storage.is_committed, bases), str(named))
 
 
 def verify_kept(run: Run, stages: Iterable[str]) -> None:
@@ -132,9 +133,9 @@ def mend_records(run: Run) -> None:
     """Before anything is planned: set aside what is damaged of what the run says of itself, write again what follows
     from the rest, and tell it."""
     stages = run.stages()
-    damages = [settle_events(run.events, stages), events.drop_damaged(run.events)]
-    for damage in filter(None, damages):
-        _tell(run, None, "events", damage)
+    for wrong in (settle_events(run.events, stages), events.drop_damaged(run.events)):
+        if wrong is not None:
+            _tell(run, None, "events", wrong)
     for stage in stages:
         for what, damage in {"state": stage.set_state_aside(), "readings": stage.readings.drop_damaged()}.items():
             if damage is not None:
