@@ -38,6 +38,21 @@ def test_an_extent_says_how_far_a_journal_goes(tmp_path: Path) -> None:
     assert storage.read_extent(newest.to_json()) == newest
 
 
+@pytest.mark.parametrize("is_long", [True, False])
+def test_what_stands_at_the_beginning_is_in_the_first_tail_unless_it_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    monkeypatch.setattr(extents, "TAIL_BYTES", 200 if is_long else 4000)
+    journal, _ = written(tmp_path / "x.jsonl", 4)
+    follower = storage.Follower(journal)
+    follower.pass_over_long()
+    journal.append({"step": 4})
+    lines = list(journal.lines())
+    extent = follower.extent()
+    assert extent.holds(lines)
+    assert extent.tail.encode() == b"".join(lines[4:] if is_long else lines)
+
+
 @given(st.data())
 def test_lines_that_are_kept_come_back_whatever_became_of_them(data: st.DataObject) -> None:
     import tempfile

@@ -24,7 +24,8 @@ class Account:
         self._followers = {
             name: storage.Follower(journal) for name, journal in journals.items() if storage.is_local(journal.uri)
         }
-        self.take(0)  # the tail of the next one is what comes from now on
+        for follower in self._followers.values():
+            follower.pass_over_long()  # the checkpoints before have it
 
     def take(self, examples: int) -> dict[str, Any]:
         """The account of this moment, when all that was told is on the disk: so many losses by example in this life."""
@@ -32,9 +33,11 @@ class Account:
         return {**extents, _EXAMPLES: self._examples + examples}
 
 
-def final_account(stage: Stage) -> dict[str, Any]:
-    """What a finished stage stands for."""
+def final_account(stage: Stage, events: storage.Journal) -> dict[str, Any]:
+    """What a finished stage stands for: of the events those that no checkpoint has are kept with it."""
     extents = {name: storage.extent_of(journal) for name, journal in _journals(stage).items()}
+    before = [extent.lines for each in earlier_accounts(stage)[:1] if (extent := storage.read_extent(each.get(EVENTS)))]
+    extents[EVENTS] = storage.extent_of(events, after=before[0] if before else 0)
     rows, _ = examples.count(stage.examples)
     return {**{name: extent.to_json() for name, extent in extents.items() if extent}, _EXAMPLES: rows}
 
@@ -102,11 +105,12 @@ def _standing(stage: Stage) -> Mapping[str, Any]:
 
 
 def settle_events(events: storage.Journal, stages: Iterable[Stage]) -> str | None:
-    """Write lines of a run's events again that checkpoints of its stages stand for. What was wrong, or None."""
+    """Write lines of a run's events again that its finished stages and checkpoints stand for. What was wrong, or
+    None."""
     extents = [
         extent
         for stage in stages
-        for account in earlier_accounts(stage)
+        for account in (stage.status().details.get("account", {}), *earlier_accounts(stage))
         if (extent := storage.read_extent(account.get(EVENTS)))
     ]
     extents.sort(key=lambda extent: extent.lines, reverse=True)
@@ -114,7 +118,7 @@ def settle_events(events: storage.Journal, stages: Iterable[Stage]) -> str | Non
         return None
     what = f"'{events.uri}' is not what was written: it had {extents[0].lines:,} lines, or more."
     again = storage.restore(events, extents)
-    return what + (" They were written again from checkpoints." if again else " No checkpoint has what is missing.")
+    return what + (" They were written again." if again else " Nothing else has what is missing.")
 
 
 def _journals(stage: Stage) -> dict[str, storage.Journal]:

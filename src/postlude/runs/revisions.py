@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from postlude import storage
+from postlude.runs.account import EVENTS
 from postlude.runs.find import list_runs
 from postlude.runs.identity import Identity
 from postlude.runs.run import Run
@@ -142,4 +143,5 @@ def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
     origin = (made_by.taken_over_from if made_by else None) or source.run_name
     replace(identity, taken_over_from=origin).write(stage.identity_uri)
     details = source.status().details
-    stage.enter("done", **{**details, "revision": identity.revision, "taken_over_from": origin})
+    account = {name: part for name, part in details.get("account", {}).items() if name != EVENTS}  # those of its run
+    stage.enter("done", **{**details, "account": account, "revision": identity.revision, "taken_over_from": origin})

@@ -50,6 +50,12 @@ class Follower:
         self._uri = journal.uri
         self._bytes, self._lines, self._sha256 = 0, 0, hashlib.sha256()
 
+    def pass_over_long(self) -> None:
+        """Leave what stands there now out of the next tail, where that is much."""
+        with suppress(NotFound):
+            if files.size_bytes(self._uri) > TAIL_BYTES // 4:
+                self.extent()
+
     def extent(self) -> Extent:
         """How far it goes now, the tail being what was added since this was asked before."""
         begin, tail = self._bytes, b""
@@ -65,9 +71,14 @@ class Follower:
         return Extent(self._lines, self._sha256.hexdigest(), tail.decode(errors="replace"))
 
 
-def extent_of(journal: Journal) -> Extent | None:
-    """How far a journal goes, without a tail; None of a remote one."""
-    return replace(Follower(journal).extent(), tail="") if files.is_local(journal.uri) else None
+def extent_of(journal: Journal, after: int | None = None) -> Extent | None:
+    """How far a journal goes, the tail being what stands after so many lines, if all of it is short; None of a remote
+    one."""
+    if not files.is_local(journal.uri):
+        return None
+    extent = Follower(journal).extent()
+    tail = [] if after is None else extent.tail.splitlines(keepends=True)[after:]
+    return replace(extent, tail="".join(tail))
 
 
 def read_extent(body: Mapping[str, Any] | None) -> Extent | None:

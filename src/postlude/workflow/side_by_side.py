@@ -197,7 +197,7 @@ class StagesAtWork:
             if error is not None:
                 raise error
         else:
-            stage.enter("done", steps=summary.steps, account=final_account(stage), **details)
+            stage.enter("done", steps=summary.steps, account=final_account(stage, self.run.events), **details)
 
 
 def _identity_details(run: Run, decision: Decision) -> dict[str, Any]:
