@@ -189,13 +189,15 @@ def try_damage(case: Case, name: str, how: str, chance: random.Random) -> str | 
             said.append(case.project(*command))
         except Exception as error:  # a traceback is what is looked for
             return f"postlude {command[0]}: {error!r}"
+    if trace := next((done for done in said if "Traceback" in done.out + done.err), None):
+        return f"a traceback: {trace}"
     status, runs, run = said
     if runs.exit_code or "healthy" not in runs.out:
         return f"postlude runs: {runs}"
     if status.exit_code and not status.err.startswith("Error: "):
         return f"postlude status: {status}"
     different = case.differences()
-    is_told = bool(case.told() - before or run.err.startswith("Error: "))
+    is_told = bool(case.told() - before or "\nError: " in f"\n{run.err}")
     if different and not is_told:
         return f"silent: {different[:3]}"
     may_be_lost = "examples/" in name or case.is_finished
@@ -263,6 +265,21 @@ def test_a_damaged_artifact_named_by_its_path_is_refused(project: Project) -> No
         assert "model.safetensors' is damaged" in said, command
     weights.write_bytes(whole)
     assert project("run", "MANIFEST").exit_code == 0
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_data_named_by_a_path_are_compared_where_they_were_committed(project: Project, is_committed: bool) -> None:
+    place = f"{project.manifest['run_dir']}/records"
+    with storage.new_folder(place) as folder:
+        storage.write_bytes(f"{folder}/records.jsonl", project.chats.read_bytes())
+    if not is_committed:
+        storage.remove(f"{place}/{storage.MARKER}")
+    project.data["source"] = {"path": f"{place}/*.jsonl"}
+    project.stage["steps"] = 1
+    storage.write_bytes(f"{place}/records.jsonl", project.chats.read_bytes().replace(b"Say 5.", b"Say 6."))
+    done = project("run", "MANIFEST")
+    assert done.exit_code == int(is_committed)
+    assert ("records.jsonl' is damaged" in done.err) == is_committed
 
 
 def test_the_base_of_an_adapter_is_looked_at_as_well(project: Project) -> None:
