@@ -76,6 +76,15 @@ def test_lines_that_are_kept_come_back_whatever_became_of_them(data: st.DataObje
         assert set(lines[7:]) <= {b'{"step": "later"}\n'}
 
 
+def test_a_line_that_was_changed_does_not_come_behind_what_it_was(tmp_path: Path) -> None:
+    journal, found = written(tmp_path / "x.jsonl", 4)
+    journal.append({"step": "later"})
+    whole = list(journal.lines())
+    storage.write_bytes(journal.uri, b"".join([*whole[:3], whole[3].replace(b"3", b"4", 1), whole[4]]))
+    assert storage.restore(journal, found)
+    assert list(journal.lines()) == whole
+
+
 def test_what_nobody_has_is_not_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extents, "TAIL_BYTES", 60)
     journal, found = written(tmp_path / "x.jsonl", 9, 1)

@@ -103,7 +103,11 @@ def restore(journal: Journal, extents: Sequence[Extent]) -> bool:
 
 
 def _later(lines: Sequence[bytes], wanted: Sequence[bytes]) -> list[bytes]:
-    """What stands behind the wanted lines: behind the last of them that is there, or at their number."""
+    """What stands behind the wanted lines: behind the last of them that is there, without those that still have the
+    length and the place of one that was changed."""
     there = set(wanted)
-    last = max((number for number, line in enumerate(lines) if line in there), default=len(wanted) - 1)
-    return [line for line in lines[last + 1 :] if is_entry(line)]
+    last = max((number for number, line in enumerate(lines) if line in there), default=-1)
+    gap = wanted[len(wanted) - wanted[::-1].index(lines[last]) :] if last >= 0 else wanted
+    behind = lines[last + 1 :]
+    changed = {number for number, (line, was) in enumerate(zip(behind, gap, strict=False)) if len(line) == len(was)}
+    return [line for number, line in enumerate(behind) if number not in changed and is_entry(line)]
