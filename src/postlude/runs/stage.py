@@ -18,6 +18,7 @@ from postlude import storage
 from postlude.manifest.lock import ANEW
 from postlude.runs import examples
 from postlude.runs.identity import Identity
+from postlude.secrecy import told
 
 if TYPE_CHECKING:
     import pyarrow
@@ -113,7 +114,8 @@ class Stage:
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        body = {"state": state, "begun_at": self.status().begun_at or now, "changed_at": now, "details": details}
+        begun_at = self.status().begun_at or now
+        body = {"state": state, "begun_at": begun_at, "changed_at": now, "details": told(details)}
         storage.write_document(self._state, body)
 
     def committed(self) -> tuple[int, int]:

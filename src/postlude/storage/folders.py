@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from postlude.storage import commits, files
+from postlude.storage import commits, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 
@@ -28,7 +28,8 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
         commits.begin(work)
         try:
             yield work
-            commits.commit(work, {below: _settle(work, below) for below in files_below(work)}, extra)
+            commits.commit(work, {below: _settle(work, below) for below in files.files_below(work)}, extra)
+            guards.check(uri, now=True)
             with writing(uri):
                 files.remove(retired)
                 if os.path.exists(path):
@@ -42,7 +43,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
         with TemporaryDirectory(prefix="postlude-") as work:
             yield work
             commits.begin(uri)
-            commits.commit(uri, {below: _upload(work, uri, below) for below in files_below(work)}, extra)
+            commits.commit(uri, {below: _upload(work, uri, below) for below in files.files_below(work)}, extra)
 
 
 def fetch(uri: str, into: str) -> str:
@@ -90,23 +91,16 @@ def link_file(uri: str, target: str) -> None:
     if files.is_local(uri) and files.is_local(target):
         source, path = files.local_path(uri), files.local_path(target)
         with writing(target):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            guards.make_folders(os.path.dirname(path))
             files.remove(target)
             try:
                 os.link(source, path)
             except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                if error.errno not in (errno.EXDEV, *files.NO_LINKS):
                     raise
             else:
                 return
     copy_file(uri, target)
-
-
-def files_below(folder: str) -> list[str]:
-    """The paths of all files in a local folder and its folders, relative to it, sorted."""
-    return sorted(
-        os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
-    )
 
 
 def _settle(folder: str, below: str) -> commits.Digest:

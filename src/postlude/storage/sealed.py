@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from postlude.storage import exact_json, files
+from postlude.storage import exact_json, files, guards
 from postlude.storage.commits import checksum, read_marker, sha256_of
 from postlude.storage.errors import CorruptError, NotFound, writing
 from postlude.storage.files import free_place
@@ -131,6 +131,7 @@ def set_aside(uri: str) -> str:
     """Keep a damaged file under a name that nothing reads, and return its URI."""
     place = free_place(uri)
     if files.is_local(uri):
+        guards.check(uri, now=True)
         with writing(place):
             os.replace(files.local_path(uri), files.local_path(place))
     else:

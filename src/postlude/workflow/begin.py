@@ -30,7 +30,7 @@ from postlude.runs import (
 )
 from postlude.telemetry import events
 from postlude.telemetry.progress import say
-from postlude.workflow.fingerprint import Identifier, model_places
+from postlude.workflow.fingerprint import Identifier, places
 from postlude.workflow.plan import Decision
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,8 +58,8 @@ def verify_paths(manifest: Manifest, stage: str) -> None:
     """Read every file of the artifacts that a stage names by their paths, as its models or its data.
     :class:`DamagedInput` as above."""
     config = manifest.stages[stage]
-    for key, path in model_places(config, f"stages.{stage}"):
-        verify_model(path, key)
+    for key, place in places(config, f"stages.{stage}"):
+        verify_model(place.path or "", key)
     for name in sorted(set(datasets_used(config).values())):
         source = manifest.data[name].source
         files = source.files() if isinstance(source, Source) else []
@@ -96,10 +96,10 @@ def _verify(place: str) -> None:
         seen.add(place)
         if storage.is_committed(place):
             storage.verify(place)
-        place = _base_of(place) or place
+        place = base_of(place) or place
 
 
-def _base_of(place: str) -> str | None:
+def base_of(place: str) -> str | None:
     """The model that an adapter at ``place`` belongs to; None where it is no adapter, or whoever loads it will tell."""
     try:
         named = json.loads(storage.read_bytes(storage.join(place, ADAPTER_CONFIG)))["base_model_name_or_path"]

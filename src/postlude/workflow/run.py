@@ -5,29 +5,30 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 
 from postlude import storage
 from postlude.cluster.providers.base import Provider, open_cluster
+from postlude.manifest.assignments import handed_on
 from postlude.manifest.load import Resolved, load
-from postlude.manifest.lock import LockedStage, dump_lock, lock, read_lock
+from postlude.manifest.lock import LockedStage, dump_lock, read_lock
+from postlude.manifest.lock import lock as manifest_lock
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
+from postlude.manifest.value import without_value
 from postlude.runs import Run
 from postlude.telemetry import events
-from postlude.telemetry.progress import console, say, stage_table, waiting
+from postlude.telemetry.progress import console, say, stage_table
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
 from postlude.workflow.compute import check_compute, threads_of
+from postlude.workflow.holding import hold, looking_after
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
 
 INTERRUPTED = 130
-
-_POLL_SECONDS = 1.0
 
 
 def run(
@@ -45,10 +46,10 @@ def run(
     after another, for a debugger. ``wait_seconds``: how long to wait for another process that holds the run.
     :class:`UserError` on what the user can mend; the run can be continued.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = load(storage.read_bytes(manifest_path), manifest_path, [*overrides, *handed_on()])
     check_compute(resolved.manifest)
     run = run_of(resolved)
-    with hold(run, wait_seconds):
+    with hold(run, wait_seconds) as lock:
         mend_records(run)
         plan = make_plan(resolved, run, Selection(stage, begin, until))
         console().print(plan.render())
@@ -57,13 +58,20 @@ def run(
         with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
             write_lock(run, resolved, plan)
             events.record(run.events, "run_started", host=socket.gethostname(), pid=os.getpid())
-            interrupted = execute(run, resolved, plan, cluster)
+            interrupted = execute(run, resolved, plan, cluster, lock)
         if interrupted is not None:
-            events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
+            reason = lock.leaving or f"asked to stop in stage {interrupted}"
+            events.record(run.events, "run_interrupted", reason=reason)
             chosen = {"--stage": stage, "--until": until}
             options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
-            command = ["postlude", "run", manifest_path, *overrides, *options, *["--inline"] * inline]
-            say(f"Interrupted: {what_holds(run, plan)}. Go on with: {shlex.join(command)}", whole=True)
+            repeated = map(without_value, overrides)
+            command = ["postlude", "run", manifest_path, *repeated, *options, *["--inline"] * inline]
+            how_to_go_on = f"{what_holds(run, plan)}. Go on with: {shlex.join(command)}"
+            if lock.leaving:
+                raise storage.LockedError(
+                    f"{lock.leaving} Since others could take the run up, it has stopped: {how_to_go_on}"
+                )
+            say(f"Interrupted: {how_to_go_on}", whole=True)
             return INTERRUPTED
         events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
@@ -106,7 +114,7 @@ def dry_run(
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 
-def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) -> str | None:
+def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None, lock: storage.Lock) -> str | None:
     """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
 
     A stage begins when all that it needs is done and its pool is free, on a group of workers of the cluster; without
@@ -114,7 +122,11 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) 
     ended.
     """
     left = {decision.stage: decision for decision in plan.work}
-    with Interruption().listening() as stop, closing(StagesAtWork(run, resolved, cluster, stop)) as at_work:
+    with (
+        Interruption().listening() as stop,
+        looking_after(lock, stop),
+        closing(StagesAtWork(run, resolved, cluster, stop)) as at_work,
+    ):
         while (left and not at_work.stopping) or at_work.decisions:
             ready = [] if at_work.stopping else can_begin(left, at_work.decisions)
             for decision in ready if cluster else ready[:1]:
@@ -159,19 +171,6 @@ def run_of(resolved: Resolved) -> Run:
     return Run(storage.join(resolved.manifest.run_dir, resolved.manifest.name))
 
 
-def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
-    """Take the run for this process. LockedError if another process has it, and still has it after the wait."""
-    deadline = time.monotonic() + wait_seconds
-    with waiting(f"the run {run.name}, in use by {run.holder() or 'another process'}"):
-        while True:
-            try:
-                return run.hold()
-            except storage.LockedError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_POLL_SECONDS)
-
-
 def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     """Write what the run is about to do as its manifest lock; stages outside the plan keep their fingerprints."""
     manifest = resolved.manifest
@@ -185,4 +184,4 @@ def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
         events.record(run.events, "alarm", what="manifest lock written anew", reason=str(error))
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
     fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
-    run.write_manifest_lock(dump_lock(lock(resolved, threads, fingerprints)))
+    run.write_manifest_lock(dump_lock(manifest_lock(resolved, threads, fingerprints)))

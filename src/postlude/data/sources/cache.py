@@ -25,6 +25,23 @@ _POLL_SECONDS, _SAY_AFTER_SECONDS, _DEADLINE_SECONDS = 0.1, 5.0, 4 * 3600.0
 _log = logging.getLogger(__name__)
 
 
+def find_made(cache: str, name: str) -> str | None:
+    """The local path of the file ``name`` of an earlier version, which cannot be made as it was; it has its digest from
+    now on. None if there is none, DataError if it is damaged."""
+    folder = _machine_folder(cache)
+    named = _named(folder, name)
+
+    def adopt(path: str) -> None:
+        if name not in named:
+            raise DataError(
+                f"'{os.path.join(folder, named[0])}', which an earlier version made, is damaged. Put it back, "
+                "or remove it: then it is made as this version does."
+            )
+        os.link(os.path.join(folder, name), path)
+
+    return make_once(cache, name, adopt) if named else None
+
+
 def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     """The local path of the file that ``make(path)`` writes if it is not there yet, whole. It is called ``name`` with
     the digest of the content."""
@@ -39,6 +56,7 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
                 with writing(os.path.join(folder, name)):
                     make(unfinished)
                     path = os.path.join(folder, storage.name_with_digest(name, _settle(unfinished)))
+                    storage.make_folders(folder)  # which may not be ours any more
                     for damaged in _named(folder, name):
                         os.remove(os.path.join(folder, damaged))
                     os.replace(unfinished, path)
@@ -86,7 +104,7 @@ def _machine_folder(cache: str) -> str:
         own = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.path.join(own, "postlude", digest(cache))
     with writing(folder):
-        os.makedirs(folder, exist_ok=True)
+        storage.make_folders(folder)
     return folder
 
 
