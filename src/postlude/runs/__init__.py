@@ -1,6 +1,6 @@
 """The run directory: its layout, its readers and writers, and how the command line's RUN and RUN/STAGE are found."""
 
-from postlude.runs.account import Account, earlier_accounts, final_account, missing, settle, settle_events
+from postlude.runs.account import Account, final_account, missing, settle, settle_events
 from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
 from postlude.runs.identity import Identity

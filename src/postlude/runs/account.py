@@ -4,7 +4,7 @@ how many losses by example there are. It is kept in the checkpoint's small state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -36,13 +36,13 @@ class Account:
 def final_account(stage: Stage, events: storage.Journal) -> dict[str, Any]:
     """What a finished stage stands for: of the events those that no checkpoint has are kept with it."""
     extents = {name: storage.extent_of(journal) for name, journal in _journals(stage).items()}
-    before = [extent.lines for each in earlier_accounts(stage)[:1] if (extent := storage.read_extent(each.get(EVENTS)))]
-    extents[EVENTS] = storage.extent_of(events, after=before[0] if before else 0)
+    before = _extents(_accounts(stage)[:1], EVENTS)
+    extents[EVENTS] = storage.extent_of(events, after=before[0].lines if before else 0)
     rows, _ = examples.count(stage.examples)
     return {**{name: extent.to_json() for name, extent in extents.items() if extent}, _EXAMPLES: rows}
 
 
-def earlier_accounts(stage: Stage, step: int | None = None) -> list[Mapping[str, Any]]:
+def _accounts(stage: Stage, step: int | None = None) -> list[Mapping[str, Any]]:
     """Those of the checkpoints, before a step if one is given, newest first."""
     accounts = []
     for checkpoint in stage.checkpoints():
@@ -52,21 +52,19 @@ def earlier_accounts(stage: Stage, step: int | None = None) -> list[Mapping[str,
     return accounts
 
 
-def settle(
-    stage: Stage, account: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]
-) -> tuple[list[str], list[str]]:
-    """Bring the journals of a stage to hold what the account of a checkpoint says, with the help of ``earlier`` ones,
-    newest first. What was written again, and what is lost.
+def settle(stage: Stage, step: int, account: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Bring the journals of a stage to hold what the account of the checkpoint of a step says, with the help of earlier
+    ones. What was written again, and what is lost.
 
     CorruptError where an amendment is lost: the result follows from those.
     """
     restored, lost = [], []
     for name, journal in _journals(stage).items():
-        extents = [extent for each in (account, *earlier) if (extent := storage.read_extent(each.get(name)))]
-        if name not in account or extents[0].holds(journal.lines()):
+        extent = storage.read_extent(account.get(name))
+        if extent is None or extent.holds(journal.lines()):
             continue
-        what = f"'{journal.uri}' is not what was written: it had {extents[0].lines:,} lines."
-        if storage.restore(journal, extents):
+        what = f"'{journal.uri}' is not what was written: it had {extent.lines:,} lines."
+        if storage.restore(journal, [extent, *_extents(_accounts(stage, step), name)]):
             restored.append(f"{what} They were written again from the checkpoint.")
         elif name == "amendments":
             raise storage.CorruptError(f"{what} {journal.remedy}")
@@ -107,18 +105,19 @@ def _standing(stage: Stage) -> Mapping[str, Any]:
 def settle_events(events: storage.Journal, stages: Iterable[Stage]) -> str | None:
     """Write lines of a run's events again that its finished stages and checkpoints stand for. What was wrong, or
     None."""
-    extents = [
-        extent
-        for stage in stages
-        for account in (stage.status().details.get("account", {}), *earlier_accounts(stage))
-        if (extent := storage.read_extent(account.get(EVENTS)))
-    ]
-    extents.sort(key=lambda extent: extent.lines, reverse=True)
+    accounts = (
+        account for stage in stages for account in (stage.status().details.get("account", {}), *_accounts(stage))
+    )
+    extents = sorted(_extents(accounts, EVENTS), key=lambda extent: extent.lines, reverse=True)
     if not extents or extents[0].holds(events.lines()):
         return None
     what = f"'{events.uri}' is not what was written: it had {extents[0].lines:,} lines, or more."
     again = storage.restore(events, extents)
     return what + (" They were written again." if again else " Nothing else has what is missing.")
+
+
+def _extents(accounts: Iterable[Mapping[str, Any]], name: str) -> list[storage.Extent]:
+    return [extent for account in accounts if (extent := storage.read_extent(account.get(name)))]
 
 
 def _journals(stage: Stage) -> dict[str, storage.Journal]:

@@ -154,20 +154,21 @@ def _read(uri: str) -> pyarrow.Table:
         table = table.select(_schema().names).cast(_schema())
         if digest is not None and digest != _digest(table):
             raise storage.damaged(uri, "its digest does not fit its content", _SET_ASIDE)
-    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise storage.damaged(uri, f"it cannot be read ({error})", _SET_ASIDE) from error
     return table
 
 
 def _digest(table: pyarrow.Table) -> bytes:
     """SHA-256 of the rows, hexadecimal, whichever way they are laid out."""
+    import pyarrow.compute as pc
+
     sha256 = hashlib.sha256()
     for name in table.column_names:
         column = table[name].combine_chunks()
         if name in ("example_id", "source"):
-            texts = [text.encode() for text in column.to_pylist()]
-            sha256.update(repr([len(text) for text in texts]).encode())
-            sha256.update(b"".join(texts))
+            sha256.update(pc.binary_length(column).to_numpy(zero_copy_only=False).tobytes())
+            sha256.update("".join(column.to_pylist()).encode())
         else:
             sha256.update(column.to_numpy(zero_copy_only=False).tobytes())
     return sha256.hexdigest().encode()

@@ -18,7 +18,7 @@ from postlude.errors import DataError
 from postlude.model.export import send_model, write_model
 from postlude.model.flops import packed_flops
 from postlude.recipes.recipe import TrainingRecipe
-from postlude.runs import earlier_accounts, settle
+from postlude.runs import settle
 from postlude.stages.annotate import annotate, forget_annotations
 from postlude.stages.boundaries import remark_on_boundaries
 from postlude.stages.memory import check_memory
@@ -113,7 +113,9 @@ class Training:
             except storage.CorruptError as error:
                 recorder.event("checkpoint_skipped", step=checkpoint.step, reason=str(error))
                 continue
-            lost = self._settle(recorder, checkpoint.step, account)
+            restored, lost = settle(stage, checkpoint.step, account)
+            for reason in restored:
+                recorder.event("alarm", what="lines written again", reason=reason, step=checkpoint.step)
             if not lost:
                 return checkpoint.step, checkpoint.uri, account
             for reason in lost:
@@ -122,13 +124,6 @@ class Training:
         if newest is not None:
             recorder.event("alarm", what="lines are lost", reason="No checkpoint has them.", step=newest[0])
         return newest
-
-    def _settle(self, recorder: Recorder, step: int, account: Mapping[str, Any]) -> list[str]:
-        """Write lines again that a checkpoint stands for, and tell it. What is lost."""
-        restored, lost = settle(self.parts.stage, account, earlier_accounts(self.parts.stage, step))
-        for reason in restored:
-            recorder.event("alarm", what="lines written again", reason=reason, step=step)
-        return lost
 
     def _trainer(self, recorder: Recorder, stop: Interruption, supply: Callable[[], Supply]) -> Trainer:
         """The trainer, at step 0."""

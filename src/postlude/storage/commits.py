@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
@@ -23,6 +24,9 @@ from postlude.storage import exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
+
+_READERS = min(8, os.cpu_count() or 1)
+"""So many files of a folder are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +206,20 @@ def verify(uri: str, endings: tuple[str, ...] = ("",)) -> Marker:
 
 def check(uri: str, marker: Marker, endings: tuple[str, ...] = ("",)) -> None:
     """Read every such file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
-    for path, digest in marker.files.items():
-        if not path.endswith(endings):
-            continue
-        place = files.join(uri, path)
-        try:
-            size = files.size_bytes(place)
-        except NotFound as error:
-            raise CorruptError(f"'{place}' is missing, but was committed with {digest.size_bytes} bytes.") from error
-        if size != digest.size_bytes:
-            raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
-        if sha256_of(place) != digest.sha256:
-            raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
+    wanted = {files.join(uri, path): digest for path, digest in marker.files.items() if path.endswith(endings)}
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(_check, wanted, wanted.values()))
+
+
+def _check(place: str, digest: Digest) -> None:
+    try:
+        size = files.size_bytes(place)
+    except NotFound as error:
+        raise CorruptError(f"'{place}' is missing, but was committed with {digest.size_bytes} bytes.") from error
+    if size != digest.size_bytes:
+        raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
+    if sha256_of(place) != digest.sha256:
+        raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
 
 
 def sha256_of(uri: str) -> str:
