@@ -15,6 +15,7 @@ import pytest
 
 from postlude.data.dataset import Dataset
 from postlude.data.sources import cache as caches
+from postlude.errors import DataError
 from postlude.manifest.load import load
 
 ROWS = [
@@ -87,3 +88,14 @@ def test_what_an_earlier_version_made_is_made_anew(tmp_path: Path) -> None:
     path = caches.make_once(str(tmp_path), "index-0", lambda path: Path(path).write_bytes(b"with one") and None)
     assert Path(path).read_bytes() == b"with one"
     assert not (tmp_path / "index-0").exists()
+
+
+def test_what_an_earlier_version_alone_can_make_has_a_digest_from_now_on(tmp_path: Path) -> None:
+    assert caches.find_made(str(tmp_path), "query-0.arrow") is None
+    (tmp_path / "query-0.arrow").write_bytes(b"rows")
+    path = Path(caches.find_made(str(tmp_path), "query-0.arrow") or "")
+    assert path.read_bytes() == b"rows"
+    assert path == Path(caches.find_made(str(tmp_path), "query-0.arrow") or "")
+    path.write_bytes(b"r")
+    with pytest.raises(DataError, match=rf"{path.name}.*Put it back"):
+        caches.find_made(str(tmp_path), "query-0.arrow")
