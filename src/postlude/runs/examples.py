@@ -1,11 +1,13 @@
 """Per-example losses as Parquet parts, each written whole: ``examples/part-FIRSTSTEP-RANK.parquet``.
 
 A part ends with a step, so that its name tells where it begins and a cut keeps whole steps. Ranks write their own
-parts. pyarrow is imported when the first part is written or read.
+parts. A part has the digest of its rows among its metadata; one that is damaged is set aside. pyarrow is imported when
+the first part is written or read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 ROWS_OF_A_PART = 2**16
 
+_DIGEST = b"postlude.sha256"
+_SET_ASIDE = "A run that goes on keeps it beside, and tells what is missing."
 _PART = re.compile(r"part-(\d+)-(\d+)\.parquet")
 
 
@@ -28,6 +32,8 @@ class ExamplesWriter:
         self._uri, self._rank = uri, rank
         self._steps: list[tuple[int, int, Sequence[tuple[str, str, float, int]]]] = []
         self._rows = 0
+        self.told = 0
+        """Rows in this life."""
 
     def write(self, step: int, epoch: int, rows: Sequence[tuple[str, str, float, int]]) -> None:
         """Add the examples of one step: (example id, source, summed loss, tokens it runs over) each."""
@@ -36,6 +42,7 @@ class ExamplesWriter:
         if rows:
             self._steps.append((step, epoch, rows))
             self._rows += len(rows)
+            self.told += len(rows)
 
     def flush(self) -> None:
         """Close the part: what was added is durable, and readers see it. Called at each checkpoint."""
@@ -51,7 +58,8 @@ class ExamplesWriter:
 
 
 def read_examples(uri: str) -> pyarrow.Table:
-    """All parts as one table, ordered by step and then by rank; empty if there are none."""
+    """All parts as one table, ordered by step and then by rank; empty if there are none. CorruptError names a part that
+    is damaged."""
     import pyarrow as pa
 
     tables = []
@@ -63,19 +71,46 @@ def read_examples(uri: str) -> pyarrow.Table:
     return pa.concat_tables([_schema().empty_table(), *tables]).sort_by("step")  # a stable sort
 
 
-def cut_back(uri: str, step: int) -> None:
-    """Remove the rows of later steps, the last part first."""
+def cut_back(uri: str, step: int) -> tuple[int, list[str]]:
+    """Remove the rows of later steps, the last part first. How many rows are left, and what of them was damaged."""
     import pyarrow.compute as pc
 
+    left, damages = 0, []
     for name, first_step in reversed(_parts(uri).items()):
         part = storage.join(uri, name)
         if first_step > step:
             storage.remove(part)
             continue
-        table = _read(part)
+        try:
+            table = _read(part)
+        except storage.CorruptError as error:
+            storage.set_aside(part)
+            damages.append(str(error))
+            continue
         kept = table.filter(pc.less_equal(table["step"], step))
         if len(kept) < len(table):
             _write(part, kept)
+        left += len(kept)
+    return left, damages
+
+
+def count(uri: str, deep: bool = False) -> tuple[int, list[str]]:
+    """How many rows there are in the parts that can be read, and what is wrong with the others. ``deep``: all of each
+    part is read, not only what it says of itself."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, damages = 0, []
+    for name in _parts(uri):
+        try:
+            if deep:
+                rows += len(_read(storage.join(uri, name)))
+            else:
+                with storage.open_file(storage.join(uri, name)) as file:
+                    rows += pq.read_metadata(file).num_rows
+        except (storage.CorruptError, pa.ArrowException, OSError) as error:
+            damages.append(str(error))
+    return rows, damages
 
 
 def _parts(uri: str) -> dict[str, int]:
@@ -103,11 +138,37 @@ def _write(uri: str, table: pyarrow.Table) -> None:
     import pyarrow.parquet as pq
 
     part = io.BytesIO()
-    pq.write_table(table, part, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({_DIGEST: _digest(table)}), part, compression="zstd")
     storage.write_bytes(uri, part.getvalue())
 
 
 def _read(uri: str) -> pyarrow.Table:
+    """A part. CorruptError if it is not what was written."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=_schema())
+    content = storage.read_bytes(uri)
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        digest = (table.schema.metadata or {}).get(_DIGEST)
+        table = table.select(_schema().names).cast(_schema())
+        if digest is not None and digest != _digest(table):
+            raise storage.damaged(uri, "its digest does not fit its content", _SET_ASIDE)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise storage.damaged(uri, f"it cannot be read ({error})", _SET_ASIDE) from error
+    return table
+
+
+def _digest(table: pyarrow.Table) -> bytes:
+    """SHA-256 of the rows, hexadecimal, whichever way they are laid out."""
+    import pyarrow.compute as pc
+
+    sha256 = hashlib.sha256()
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if name in ("example_id", "source"):
+            sha256.update(pc.binary_length(column).to_numpy(zero_copy_only=False).tobytes())
+            sha256.update("".join(column.to_pylist()).encode())
+        else:
+            sha256.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return sha256.hexdigest().encode()

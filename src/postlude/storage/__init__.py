@@ -21,6 +21,7 @@ from postlude.storage.errors import (
     StorageError,
     StorageFull,
 )
+from postlude.storage.extent import Extent, Follower, extent_of, read_extent, restore
 from postlude.storage.files import (
     create,
     exists,
@@ -41,4 +42,18 @@ from postlude.storage.guards import Guard, Lock, guarded, make_folders, shared_g
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
+from postlude.storage.sealed import (
+    damaged,
+    is_as_named,
+    name_with_digest,
+    plain_name,
+    read_committed,
+    read_document,
+    read_sealed_text,
+    set_aside,
+    whole_files,
+    write_document,
+    write_once,
+    write_sealed_text,
+)
 from postlude.storage.uris import is_local, join, local_path, name, parent
