@@ -7,6 +7,7 @@ in the memory of each process that needs them, nowhere else.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -66,7 +67,7 @@ def learn_variable(name: str, value: str) -> None:
 def is_secret_variable(name: str, value: str) -> bool:
     """Whether a variable that was given has the name of a secret, or looks like one."""
     mixed = re.search(r"\d", value) and re.search(r"[A-Za-z]", value) and len(value) >= 8
-    return bool(_VARIABLE.search(name) or mixed or len(value) >= 20)
+    return bool(_names_secret(name) or mixed or len(value) >= 20)
 
 
 def name_to_children(variables: Mapping[str, str]) -> None:
@@ -101,24 +102,43 @@ def stand_in(name: str, value: str) -> str:
 
 def without_secrets(text: str) -> str:
     """A text for people without the secrets that this process knows, and without credentials in URIs."""
-    if "://" in text:
-        text = _URI.sub(lambda found: stripped(found[0]), text)
-    named = os.environ.get(_NAMED, "").split(",")
-    of_environment = {value: name for name, value in os.environ.items() if _VARIABLE.search(name) or name in named}
-    known = {value: name for value, name in of_environment.items() if len(value) >= LEAST and value[0] not in "/~."}
-    for value, name in sorted({**known, **_given}.items(), key=lambda entry: -len(entry[0])):
-        if value in text:
-            text = text.replace(value, f"<{name}>")
-    return text
+    return _without(text, _known())
 
 
 def told(document: Any) -> Any:
     """Plain data for people: every text in it, :func:`without_secrets`."""
-    if isinstance(document, str):
-        return without_secrets(document)
-    if isinstance(document, Mapping):
-        return {key: told(item) for key, item in document.items()}
-    return [told(item) for item in document] if isinstance(document, list | tuple) else document
+    known = _known()
+
+    def tell(part: Any) -> Any:
+        if isinstance(part, str):
+            return _without(part, known)
+        if isinstance(part, Mapping):
+            return {key: tell(item) for key, item in part.items()}
+        return [tell(item) for item in part] if isinstance(part, list | tuple) else part
+
+    return tell(document)
+
+
+def _known() -> list[tuple[str, str]]:
+    """The secrets of this process with their names, the longest first: one may be part of another."""
+    named = os.environ.get(_NAMED, "").split(",")
+    of_environment = {value: name for name, value in os.environ.items() if _names_secret(name) or name in named}
+    known = {value: name for value, name in of_environment.items() if len(value) >= LEAST and value[0] not in "/~."}
+    return sorted({**known, **_given}.items(), key=lambda entry: -len(entry[0]))
+
+
+@functools.lru_cache
+def _names_secret(variable: str) -> bool:
+    return _VARIABLE.search(variable) is not None
+
+
+def _without(text: str, known: list[tuple[str, str]]) -> str:
+    if "://" in text:
+        text = _URI.sub(lambda found: stripped(found[0]), text)
+    for value, name in known:
+        if value in text:
+            text = text.replace(value, f"<{name}>")
+    return text
 
 
 def kept(document: Any, path: tuple[str, ...] = ()) -> Any:
