@@ -20,6 +20,7 @@ from postlude.storage.errors import (
     NotWritable,
     StorageError,
     StorageFull,
+    explain,
 )
 from postlude.storage.files import (
     create,
@@ -44,3 +45,4 @@ from postlude.storage.files import (
 from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import Holder, Lock, holder, lock
+from postlude.storage.scratch import Scratch, scratch_folder

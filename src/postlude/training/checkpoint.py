@@ -148,13 +148,13 @@ class Checkpointer:
             cause = next(iter(error.failures.values()))  # torch wraps each rank's exception
             raise (cause[0] if isinstance(cause, tuple) else cause) from error
         digests = self._gather(writer.files.digests)
-        failure: OSError | storage.StorageFull | None = None
+        failure: OSError | storage.StorageError | None = None
         if self.workers.leads:
             try:
                 files = {name: digest for part in digests for name, digest in part.items()}
                 storage.commit(uri, files, {"step": step, **small})
                 self.on_commit(uri, step)
-            except (OSError, storage.StorageFull) as error:
+            except (OSError, storage.StorageError) as error:
                 storage.remove(uri)
                 failure = error
         failure = self._gather(failure)[0]
