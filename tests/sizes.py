@@ -19,9 +19,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "postlude"
 
-CODE_LINES = 23_500 + 1_700
+CODE_LINES = 23_500 + 2_300
 """Of the whole package: what it had when it was put in order, and what was added since, for models, adapters, records
-and templates that others made."""
+and templates that others made, and to survive whatever dies."""
 
 FILE_LINES = 450
 

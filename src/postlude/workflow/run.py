@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from typing import Any
 
 from postlude import storage
-from postlude.cluster.providers.base import Provider, open_cluster
+from postlude.cluster.budget import Budget
+from postlude.cluster.keeper import Stopped, keep
+from postlude.cluster.providers.base import Provider, open_cluster, provider_of
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import dump_lock, lock, read_lock
 from postlude.manifest.schema import Manifest
-from postlude.runs import Run
+from postlude.runs import Run, revision_of
 from postlude.telemetry import events
-from postlude.telemetry.progress import console, say, stage_table, waiting
+from postlude.telemetry.progress import StageProgress, console, say, stage_table, waiting
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import verify_inputs
 from postlude.workflow.compute import check_compute, threads_of
@@ -54,10 +58,10 @@ def run(
         for decision in plan.work:
             verify_inputs(run, decision.stage, [need for need in decision.needs if need not in made_anew])
         needs_workers = bool(plan.work) and not inline
-        with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
-            write_lock(run, resolved, plan)
-            events.record(run.events, "run_started", host=socket.gethostname(), pid=os.getpid())
-            interrupted = execute(run, resolved, plan, cluster)
+        if needs_workers and provider_of(resolved.manifest.compute).starts_ray and "ray" not in sys.modules:
+            interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until))
+        else:
+            interrupted = work(run, resolved, plan, needs_workers)
         if interrupted is not None:
             events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
             chosen = {"--stage": stage, "--until": until}
@@ -68,6 +72,50 @@ def run(
         events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
+
+
+def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool) -> str | None:
+    """Take a plan to its end in this process; the name of the stage that was asked to stop, if one was."""
+    with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
+        write_lock(run, resolved, plan)
+        holder = run.holder()  # the parent of this process, where that keeps it at work
+        events.record(run.events, "run_started", host=socket.gethostname(), pid=holder.pid if holder else os.getpid())
+        return execute(run, resolved, plan, cluster)
+
+
+def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> str | None:
+    """:func:`work` in a process below this one, and in another that goes on with what ``go_on`` selects when that, or a
+    process of Ray's own, has died."""
+
+    def do(lost: int) -> str | None:
+        mine = Run(run.uri)  # a journal far away has a writer of its own in each process
+        now = what_is_left(mine, resolved, plan, go_on) if lost else plan
+        return work(mine, resolved, now, needs_workers=True) if now.work else None
+
+    def tell(kind: str, **fields: Any) -> None:
+        shown.event(events.record(run.events, kind, **fields))
+
+    shown = StageProgress(run.name, live=False)
+    stages = [run.stage(decision.stage) for decision in plan.work]
+    budget = Budget(resolved.manifest.compute.supervision, lambda: [stage.committed() for stage in stages])
+    try:
+        return keep(do, budget, tell)
+    except Stopped:
+        return next((stage.name for stage in stages if not stage.is_done()), None)
+
+
+def what_is_left(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> Plan:
+    """A plan that was begun as it is now: what was to be moved aside and is not yet still is."""
+    now = {decision.stage: decision for decision in make_plan(resolved, run, go_on).decisions}
+    return Plan(
+        run,
+        [
+            decision
+            if decision.replaces and revision_of(run, decision.stage) < decision.identity.revision
+            else now[decision.stage]
+            for decision in plan.decisions
+        ],
+    )
 
 
 def what_holds(run: Run, plan: Plan) -> str:
