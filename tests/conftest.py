@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -14,30 +13,17 @@ from postlude.manifest.component import lookup
 from postlude.rollout.serving.server import EngineChoice
 from postlude.telemetry import openmp
 
-pytest_plugins = ["status"]
+pytest_plugins = ["schedule", "status"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # what stands beside is another test, which must not be waited for
 openmp.wait_shortly()
 
 # Nothing about time is asserted in a test. A developer's runs explore; one that gates a change repeats.
 settings.register_profile("postlude", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("postlude")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes at the tests (``-n``), those of one file stay together, and so do all that start clusters:
-    two of those at once would leave none the machine that its deadlines are made for."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return "cluster" if "/cluster/" in file else file
-
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +38,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def vllm() -> EngineChoice:
-    """The engine ``vllm``; the test is skipped where its environment was not made, except where a change is judged."""
-    choice = lookup("engines", "vllm")()
+    """The engine ``vllm`` without compiling, which takes most of its start; the test is skipped where its environment
+    was not made, except where a change is judged. One test has it compile, as it does by itself."""
+    choice = lookup("engines", "vllm")(options={"enforce-eager": True})
     assert isinstance(choice, EngineChoice)
     try:
         choice.check()

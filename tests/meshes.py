@@ -26,6 +26,7 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_spars
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},
+    "llama own head": {"tie_word_embeddings": True},
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
     "qwen3": {},
@@ -56,8 +57,10 @@ class Mesh:
 
 
 def write_checkpoints(folder: Path, names: tuple[str, ...]) -> None:
-    """A model with random weights for each name, as transformers writes them; none of them starts at zero or one."""
+    """A model with random weights for each name, as transformers writes them; none of them starts at zero or one. One
+    with an own head has it in its files, and its configuration says that it has none."""
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for name in names:
@@ -69,6 +72,11 @@ def write_checkpoints(folder: Path, names: tuple[str, ...]) -> None:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(folder / name)
+        if name.endswith("own head"):
+            file = folder / name / "model.safetensors"
+            tensors = load_file(file)
+            head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+            save_file({**tensors, "lm_head.weight": head}, file, {"format": "pt"})
 
 
 def batches(share: int, shares: int):

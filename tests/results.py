@@ -109,6 +109,7 @@ def read_file(path: Path) -> Any:
                     "parents": parents,
                     "data": dict.fromkeys(content["data"]),
                     "base": None,
+                    "stop_ids": None,
                 }
             if path.name == "adapter_config.json":
                 base = Path(content["base_model_name_or_path"]).name  # absolute, and each run has its own folder

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from postlude.secrecy import without_secrets
+
 
 class UserError(Exception):
     """Something the user can mend. The command line prints it without a traceback."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""

@@ -120,10 +120,9 @@ def test_a_manifest_that_is_not_there_is_told_by_name(postlude):
 
 def test_recipes_lists_every_kind(postlude):
     _, out, _ = postlude("recipes")
-    rows = [line.split()[:2] for line in out.splitlines()]
-    assert ["recipes", "sft"] in rows
-    assert ["optimizers", "adamw"] in rows
-    assert ["schedules", "cosine"] in rows
+    kinds = {kind: rest for kind, _, rest in (part.partition("\n") for part in out.split("\n\n"))}
+    for kind, name in (("recipes", "sft"), ("optimizers", "adamw"), ("schedules", "cosine")):
+        assert name in {line.split()[0] for line in kinds[kind].splitlines() if line}
 
 
 def test_schema_prints_the_json_schema(postlude):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,11 @@ class Project:
         path.write_text(json.dumps(self.manifest))
         return str(path)
 
-    def start(self, on: RayOnHosts | None = None, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, on: RayOnHosts | None = None, assignments: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """Run it, in a process group of its own; ``on`` the head of a cluster."""
-        command = [sys.executable, "-m", "postlude", "run", self.write()]
+        command = [sys.executable, "-m", "postlude", "run", self.write(), *assignments]
         if on is not None:
             command, environment = on.hosts.command(1, command), {**on.environment, **environment}
         self.process = subprocess.Popen(
@@ -78,7 +80,7 @@ class Project:
             text=True,
             start_new_session=True,
             cwd=self.folder,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": str(self.folder), **environment},  # where a test's plugin is
         )
         return self.process
 
@@ -171,3 +173,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
 def new_project() -> type[Project]:
     """For other settings, and projects that several tests share."""
     return Project
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of a project as it is made, undisturbed."""
+    return Project(tmp_path_factory.mktemp("calm")).finished()

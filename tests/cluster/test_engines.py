@@ -61,7 +61,7 @@ def below(project, roots: list[int] | None, what: str) -> dict[int, psutil.Proce
         with suppress(psutil.NoSuchProcess):
             for one in psutil.Process(root).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    words = [one.name(), *one.cmdline()[:3]]
+                    words = [one.name(), *one.cmdline()[:4]]
                     if any(word.startswith(what) for word in words) and one.status() != psutil.STATUS_ZOMBIE:
                         found[one.pid] = one
     return found
@@ -138,7 +138,7 @@ def test_vllm_stays_warm_when_those_who_train_are_killed(project, tmp_path, vllm
     wide = write_random_model(tmp_path / "wide", 1, hidden_size=64)  # on a CPU vLLM has no kernel for narrow heads
     project.stage |= {"model": {"path": wide}, "adapter": {"rank": 4}}
     del project.stage["tokenizer"]
-    project.stage["rollout"]["engine"] = "vllm"
+    project.stage["rollout"]["engine"] = {"name": "vllm", "options": vllm.options}
     project.manifest["compute"]["pools"] = {"train": {"workers": 2}, "engines": {"workers": 1}}
     project.start()
     project.until(lambda: project.step() > 5)

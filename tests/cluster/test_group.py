@@ -20,7 +20,6 @@ from postlude.cluster.worker import WorkerSetup
 from postlude.errors import ComputeError, DataError
 from postlude.manifest.compute import Compute, Pool, Supervision
 from postlude.storage import Journal
-from postlude.telemetry import openmp
 from postlude.telemetry.relay import Relay
 from postlude.training.interruption import Interruption
 
@@ -101,8 +100,6 @@ def test_a_group_of_the_same_name_takes_the_place_of_one_that_was_left_behind(cl
     with WorkerGroup("twice", demand, placement.place(demand, 1, 30.0, lambda: False), 1, setup, "lo") as second:
         [place] = watched(second, account, np.ones(1))
         assert place["sum"] == 1.0
-        if "OMP_WAIT_POLICY" not in os.environ:
-            assert place["GOMP_SPINCOUNT"] == openmp.SHORT_WAIT["GOMP_SPINCOUNT"]
         with pytest.raises(Failure) as raised:
             watched(first, account, np.ones(1))
         assert raised.value.kind is Kind.PROCESS

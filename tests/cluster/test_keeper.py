@@ -19,6 +19,7 @@ from pathlib import Path
 from postlude.cluster import keeper
 from postlude.cluster.budget import Budget
 from postlude.errors import DataError
+from postlude.storage import LockedError
 from postlude.manifest.compute import Supervision
 from postlude.training.interruption import Interruption
 
@@ -26,6 +27,11 @@ place = Path(sys.argv[1])
 
 def reached():
     return place.joinpath("reached").exists()
+
+def must_stop():
+    if place.joinpath("lost").exists():
+        raise LockedError("it is another's")
+    return place.joinpath("stop").exists()
 
 def tell(kind, **fields):
     print(kind, fields.get("what", ""), fields.get("reason", ""), flush=True)
@@ -35,7 +41,7 @@ def work(lost):
     {work}
 
 try:
-    print("result", keeper.keep(work, Budget(Supervision(failures=2), reached), tell), flush=True)
+    print("result", keeper.keep(work, Budget(Supervision(failures=2), reached), tell, must_stop), flush=True)
 except keeper.Stopped:
     print("stopped")
 except BaseException as error:
@@ -155,6 +161,20 @@ def test_a_request_to_stop_is_handed_on(kept: Keep, number: signal.Signals) -> N
     program.until("ready")
     program.process.send_signal(number)
     assert "result checkpoint" in program.end()
+
+
+def test_a_child_is_asked_to_stop_when_its_keeper_must(kept: Keep, tmp_path: Path) -> None:
+    program = kept(LISTENS)
+    program.until("ready")
+    (tmp_path / "stop").touch()
+    assert "result checkpoint" in program.end()
+
+
+def test_a_child_whose_keeper_may_not_go_on_is_ended_at_once(kept: Keep, tmp_path: Path) -> None:
+    program = kept("with Interruption().listening():\n    print('ready', flush=True)\n    threading.Event().wait()")
+    program.until("ready")
+    (tmp_path / "lost").touch()
+    assert program.end()[1:] == ["LockedError it is another's", "left [] 0"]
 
 
 def test_a_second_interrupt_stops_at_once(kept: Keep) -> None:

@@ -65,8 +65,7 @@ def test_nothing_is_left_however_a_run_ends(project, place, how):
 
 
 @pytest.mark.capability("A killed controller leaves nothing, and its run can be gone on with at once")
-def test_a_killed_controller_leaves_nothing_and_its_run_goes_on_at_once(project, new_project, tmp_path_factory, place):
-    calm = new_project(tmp_path_factory.mktemp("calm")).finished()
+def test_a_killed_controller_leaves_nothing_and_its_run_goes_on_at_once(project, calm, place):
     project.start(TMPDIR=str(place), **{MARK: "killed"})
     project.until(lambda: project.step() > 25)
     os.kill(project.process.pid, signal.SIGKILL)

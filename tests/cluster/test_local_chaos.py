@@ -2,7 +2,8 @@
 ends with the numbers of an undisturbed run, bit for bit.
 
 POSTLUDE_CHAOS_KILLS says how many are killed (by default one of each kind); those after the first of each kind are
-drawn from the whole tree. What each cost until the next new step is printed.
+drawn from the whole tree, some while the run recovers from the one before. How long each kept the run from training is
+printed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import statistics
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,68 +26,87 @@ from postlude.cluster.ray_processes import EXPECTED, name_of
 pytestmark = pytest.mark.long
 
 COMMAND, CONTROLLER, RANK = "the command", "the controller", "a rank"
-KINDS = [*sorted(EXPECTED), CONTROLLER, RANK, COMMAND]
+EACH_KIND = [*[(kind,) for kind in (*sorted(EXPECTED), CONTROLLER, RANK)], (COMMAND, "GCS")]
+"""What is killed in turn, each while the run trains; what follows in the same turn at once, here while Ray starts."""
 STEPS_BETWEEN = 40
+RECOVERY_SECONDS = 10.0
+"""Within which of a kill another follows, where one does."""
 
 
-def tree(project) -> dict[psutil.Process, str]:
-    """The processes of a run that is at work, with what each is."""
-    command = psutil.Process(project.process.pid)
-    found = {command: COMMAND}
-    for child in command.children(recursive=True):
-        with suppress(psutil.Error):
-            if child.status() == psutil.STATUS_ZOMBIE:
-                continue
-            rank = RANK if child.name().startswith("ray::Worker") else None
-            mine = CONTROLLER if child.ppid() == command.pid and child.exe() == command.exe() else None
-            found[child] = name_of(child) or rank or mine or child.name()
-    return found
+def turns(kills: int, chance: random.Random) -> Iterator[tuple[str | None, ...]]:
+    """Which kinds of processes are killed one after another; None for any."""
+    yield from EACH_KIND
+    left = kills - sum(map(len, EACH_KIND))
+    while left > 0:
+        turn = (None,) * min(left, chance.choice([1, 1, 1, 2]))
+        left -= len(turn)
+        yield turn
 
 
 @pytest.mark.capability("Whichever process of a local run is killed, Ray's own too, it ends bitwise undisturbed")
 def test_whichever_process_of_the_tree_is_killed_the_run_ends_as_if_undisturbed(tmp_path: Path, new_project, capsys):
-    kills = int(os.environ.get("POSTLUDE_CHAOS_KILLS", len(KINDS)))
+    chance = random.Random(7)
+    wanted = list(turns(int(os.environ.get("POSTLUDE_CHAOS_KILLS", 0)), chance))
     project = new_project(tmp_path)
-    project.stage |= {"steps": STEPS_BETWEEN * (kills + 2), "checkpoint": {"every": 10}}
+    project.stage |= {"steps": STEPS_BETWEEN * (len(wanted) + 2), "checkpoint": {"every": 10}}
     calm = project.called("calm").finished()
     weights = storage.sha256_of(project.run.stage("sft").artifact + "/model.safetensors")
-    chance, lines = random.Random(7), []
+    killed, waits = list[str](), list[float]()
     project.called("shaken").start()
     try:
-        for number in range(kills):
-            least = STEPS_BETWEEN * (number + 1)
-            project.until(lambda least=least: project.step() >= least)
-            time.sleep(chance.random() * 0.2)
-            wanted = KINDS[number] if number < len(KINDS) else None
-            processes = project.until(lambda wanted=wanted: _of(project, wanted))
-            victim = chance.choice(sorted(processes, key=lambda each: each.pid))
-            started, begin = len(project.told("stage_started")), time.monotonic()
-            name = processes[victim]
-            os.kill(victim.pid, signal.SIGKILL)
-            if name == COMMAND:
-                project.process.communicate()
-                project.start()
-                for gcs in project.until(lambda: _of(project, "GCS")):  # while Ray starts
-                    gcs.kill()
-            project.until(lambda least=least, started=started: _has_gone_on(project, started, least))
-            lines.append(f"{name}: {time.monotonic() - begin:.1f} s")
+        for number, turn in enumerate(wanted, start=1):
+            project.until(lambda least=STEPS_BETWEEN * number: project.step() >= least)
+            for position, kind in enumerate(turn):
+                time.sleep(chance.random() * (RECOVERY_SECONDS if position and kind is None else 0.2))
+                killed.append(kill(project, kind, chance))
+                begun, reached, begin = len(project.told("stage_started")), project.step(), time.monotonic()
+                if killed[-1] == COMMAND:
+                    project.process.communicate()
+                    project.start()
+            project.until(lambda begun=begun, reached=reached: trains_again(project, begun, reached))
+            waits.append(time.monotonic() - begin)
+            with capsys.disabled():
+                print(f"\n{' and '.join(killed[-len(turn) :])}: {waits[-1]:.1f} s", end="", flush=True)
         project.ended()
     finally:
         project.kill()
     with capsys.disabled():
-        print(f"\n{kills} kills, until the stage had started again: " + ", ".join(lines))
+        print(f"\n{len(killed)} kills: {statistics.median(waits):.1f} s in the median, {max(waits):.1f} s at most")
     assert project.lines() == calm
     assert storage.sha256_of(project.run.stage("sft").artifact + "/model.safetensors") == weights
     reasons = [failure["reason"] for failure in project.told("worker_failure") if failure["what"] == "cluster"]
-    for name in EXPECTED if kills >= len(KINDS) else ():
+    for name in EXPECTED:
         assert any(f"{name} (process" in reason for reason in reasons), (name, reasons)
 
 
-def _of(project, kind: str | None) -> dict[psutil.Process, str]:
-    return {process: name for process, name in tree(project).items() if kind in (None, name)}
+def kill(project, kind: str | None, chance: random.Random) -> str:
+    """Kill a process of this kind, or any, of a run that is at work; what it is."""
+    while True:
+        of_kind = project.until(lambda: [each for each in tree(project) if kind in (None, each[1])])
+        process, name = chance.choice(sorted(of_kind, key=lambda each: each[0].pid))
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            return name
 
 
-def _has_gone_on(project, started: int, least: int) -> bool:
-    """Whether the stage has started again, or did not have to."""
+def tree(project) -> list[tuple[psutil.Process, str]]:
+    """The processes of a run that is at work, with what each is."""
+    command = psutil.Process(project.process.pid)
+    found = [(command, COMMAND)]
+    for child in command.children(recursive=True):
+        with suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                rank = RANK if child.name().startswith("ray::Worker") else None
+                mine = CONTROLLER if child.ppid() == command.pid and child.exe() == command.exe() else None
+                found.append((child, name_of(child) or rank or mine or child.name()))
+    return found
+
+
+def trains_again(project, begun: int, reached: int) -> bool:
+    """Whether the stage has begun again and made a step, or did not have to."""
     time.sleep(0.05)
-    return len(project.told("stage_started")) > started or project.step() >= least + STEPS_BETWEEN - 1
+    if len(project.told("stage_started")) == begun:
+        return project.step() > reached + STEPS_BETWEEN / 2
+    first = project.step()
+    project.until(lambda: project.step() > first)
+    return True

@@ -21,12 +21,6 @@ import pytest
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory, new_project) -> list[dict]:
-    """The metrics of an undisturbed run."""
-    return new_project(tmp_path_factory.mktemp("calm")).finished()
-
-
 @pytest.mark.capability("A rank that stops is found, named and replaced")
 def test_a_rank_that_hangs_is_named_and_replaced(project, calm):
     project.manifest["compute"]["supervision"] = {"silence_seconds": 4}

@@ -151,14 +151,14 @@ def test_what_goes_wrong_while_the_records_are_read_stays_what_it_was() -> None:
 def test_an_odd_record_is_told_and_does_not_change_the_others() -> None:
     records: list[Any] = [CHATS[0], CHATS[1], {"messages": "[{}, {}, {}]"}]
     predicates = Predicates(["len(messages) >= 2"], [records])
-    assert [predicates.odd(record) is None for record in records] == [True, True, False]
+    assert [predicates.odd(record, str) is None for record in records] == [True, True, False]
     assert predicates.keeps("len(messages) >= 2", records[:2], str) == [False, True]
 
 
 def test_numbers_that_are_none_are_absent_and_not_odd() -> None:
     records = [{"score": 1.0}, {"score": float("nan")}, {"score": 3}, {"score": decimal.Decimal("NaN")}, {}]
     predicates = Predicates(["score > 0"], [records])
-    assert [predicates.odd(record) for record in records] == [None] * 5
+    assert [predicates.odd(record, str) for record in records] == [None] * 5
     assert predicates.keeps("score > 0", records, str) == [True, False, True, False, False]
 
 
@@ -166,3 +166,45 @@ def test_numbers_that_are_none_are_absent_and_not_odd() -> None:
 def test_keys_that_no_struct_can_have_break_no_filter(arguments: dict[str, int]) -> None:
     records = [CHATS[0], {"messages": [{"role": "user", "content": "hi", "arguments": arguments}] * 2}]
     assert keeps("len(messages) >= 2", records) == [False, True]
+
+
+LARGE = 2**60
+"""Identifiers from here on differ by less than floating point tells apart."""
+
+
+@pytest.mark.capability("Filter large identifiers exactly, whatever one odd record holds")
+@pytest.mark.parametrize("odd", [0.5, 2.0**60, 2**100 + 1, -3])
+@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+def test_one_number_does_not_change_the_type_of_the_others(odd: float, batch_rows: int) -> None:
+    records = [{"id": LARGE + i, "n": [{"id": LARGE + i}], "several": [i, LARGE + i]} for i in range(20)]
+    mixed = [*records, {"id": odd, "n": [{"id": odd}, {"id": 1}], "several": [odd]}]
+    for predicate in ("id % 8 = 3", "n[1].id % 8 = 3", "several[-1] % 8 = 3"):
+        expected = [(LARGE + i) % 8 == 3 for i in range(20)]
+        assert keeps(predicate, records, batch_rows) == expected
+        assert keeps(predicate, mixed, batch_rows) == [*expected, odd % 8 == 3]
+    written = [f"id::VARCHAR = '{LARGE + 4}'", "score > 0.75 AND id % 2 = 0"]
+    scored = [{**record, "score": 1 if i % 2 else 0.5} for i, record in enumerate(records)]
+    assert keeps(written[0], mixed, batch_rows).count(True) == 1
+    assert keeps(written[1], [*scored, {"id": 0.5, "score": 0.5}], batch_rows).count(True) == 0
+
+
+def test_a_number_that_no_type_holds_is_odd() -> None:
+    records = [{"id": i} for i in range(5)] + [{"id": 10**60}]
+    predicates = Predicates(["id % 2 = 1"], [records])
+    assert [predicates.odd(record, str) is None for record in records] == [True] * 5 + [False]
+    assert predicates.keeps("id % 2 = 1", records[:5], str) == [False, True, False, True, False]
+
+
+def test_a_drift_without_a_majority_is_an_error_that_names_record_and_key() -> None:
+    records: list[Any] = [{"meta": {"tags": ["a"]}}, {"meta": {"tags": "a, b"}}, {"meta": None}]
+    predicates = Predicates(["len(meta.tags) > 1"], [records])
+    with pytest.raises(DataError, match=r"'meta\.tags'.*a list 1 times, text 1 times.*it is text in d\.jsonl, line 2"):
+        predicates.odd(records[1], lambda: "d.jsonl, line 2")
+    assert predicates.odd(records[2], str) is None
+
+
+def test_what_no_predicate_names_may_drift() -> None:
+    records: list[Any] = [{"id": 1, "videos": ["a"]}, {"id": "x", "videos": []}, {"id": [1], "videos": ["b"]}]
+    predicates = Predicates(["len(videos) > 0"], [records])
+    assert [predicates.odd(record, str) for record in records] == [None] * 3
+    assert predicates.keeps("len(videos) > 0", records, str) == [True, False, True]

@@ -423,3 +423,27 @@ def test_keys_of_formats_are_checked() -> None:
     for format, keys in ((Messages, {"roles": "loose"}), (ShareGPT, {"fields": "x"}), (Tree, {"paths": "some"})):
         with pytest.raises(ValidationError):
             format.model_validate(keys)
+
+
+@pytest.mark.parametrize("key", ["loss", "train"])
+def test_flags_of_a_message_say_whether_it_is_trained(key: str) -> None:
+    example = one(Messages(), {"messages": [USER, {**ANSWER, key: False}, USER, {**ANSWER, key: True}]})
+    assert [message.get("weight") for message in example.messages] == [None, 0.0, None, 1.0]
+    assert all(key not in message for message in example.messages)
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!", key: False}]
+    assert one(ShareGPT(), {"conversations": turns}).messages[1]["weight"] == 0.0
+    weighed = {**ANSWER, "weight": 0.5, key: False}
+    assert one(Messages(), {"messages": [USER, weighed]}).messages[1]["weight"] == 0.5
+    assert one(Messages(), {"messages": [USER, {**ANSWER, key: 0.25}]}).messages[1][key] == 0.25
+
+
+@pytest.mark.parametrize("value", [10**400, -1, float("nan"), "1", [1]])
+def test_weights_that_are_none_are_refused(value: Any) -> None:
+    assert "should be a number from 0" in refusal(Messages(), {"messages": [USER, {**ANSWER, "weight": value}]})
+
+
+def test_turns_in_the_text_of_a_table_are_turns() -> None:
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    record = {"conversations": json.dumps(turns)}
+    assert ShareGPT().parse(record) == ShareGPT().parse({"conversations": turns})
+    assert "should be JSON" in refusal(ShareGPT(), {"conversations": "[{"})

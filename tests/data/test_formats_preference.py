@@ -275,3 +275,29 @@ def test_judged_answers(shared_data: Path) -> None:
 )
 def test_judgements_that_are_refused(record: dict[str, Any], expected: str) -> None:
     assert expected in refusal(JudgedAnswer(), record)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_messages_in_the_texts_of_a_table_are_messages(repeats: bool) -> None:
+    start = ASKED if repeats else []
+    record: dict[str, Any] = {
+        "prompt": ASKED,
+        "chosen": [*start, said("Paris")],
+        "rejected": [*start, said("Rome")],
+        "completion": [said("Paris")],
+        "answers": [[said("Paris")], [said("Rome")]],
+        "label": True,
+    }
+    texts = {name: json.dumps(value) if isinstance(value, list) else value for name, value in record.items()}
+    in_texts = {**texts, "answers": [json.dumps(answer) for answer in record["answers"]]}
+    for format in (Preference(), PromptCompletion(), RankedAnswers(), JudgedAnswer()):
+        assert format.parse(texts) == format.parse(in_texts) == format.parse(record)
+    kept = ranked(Preference(), {"prompt": "Q", "chosen": '[{"a": 1}]', "rejected": "[1"})
+    assert kept.answers[0] == Text([("Q", 0.0), ('[{"a": 1}]', 1.0)])
+
+
+def test_numbers_that_single_precision_does_not_hold_are_refused() -> None:
+    record = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+    for margin in (10**400, -1e39, float("inf")):
+        assert "not a finite number" in refusal(Preference(), {**record, "margin": margin})
+    assert ranked(Preference(), {**record, "margin": 2**70}).scores == (float(2**70), 0.0)

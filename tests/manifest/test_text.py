@@ -115,3 +115,19 @@ def test_a_value_of_the_command_line_that_is_no_yaml_is_refused_with_the_assignm
     with pytest.raises(ManifestError, match="command line 'k=") as refused:
         parse_inline(text, Origin("command line", assignment=f"k={text}"))
     assert len(refused.value.problems) == 1
+
+
+def test_aliases_stand_for_a_bounded_number_of_values():
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(ManifestError, match="aliases stand for more than 10,000 values") as raised:
+        parse("\n".join(rows), "x.yaml")
+    assert len(raised.value.problems) == 1
+    assert len(parse("a: &a [1, 2]\nb: [" + "*a, " * 999 + "]", "x.yaml").plain()["b"]) == 999
+
+
+def test_collections_within_each_other_have_a_bounded_depth():
+    with pytest.raises(ManifestError, match="depth"):
+        parse("a: " + "[" * 5000, "x.yaml")
+    with pytest.raises(ManifestError, match="depth"):
+        parse_inline("{a: " * 500, Origin("command line", assignment="a=..."))

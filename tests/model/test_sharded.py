@@ -56,6 +56,15 @@ def test_four_ranks_train_as_one_process(folder, expected) -> None:
             compared(expected[name], found[name])
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_ranks_share_a_head_that_the_configuration_denies(folder, expected, tensor) -> None:
+    name = "llama own head"
+    weights = expected[name]["weights"]
+    assert not np.array_equal(weights["causal.lm_head.weight"], weights["causal.model.embed_tokens.weight"])
+    for found in run_ranks("meshes:on_mesh", meshes.Mesh(str(folder), (name,), tensor), 2):
+        compared(expected[name], found[name])
+
+
 @pytest.fixture(scope="module")
 def expected_of_adapters(folder):
     return meshes.alone(folder, tuple(meshes.ARCHITECTURES), LORA)

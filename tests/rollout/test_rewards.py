@@ -13,7 +13,6 @@ import threading
 from contextlib import closing
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -219,14 +218,14 @@ def test_a_program_reaches_neither_the_network_nor_what_is_ours(tmp_path):
     assert score("code", secret, tests="pass") == 1
 
 
-def test_a_sandbox_leaves_nothing_behind():
-    before = set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*"))
+def test_a_sandbox_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     marked = f"postlude-left-{os.getpid()}"
     program = (
         f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', '{marked}'])"
     )
     assert score("code", program, tests="pass") == 1
-    assert set(Path(tempfile.gettempdir()).glob("postlude-sandbox-*")) <= before
+    assert not list(tmp_path.iterdir())
     assert not [one for one in psutil.process_iter(["cmdline"]) if marked in (one.info["cmdline"] or [])]
 
 
@@ -469,3 +468,9 @@ def test_a_sum_that_is_no_finite_number_is_told():
     assert isinstance(right, Unscored)
     assert "no finite number, at the record 'sums:1'" in right.detail
     assert wrong.total == 0
+
+
+@pytest.mark.parametrize("completion", ["3", "3.0"])
+def test_a_whole_number_that_a_table_keeps_as_floating_point_is_right_either_way(completion):
+    assert score({"name": "exact_match", "answer": "right"}, completion, right=3.0) == 1
+    assert score({"name": "exact_match", "answer": "right"}, completion, right=3.5) == 0

@@ -166,11 +166,11 @@ def test_vllm_answers_with_the_tokens_of_the_native_engine(project, shared_data,
     judge = {"model": {"path": project.models["judge"]}}
     keys = {"temperature": 0.0, "max_tokens": 40, "reward": [judge], "environment": {**AGAIN, "times": 1}}
     plain = {"temperature": 0.0, "max_tokens": 40}
-    wide = {"model": {"path": str(stories)}}
+    wide, engine = {"model": {"path": str(stories)}}, {"name": "vllm", "options": vllm.options}
     for number, settings in enumerate((plain, keys)):
         published_says = generated(project, f"published-{number}", **settings)
         native = generated(project, f"native-{number}", **wide, **settings)
-        served = generated(project, f"vllm-{number}", **wide, engine="vllm", **settings)
+        served = generated(project, f"vllm-{number}", **wide, engine=engine, **settings)
         assert told(native) == told(served) == told(published_says)
         assert len(native) == len(openings)
     project.models["one"] = project.models["two"]

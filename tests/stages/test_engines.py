@@ -139,7 +139,7 @@ def servers() -> list[psutil.Process]:
 def serves(process: psutil.Process) -> bool:
     try:
         found = process.cmdline()
-        return "postlude.rollout.serving.native_server" in found[1:3] and process.status() != psutil.STATUS_ZOMBIE
+        return "postlude.rollout.serving.native_server" in found[1:4] and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -182,8 +182,8 @@ def below(process: subprocess.Popen) -> list[psutil.Process]:
 def test_a_stage_on_vllm_learns_as_one_on_the_native_engine(project, tmp_path, vllm):
     model = {"path": write_random_model(tmp_path / "wide", 1, hidden_size=64, num_attention_heads=2)}
     rewards = {}
-    for engine, ahead in (("native", 0), ("vllm", 1)):
-        rollout = {"prompts": 8, "engine": engine, "ahead": ahead}
+    for engine, ahead, options in (("native", 0, {}), ("vllm", 1, {"options": vllm.options})):
+        rollout = {"prompts": 8, "engine": {"name": engine, **options}, "ahead": ahead}
         told = ran(project, engine, stage(project, model=model, steps=25, rollout=rollout))
         rewards[engine] = [line["reward"] for line in told]
         assert told[-1]["reward"] > told[0]["reward"] + 0.3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from postlude.data.tokenizer import train_tokenizer
@@ -109,6 +109,66 @@ def test_heads_that_score_are_merged_too(project, models):
         load_file(Path(folder) / "scalar_head.safetensors") for folder in (project.artifact("merged"), models["judge"])
     )
     assert torch.allclose(ours["weight"], theirs["weight"])
+
+
+# --- heads that are not embeddings --------------------------------------------------------------------------
+
+
+def write_with_head(folder: Path, seed: int, head: str, scalar: bool = False) -> str:
+    """A model whose configuration says that its head is its embedding: it is ``tied``, there ``twice``, or its ``own``;
+    ``apart`` the configuration knows that it is."""
+    place = write_random_model(folder, seed, scalar, tie_word_embeddings=head != "apart")
+    if head in ("twice", "own"):
+        beside = Path(folder, "lm_head.safetensors" if scalar else "model.safetensors")
+        tensors = load_file(beside) if beside.exists() else {}
+        embedding = load_file(Path(folder, "model.safetensors"))["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "own" else embedding
+        save_file(tensors, beside, {"format": "pt"})
+    return place
+
+
+def state_of(folder) -> dict[str, torch.Tensor]:
+    """What transformers reads, each head as it is in files."""
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    beside = Path(folder, "lm_head.safetensors")
+    return {**state, **load_file(beside)} if beside.exists() else state
+
+
+HEADS = [("own", "own"), ("own", "tied"), ("tied", "own"), ("twice", "own"), ("apart", "tied"), ("twice", "apart")]
+
+
+@pytest.mark.parametrize(("one", "two"), [*HEADS, ("twice", "tied"), ("tied", "twice")])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_heads_are_merged_by_what_they_are(project, tmp_path, one, two, scalar):
+    places = [write_with_head(tmp_path / str(seed), seed, head, scalar) for seed, head in ((1, one), (2, two))]
+    first, second = map(state_of, places)
+    both = {"one": {"path": places[0]}, "two": {"path": places[1]}}
+    merge(project, models=both, weights={"one": 3.0})
+    merged = state_of(project.artifact("merged"))
+    assert merged.keys() == first.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * second[name], rtol=0, atol=1e-6)
+    is_tied = torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert json.loads((project.artifact("merged") / "config.json").read_text())["tie_word_embeddings"] is is_tied
+    assert is_tied is ((one, two) not in HEADS)
+
+
+def test_task_arithmetic_of_heads_on_a_tied_base(project, tmp_path):
+    base, one = (write_with_head(tmp_path / head, seed, head) for seed, head in ((1, "tied"), (2, "own")))
+    merge(project, method="task_arithmetic", base={"path": base}, models={"a": {"path": one}}, weights={"a": 0.5})
+    first, second, merged = map(state_of, (base, one, project.artifact("merged")))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.5 * first[name] + 0.5 * second[name], rtol=0, atol=1e-6)
+
+
+def test_a_head_that_should_be_there_is_missed(project, tmp_path):
+    own, lacking = (write_with_head(tmp_path / str(seed), seed, "apart") for seed in (1, 2))
+    tensors = load_file(Path(lacking) / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, Path(lacking) / "model.safetensors", {"format": "pt"})
+    project.stages["merged"] = {"recipe": "merge", "models": {"one": {"path": own}, "two": {"path": lacking}}}
+    with pytest.raises(ManifestError, match=r"only 'one' has the tensor 'lm_head\.weight'"):
+        project.run()
 
 
 # --- what is wrong ------------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def test_a_killed_loop_is_bitwise_the_undisturbed_one(project):
                 chosen = next((p for p in alive if "spawn_main" in " ".join(_command(p))), chosen)
             if chosen is not None and victim == "engine":
                 chosen = next(
-                    (p for p in alive if "postlude.rollout.serving.native_server" in _command(p)[1:3]), chosen
+                    (p for p in alive if "postlude.rollout.serving.native_server" in _command(p)[1:4]), chosen
                 )
             if chosen is not None:
                 chosen.kill()

@@ -56,6 +56,24 @@ def test_a_chain_is_tried_from_end_to_end_before_anything_runs(chain):
     assert report.render() is not None
 
 
+def test_weights_that_are_elsewhere_are_not_looked_at_and_this_is_said(project):
+    import fsspec
+
+    fsspec.filesystem("memory").put(project.models["one"], "/models/one", recursive=True)
+    project.stages |= {
+        "near": project.train(data={"asked": 1.0}),
+        "far": project.train(data={"asked": 1.0}, model={"path": "memory://models/one"}),
+    }
+    report = project.validate()
+    assert report.error is None, report.error
+    said = {
+        stage["stage"]: [line for line in stage["remarks"] if "looked at" in line]
+        for stage in report.to_json()["stages"]
+    }
+    assert said["near"] == []
+    assert "stages.far.model.path: " in said["far"][0]
+
+
 def test_a_reader_of_columns_that_will_not_be_there_is_refused(chain):
     chain.data["made"]["filters"] = ["rewrd > 100"]
     error = chain.validate().error

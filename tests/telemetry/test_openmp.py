@@ -1,20 +1,86 @@
-"""OpenMP's threads wait as the user says, and shortly where nobody has said how."""
+"""OpenMP's threads wait as the user says; where nobody has said how they sleep while others want the cores."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+import torch
 
 from postlude.telemetry import openmp
 
 
-def test_threads_wait_as_the_user_says_else_shortly(monkeypatch) -> None:
-    for name in ("OMP_WAIT_POLICY", *openmp.SHORT_WAIT):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
-    openmp.wait_shortly()
-    assert {name: os.environ[name] for name in openmp.SHORT_WAIT} == {**openmp.SHORT_WAIT, "GOMP_SPINCOUNT": "5"}
-    for name in openmp.SHORT_WAIT:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    openmp.wait_shortly()
-    assert not set(openmp.SHORT_WAIT) & set(os.environ)
+@pytest.fixture
+def watch():
+    libraries = openmp.loaded_libraries()
+    if not libraries:
+        pytest.skip("torch computes with another OpenMP here")
+    watch = openmp.Watch(libraries[0], threads=1)
+    yield watch
+    for _ in range(openmp.LOOKS_UNTIL_QUIET):
+        watch.judge(0.0)
+
+
+def test_programs_that_are_not_ours_wait_as_the_user_says_else_shortly():
+    assert openmp.briefly({"A": "b"}) == {**openmp.SHORT_WAIT, "A": "b"}
+    assert openmp.briefly({"GOMP_SPINCOUNT": "5"})["GOMP_SPINCOUNT"] == "5"
+    assert openmp.briefly({"OMP_WAIT_POLICY": "ACTIVE"}) == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.parametrize("said", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_nothing_is_watched_where_the_user_has_said_how_threads_wait(monkeypatch, said):
+    monkeypatch.setattr(openmp, "_watches", [])
+    monkeypatch.setenv(said, "5")
+    openmp.compute_with(2)
+    assert openmp._watches == []
+    torch.set_num_threads(1)
+
+
+def test_a_team_stands_idle_for_as_long_as_others_want_the_cores(watch):
+    before = psutil.Process().num_threads()
+    watch.judge(0.5)
+    assert watch.gives_way
+    assert until(lambda: psutil.Process().num_threads() == before + 1 + len(os.sched_getaffinity(0)))
+    for _ in range(openmp.LOOKS_UNTIL_QUIET - 1):
+        watch.judge(0.0)
+    watch.judge(0.05)  # not quiet, so the counting begins anew
+    watch.judge(0.0)
+    assert watch.gives_way
+    for _ in range(openmp.LOOKS_UNTIL_QUIET):
+        watch.judge(0.0)
+    assert not watch.gives_way
+    assert until(lambda: psutil.Process().num_threads() <= before)
+
+
+def test_how_threads_wait_changes_no_bit(watch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        numbers = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
+        alone = (numbers @ numbers).softmax(0).sum(1)
+        watch.judge(0.5)
+        assert until(lambda: any(thread.name == "idle team" for thread in threading.enumerate()))
+        assert torch.equal((numbers @ numbers).softmax(0).sum(1), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_thread_waits_for_a_core_where_there_are_too_few():
+    me, loop = threading.get_native_id(), [sys.executable, "-c", "while True: pass"]
+    before = openmp.waited()[me]
+    others = [subprocess.Popen(loop) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    try:
+        assert any(openmp.waited()[me] > before + 10**8 for _ in range(10**6))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def until(condition) -> bool:
+    """Whether it holds within some seconds."""
+    return any(condition() or threading.Event().wait(0.02) for _ in range(1000))

@@ -178,8 +178,12 @@ def test_an_export_is_the_artifact_and_overwrites_nothing(trained, tmp_path: Pat
     assert trained("export", "RUN", str(out)).exit_code == 0
     artifact = Path(trained.sft.artifact)
     names = {file.name for file in artifact.iterdir()} - {"COMMITTED"}
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == {n: (artifact / n).read_bytes() for n in names}
+    assert {file.name for file in out.iterdir()} == names
+    same = names - {"lineage.json"}
+    assert {n: (out / n).read_bytes() for n in same} == {n: (artifact / n).read_bytes() for n in same}
     lineage = json.loads((out / "lineage.json").read_text())
+    assert lineage.pop("exported_from")["place"] == str(artifact)
+    assert lineage == json.loads((artifact / "lineage.json").read_text())
     assert (lineage["run"], lineage["stage"], lineage["recipe"], lineage["steps"]) == ("small", "sft", "sft", 4)
     assert set(lineage["data"]) == {"chats"}
     again = trained("export", "RUN", str(out))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from types import TracebackType
 from typing import NoReturn
 
 import typer
@@ -12,6 +14,7 @@ from postlude.cli import manifests, models, runs
 from postlude.cli.output import tell
 from postlude.errors import UserError
 from postlude.telemetry import openmp
+from postlude.telemetry.guard import guarded, shown
 
 app = typer.Typer(
     name="postlude",
@@ -39,7 +42,7 @@ for command in (
     manifests.certificates,
     manifests.schema,
 ):
-    app.command()(command)
+    app.command()(guarded(command))
 
 
 def main() -> NoReturn:
@@ -50,6 +53,7 @@ def main() -> NoReturn:
     """
     code: int | str | None
     openmp.wait_shortly()
+    sys.excepthook = _tell_fault
     try:
         try:
             app(prog_name="postlude")
@@ -73,3 +77,8 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def _tell_fault(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
+    """What Python itself does with an exception that nobody handles, without what does not belong on a terminal."""
+    sys.stderr.write(shown("".join(traceback.format_exception(kind, fault, trace))))

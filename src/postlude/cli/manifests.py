@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -140,11 +141,12 @@ def recipes() -> None:
     from postlude.manifest.catalogue import catalogue
     from postlude.telemetry.screen import Listing
 
-    listing = Listing("", {"kind": "whole", "name": "whole", "what it is": "text"})
+    listings: dict[str, Listing] = {}
     for entry in catalogue():
+        listing = listings.setdefault(entry.kind, Listing(entry.kind, {"name": "whole", "what it is": "text"}))
         brought = "" if entry.package == "postlude" else f" (from {entry.package})"
-        listing.add_row(entry.kind, entry.name, entry.summary + brought)
-    show(listing)
+        listing.add_row(entry.name, entry.summary + brought)
+    show(*chain.from_iterable((listing, "") for listing in listings.values()))
 
 
 def schema() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from postlude.cli.arguments import AsJson, Model
-from postlude.cli.output import show_report
+from postlude.cli.output import say_answer, show_report
 
 
 def generate(
@@ -29,15 +29,15 @@ def generate(
         converse(answer)
         return
     for piece in answer(sys.stdin.read().removesuffix("\n") if prompt is None else prompt):
-        typer.echo(piece, nl=False)
-    typer.echo()
+        say_answer(piece)
+    say_answer("\n")
 
 
 def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> None:
     """Read a line, print the answer as it comes, and so on until the end of input. An empty line forgets all."""
-    from rich.console import Console
+    from postlude.telemetry.screen import open_console
 
-    console = Console()
+    console = open_console()
     console.print("Type a message; an empty line starts anew, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
     while True:
@@ -71,7 +71,7 @@ def export(
 
 
 def verify(model: Model, as_json: AsJson = False) -> None:
-    """Compare a model's logits, computed as training does, with those of the plain Hugging Face forward."""
+    """Compare packed logits with those of transformers, and what a model holds with what its source says."""
     from postlude.workflow import models
 
     report = models.verify(model)

@@ -7,6 +7,7 @@ import sys
 from typing import Any, Protocol
 
 from postlude.errors import UserError
+from postlude.secrecy import told
 
 
 class Report(Protocol):
@@ -31,9 +32,21 @@ def show(*parts: Any) -> None:
     """Print texts as they are, and what else rich can print, one below the other."""
     from rich.text import Text
 
+    from postlude.telemetry.guard import shown
     from postlude.telemetry.screen import open_console
 
-    open_console().print(*(Text(part) if isinstance(part, str) else part for part in parts), sep="\n")
+    open_console().print(*(Text(shown(part)) if isinstance(part, str) else part for part in parts), sep="\n")
+
+
+def say_answer(text: str) -> None:
+    """Print what a model answers: as it is into a file or a pipe, which somebody reads as data."""
+    from postlude.telemetry.guard import Guarded
+
+    stream = sys.stdout
+    if isinstance(stream, Guarded) and not stream.beneath.isatty():
+        stream = stream.beneath
+    stream.write(text)
+    stream.flush()
 
 
 def announce(text: str) -> None:
@@ -44,8 +57,8 @@ def announce(text: str) -> None:
 
 
 def show_json(document: Any) -> None:
-    """Print one JSON document."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    """Print one JSON document, whose escapes are JSON's own."""
+    sys.stdout.write(json.dumps(told(document), indent=2) + "\n")
 
 
 def tell(error: UserError, as_json: bool) -> None:

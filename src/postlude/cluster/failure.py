@@ -15,6 +15,7 @@ from typing import Any
 
 from postlude import storage
 from postlude.errors import UserError
+from postlude.secrecy import without_secrets
 
 
 class Kind(Enum):
@@ -91,11 +92,11 @@ class ProgramError(UserError):
 
 def outcome_of(rank: int, host: str, error: BaseException) -> Outcome:
     """What an exception says of the work of a rank. For the process in which it was raised."""
-    trace = "".join(traceback.format_exception(error))
+    trace = without_secrets("".join(traceback.format_exception(error)))
     error = storage.explain(error) or error
     if isinstance(error, UserError):
         return Outcome(rank, error=error, kind=Kind.USER, reason=str(error), trace=trace, host=host)
-    reason = f"{type(error).__name__}: {str(error) or 'without a message'}".splitlines()[0]
+    reason = without_secrets(f"{type(error).__name__}: {str(error) or 'without a message'}".splitlines()[0])
     kind = Kind.COLLECTIVE if _is_of_a_collective(error) else Kind.PROGRAM
     return Outcome(rank, kind=kind, reason=reason, trace=trace, host=host)
 

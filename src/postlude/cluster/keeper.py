@@ -51,24 +51,34 @@ class _Result:
     """Why the child cannot go on though nothing is wrong with its work."""
 
 
-def keep(work: Callable[[int], Any], budget: Budget, tell: Callable[..., Any]) -> Any:
+def keep(
+    work: Callable[[int], Any], budget: Budget, tell: Callable[..., Any], must_stop: Callable[[], bool] = lambda: False
+) -> Any:
     """What ``work`` returns, or raises, in a child of this process.
 
     Where that is lost it is called again in another, with how many were lost before, and must go on where the committed
-    state ends. ``tell`` records an event (its kind and fields).
+    state ends. ``tell`` records an event (its kind and fields). ``must_stop`` is asked about every second whether the
+    child has to stop as if it were asked to; what it raises ends the child at once and is raised here.
 
     SIGTERM, SIGHUP and SIGINT are handed on to the child, a second SIGINT so that it stops at once. For the main
     thread. :class:`Stopped` if it was asked to stop and then lost; :class:`ProgramError` if the budget is spent.
     """
     before, lost = descendants(), 0
+
+    def attend() -> None:
+        for stand in standstill.look():
+            tell("stood_still", seconds=stand.seconds, reason=str(stand))
+        if not requests.asked and must_stop():
+            requests.ask(signal.SIGTERM)
+
     with adopting_orphans(), _Requests().listening() as requests, Standstill() as standstill:
         while not requests.asked:
             child = requests.child = _Child(partial(work, lost))
             if requests.asked:  # while it was made
                 child.signal(signal.SIGTERM)
             try:
-                result = child.result(lambda: _tell_of(standstill, tell))
-            except BaseException:  # such as a full disk, for which nothing can be told
+                result = child.result(attend)
+            except BaseException:  # such as a full disk, for which nothing can be told, or a lock that was lost
                 end_all(but=before)
                 raise
             if result.error is not None:
@@ -84,6 +94,7 @@ def keep(work: Callable[[int], Any], budget: Budget, tell: Callable[..., Any]) -
                 tell("recovery", attempt=attempt, pause_seconds=pause)
                 deadline = time.monotonic() + pause
                 while time.monotonic() < deadline and not requests.asked:
+                    attend()
                     time.sleep(0.1)
     raise Stopped
 
@@ -164,6 +175,10 @@ class _Requests:
             number = signal.SIGTERM  # a second one reaches the child as what it is
         if number == signal.SIGHUP:
             leave_terminal()
+        self.ask(number)
+
+    def ask(self, number: int) -> None:
+        """Hand a signal on."""
         self.asked = True
         if self.child is not None:
             self.child.signal(number)
@@ -194,8 +209,3 @@ def _portable(error: BaseException) -> BaseException:
     except Exception:
         return ProgramError(str(error) if isinstance(error, UserError) else trace)
     return error
-
-
-def _tell_of(standstill: Standstill, tell: Callable[..., Any]) -> None:
-    for stand in standstill.look():
-        tell("stood_still", seconds=stand.seconds, reason=str(stand))

@@ -29,7 +29,9 @@ import ray
 
 from postlude.cluster.descendants import die_with_parent
 from postlude.cluster.failure import Outcome, outcome_of
+from postlude.secrecy import name_to_children
 from postlude.telemetry import openmp
+from postlude.telemetry.guard import guard_streams
 from postlude.telemetry.progress import console
 from postlude.telemetry.pulse import Pulse, pulse, stack
 from postlude.telemetry.readings import Reading, read
@@ -44,13 +46,13 @@ class WorkerSetup:
     name: str
     """What it works on: a word for logs."""
     threads: int
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     """Variables, set before anything heavy is imported."""
     modules: Sequence[str] = ()
     """To be imported before the work begins: what is heavy is over when the ranks begin together."""
     folder: str = field(default_factory=os.getcwd)
     """The working directory, by default that of this process."""
-    path: Sequence[str] = field(default_factory=lambda: list(sys.path))
+    path: Sequence[str] = field(default_factory=lambda: [entry for entry in sys.path if entry])
     """Where modules are looked for, by default where this process does."""
     width: int = field(default_factory=lambda: console().width)
     """Columns of the terminal that shows what it prints, by default that of this process."""
@@ -61,6 +63,8 @@ class WorkerSetup:
             os.chdir(self.folder)
         sys.path.extend(entry for entry in self.path if entry not in sys.path and os.path.isdir(entry))
         os.environ.update({"OMP_NUM_THREADS": str(self.threads), **self.environment})
+        name_to_children(self.environment)
+        guard_streams()
         openmp.wait_shortly()
 
 
@@ -114,9 +118,7 @@ class Worker:
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        import torch
-
-        torch.set_num_threads(self._setup.threads)
+        openmp.compute_with(self._setup.threads)
         for module in self._setup.modules:
             importlib.import_module(module)
         self._relay.take_console(self._setup.width)

@@ -116,6 +116,11 @@ class Encoder:
         """The text of the template that stands in for the tokenizer's own, if one does."""
         return None if self._template is None else self._renderer.text
 
+    @property
+    def rendered_with(self) -> str:
+        """The text of the template of conversations, the given one or the tokenizer's own. ManifestError as above."""
+        return self._renderer.text
+
     @cached_property
     def stop_ids(self) -> list[int]:
         """Where generation stops: the end-of-sequence token, and the one with which the template ends a turn."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 from postlude.data.dataset import Dataset
 from postlude.data.document import Document, Unit
 from postlude.data.encode import Encoded, Encoder
+from postlude.data.example import Conversation, answers_of
 from postlude.data.masks import UnprintedError
 from postlude.data.statistics import Dropped, SourceStatistics
 from postlude.errors import DataError
@@ -42,6 +44,15 @@ class EncodedDataset:
         self.statistics.read += len(rows)
         self.statistics.filtered = self._left_out()
         return [tuple(unit for name, _ in row for unit in self._units_of(name, next(encoded))) for row in rows]
+
+    @cached_property
+    def has_conversations(self) -> bool:
+        """Whether its first example is one, or an answer in one."""
+        for group, rows in enumerate(self.groups):
+            for row in range(rows):
+                for _, example in self.dataset.examples(group, [row])[0]:
+                    return isinstance(answers_of(example)[0], Conversation)
+        return False
 
     def _left_out(self) -> dict[str, Dropped]:
         """What the data set has left out so far: by its filters, and bad records that were met since."""

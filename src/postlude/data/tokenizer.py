@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from postlude import storage
+from postlude.data.remote_code import REMEDY, is_trusted
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom, TrainTokenizer
 
@@ -128,11 +129,14 @@ def _load(where: str) -> PreTrainedTokenizerBase:
     if not local.exists() and (local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
     try:
-        return AutoTokenizer.from_pretrained(str(local) if local.exists() else where)
+        place = str(local) if local.exists() else where
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=is_trusted(place))
     except Exception as error:
         # The tokenizers library raises the bare class for a file that it cannot read.
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | LookupError):
             raise
+        if "trust_remote_code" in str(error):
+            raise ManifestError(f"The tokenizer {where} cannot be loaded. {REMEDY}") from error
         first_line = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ManifestError(
             f"The tokenizer {where} cannot be loaded ({first_line}). Give a directory that holds a tokenizer.json, or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -9,9 +11,22 @@ from postlude.manifest.component import keys_of
 from postlude.manifest.problem import ManifestError, Problem
 from postlude.manifest.schema import Manifest
 from postlude.manifest.text import parse_inline
-from postlude.manifest.value import KeyPath, Origin, Value, dotted
+from postlude.manifest.value import KeyPath, Origin, Value, dotted, without_value
+from postlude.secrecy import told
 
+HANDED_ON = "POSTLUDE_ASSIGNMENTS"
+"""The variable with assignments for the command that is started: a list as JSON."""
 TOP_LEVEL_KEYS = (*keys_of(Manifest), "defaults")
+
+
+def holds_secret(assignment: str) -> bool:
+    """Whether a KEY=VALUE is not to be repeated on a command line, which everybody on a machine can read."""
+    return without_value(assignment) != assignment or told(assignment) != assignment
+
+
+def handed_on() -> list[str]:
+    """What the process that started this one left in the environment, so that it stands on no command line. Once."""
+    return list(json.loads(os.environ.pop(HANDED_ON, "[]")))
 
 
 def layer(assignments: Iterable[str], stages: Iterable[str]) -> tuple[Value, list[Problem]]:

@@ -3,14 +3,17 @@ without torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_serializer, model_validator
 
+from postlude.errors import ComputeError
 from postlude.manifest.component import Component, Config, Name, Named, Positive, default_name
 from postlude.manifest.problem import ManifestError
+from postlude.secrecy import learn_variable, stand_in
 
 
 class Elastic(Config):
@@ -118,6 +121,12 @@ class ProviderConfig(Component):
     """The keys of ``compute`` that it has no use for, each with what is said to who gives it."""
 
 
+class FromEnvironment(Config):
+    """A value that is named and not written down: that of the variable of the same name here, when processes start."""
+
+    from_: Annotated[Literal["environment"], Field(alias="from")]
+
+
 class Compute(Config):
     """Where the processes run."""
 
@@ -127,8 +136,9 @@ class Compute(Config):
     """Of the cluster with ``provider: ray``, host:port of its head; by default what RAY_ADDRESS says."""
     pools: dict[Name, Pool] = {}
     """Groups of workers by the role they play for a stage; one of a single worker where none is given."""
-    environment: dict[str, str] = {}
-    """Variables that each worker gets."""
+    environment: dict[str, SecretStr | FromEnvironment] = {}
+    """Variables that each worker gets. What is secret is named: ``HF_TOKEN: {from: environment}`` takes the value that
+    the variable has where the run is started. Of a value that is given only a digest is ever written."""
     code: list[str] = []
     """Folders of packages that are sent to the nodes, such as those of ``plugins``, where they do not share a disk."""
     transport: Transport = Transport()
@@ -142,6 +152,29 @@ class Compute(Config):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(why)
         return self
+
+    @field_serializer("environment")
+    def _without_values(self, environment: dict[str, SecretStr | FromEnvironment]) -> dict[str, Any]:
+        return {
+            name: stand_in(name, value.get_secret_value()) if isinstance(value, SecretStr) else {"from": value.from_}
+            for name, value in environment.items()
+        }
+
+    def variables(self) -> dict[str, str]:
+        """Variables for processes that start now, with their values. ComputeError for one that is not set here."""
+        variables = {}
+        for name, value in self.environment.items():
+            if isinstance(value, SecretStr):
+                variables[name] = value.get_secret_value()
+            elif name in os.environ:
+                variables[name] = os.environ[name]
+            else:
+                raise ComputeError(
+                    f"compute.environment.{name} is taken from the environment, where {name} is not set. Set it where "
+                    "the run is started, or take it out of the manifest."
+                )
+            learn_variable(name, variables[name])
+        return variables
 
 
 class Parallel(Config):

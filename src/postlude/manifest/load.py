@@ -16,6 +16,7 @@ from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.text import parse
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Origin, Setting, Value
 from postlude.nearest import suggestion_or_list
+from postlude.secrecy import learn_from, learn_variable, stand_in
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Resolved:
         name = str(path[-1]) if path else ""
         if value is None:
             return [Setting(name, plain, SCHEMA_DEFAULT)]
-        settings = [Setting(name, value.plain(), value.origin)]
+        settings = [Setting(name, _shown(path, value), value.origin)]
         while value.previous is not None:
             name, value = value.previous
-            settings.append(Setting(name, value.plain(), value.origin))
+            settings.append(Setting(name, _shown(path, value), value.origin))
         return settings
 
 
@@ -61,6 +62,8 @@ def load(text: str | bytes, name: str, overrides: Sequence[str] = ()) -> Resolve
     """
     written = parse(text, name)
     assigned, problems = assignments.layer(overrides, written.mapping("stages"))
+    for layer in (written, assigned):
+        _learn(layer)
     problems += _import_plugins(written, assigned)
     value, more = resolve(written, assigned)
     problems += more
@@ -75,9 +78,21 @@ def load(text: str | bytes, name: str, overrides: Sequence[str] = ()) -> Resolve
 
 def restore(tree: dict[str, Any]) -> Manifest:
     """The manifest that a resolved tree describes, in any process."""
+    learn_from(tree)
     for module in tree.get("plugins", ()):
         import_plugin(module)
     return Manifest.model_validate(tree)
+
+
+def _learn(layer: Value) -> None:
+    """Know the secrets of a manifest before anything is told of it."""
+    document = layer.plain()
+    learn_from(document)
+    compute = document.get("compute")
+    given = compute.get("environment") if isinstance(compute, dict) else None
+    for name, value in given.items() if isinstance(given, dict) else ():
+        if isinstance(value, str):
+            learn_variable(name, value)
 
 
 def _import_plugins(written: Value, assigned: Value) -> list[Problem]:
@@ -117,6 +132,13 @@ def _written_at(value: Value, path: KeyPath) -> Value | None:
             return None
         here, subschema = below, subschema.child(content, part)
     return here
+
+
+def _shown(path: KeyPath, value: Value) -> Any:
+    """A value as the tree has it: of a variable for processes a digest."""
+    content = value.plain()
+    is_variable = path[:2] == ("compute", "environment") and len(path) == 3
+    return stand_in(str(path[2]), content) if is_variable and isinstance(content, str) else content
 
 
 def _descend(tree: Any, path: Iterable[str | int]) -> Any:

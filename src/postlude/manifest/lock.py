@@ -29,6 +29,7 @@ from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig
 from postlude.manifest.text import parse
+from postlude.secrecy import kept
 
 _HEADER = "# Written by postlude: the resolved manifest of this run, and what ran it. Not for editing.\n"
 _DISTRIBUTIONS = ("postlude", "torch", "transformers", "tokenizers", "numpy")
@@ -61,13 +62,14 @@ class Lock:
     versions: dict[str, str]
     stages: dict[str, LockedStage]
     manifest: dict[str, Any] = field(repr=False)
-    """The resolved manifest, as :attr:`~postlude.manifest.load.Resolved.tree`."""
+    """The resolved manifest, as :attr:`~postlude.manifest.load.Resolved.tree`, without secrets."""
 
 
 def lock(
     resolved: Resolved, threads: Mapping[str, int] | None = None, fingerprints: Mapping[str, str] | None = None
 ) -> Lock:
-    """The lock of a resolved manifest on this machine. ``threads`` are those of each stage's workers."""
+    """The lock of a resolved manifest on this machine, without secrets. ``threads`` are those of each stage's
+    workers."""
     stages = {}
     for name, config in resolved.manifest.stages.items():
         stages[name] = LockedStage(
@@ -78,7 +80,8 @@ def lock(
             needs=needs(resolved.manifest, name),
             fingerprint=(fingerprints or {}).get(name),
         )
-    return Lock(hash_of(resolved.tree), versions(), stages, resolved.tree)
+    tree = kept(resolved.tree)
+    return Lock(hash_of(tree), versions(), stages, tree)
 
 
 def dump_lock(locked: Lock) -> str:
@@ -131,7 +134,7 @@ def bearing(resolved: Resolved, stage: str) -> dict[str, Any]:
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
     free = [f"stages.{stage}.{key}" for key in (*config.pool_keys, *config.free, *_unset_later(config))]
-    leaves = _flat(basis(resolved.tree, stage, data, config.all_pools))
+    leaves = _flat(kept(basis(resolved.tree, stage, data, config.all_pools)))
     return {key: value for key, value in leaves.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)}
 
 

@@ -20,6 +20,7 @@ from postlude.manifest.problem import Problem
 from postlude.manifest.subschema import MANIFEST
 from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion, suggestion_or_list
+from postlude.secrecy import told
 
 _TYPES = {
     "bool_type": "true or false",
@@ -148,6 +149,6 @@ def _instead(content: Any) -> str:
     elif isinstance(content, bool):
         shown = str(content).lower()
     else:
-        text = repr(content)
+        text = repr(told(content))
         shown = text if len(text) <= 60 else f"{text[:57]}..."
     return f", found {shown}"

@@ -114,11 +114,15 @@ class ModelPlace(Config):
     """A model that is there, or will be: exactly one of ``path`` and ``from``."""
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "from"),)
+    later = ("trust_remote_code",)
 
     path: str | None = None
     """A Hugging Face directory, a hub name, or RUN/STAGE."""
     from_: Annotated[str | None, Field(alias="from")] = None
     """The stage of this manifest whose artifact it is."""
+    trust_remote_code: Literal[True] | None = None
+    """Run the Python code that the model brings along, with all that the run may do. Read it before: its digest is kept
+    with the stage, and other code is another model."""
 
 
 class ModelFrom(ModelPlace):
@@ -152,9 +156,12 @@ class TokenizerFrom(Config):
     """The tokenizer, where it is not the model's own: exactly one of ``path``, ``train`` and ``bytes``."""
 
     exactly_one = (("path", "train", "bytes"),)
+    later = ("trust_remote_code",)
 
     path: str | None = None
     """A Hugging Face directory or a hub name."""
+    trust_remote_code: Literal[True] | None = None
+    """Run the Python code that the tokenizer brings along, as for a model."""
     train: TrainTokenizer | None = None
     """Made from the stage's own data before it starts."""
     bytes: Literal[True] | None = None

@@ -19,6 +19,12 @@ from ruamel.yaml.reader import ReaderError
 from postlude.manifest.problem import Problem, refusal
 from postlude.manifest.value import KeyPath, Layer, Origin, Value, dotted
 
+MOST_REPEATED = 10_000
+"""Values that aliases may stand for in all: a few of them, one within the other, could stand for more than any memory
+holds."""
+MOST_LEVELS = 100
+"""Collections within each other."""
+
 _LAYERS: dict[str, Layer] = {"defaults": "defaults", "stages": "stage"}
 
 
@@ -66,7 +72,9 @@ def _decode(text: bytes, name: str) -> str:
 def _compose(text: str, origin: Origin) -> Node | None:
     """The document's root node. ``origin`` says where the text begins."""
     try:
-        return YAML(typ="safe", pure=True).compose(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.max_depth = MOST_LEVELS
+        return yaml.compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = f"not YAML: {error.problem or error.context}"
@@ -102,6 +110,10 @@ class _Reading:
     problems: list[Problem] = field(default_factory=list)
     above: list[int] = field(default_factory=list)
     """Ids of the collections around the node being read: an alias to one of them has no end."""
+    read: set[int] = field(default_factory=set)
+    """Ids of the nodes that were read: what is read again an alias stands for."""
+    repeated: int = 0
+    """How many values aliases stand for so far."""
 
     def origin(self, node: Node, path: KeyPath) -> Origin:
         if self.everywhere is not None:
@@ -114,6 +126,12 @@ class _Reading:
 
     def value(self, node: Node, path: KeyPath) -> Value:
         origin = self.origin(node, path)
+        self.repeated += id(node) in self.read
+        self.read.add(id(node))
+        if self.repeated >= MOST_REPEATED:
+            if self.repeated == MOST_REPEATED:
+                self.problem(node, path, f"aliases stand for more than {MOST_REPEATED:,} values. Write them out.")
+            return Value(None, origin)
         if isinstance(node, ScalarNode):
             return Value(self._scalar(node, path), origin)
         if id(node) in self.above:

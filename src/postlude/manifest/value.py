@@ -26,9 +26,9 @@ class Origin:
 
     @property
     def place(self) -> str:
-        """``file:line:column``, or the assignment on the command line."""
+        """``file:line:column``, or the assignment on the command line; of what is given to processes its key alone."""
         if self.assignment:
-            return f"command line '{self.assignment}'"
+            return f"command line '{without_value(self.assignment)}'"
         return f"{self.file}:{self.line}:{self.column}"
 
     def __str__(self) -> str:
@@ -37,6 +37,13 @@ class Origin:
         if self.layer == "schema default":
             return self.layer
         return f"{self.layer} at {self.place}"
+
+
+def without_value(assignment: str) -> str:
+    """A KEY=VALUE as it is shown: of variables for processes without the value."""
+    key, _, _ = assignment.partition("=")
+    gives_variables = key.strip().startswith("compute") and "environment" in assignment
+    return f"{key}=..." if gives_variables else assignment
 
 
 SCHEMA_DEFAULT = Origin("schema default")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from postlude.data.remote_code import is_trusted
 from postlude.manifest.problem import ManifestError
 from postlude.model.fit import check_complete, check_nothing_else, is_tied, untie
 from postlude.model.places import LM_HEAD_FILE, config_errors, one_line, quiet
@@ -27,7 +28,11 @@ def read_causal(
     try:
         with quiet() if Path(folder).exists() else nullcontext():  # a download shows how far it is
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True
+                folder,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=is_trusted(folder),
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ManifestError(f"The model at '{place}' cannot be loaded: {one_line(error)}") from error
@@ -53,14 +58,20 @@ def random_causal(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 def construct_causal(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a configuration in fp32, as torch draws it. ManifestError if none can be made."""
     with config_errors(f"model.new: no '{config.model_type}' can be made of this configuration"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return from_config(AutoModelForCausalLM, config, dtype=torch.float32)
+
+
+def from_config(kind: Any, config: PreTrainedConfig, **options: Any) -> Any:
+    """A model of a configuration, of a kind as transformers' ``AutoModelForCausalLM``; with code of its own only where
+    that may be run."""
+    return kind.from_config(config, trust_remote_code=is_trusted(config._name_or_path), **options)
 
 
 def weightless(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a configuration whose parameters and buffers have shapes and no values."""
     with torch.device("meta"):
         # A copy, since transformers notes there which dtype it was made in.
-        causal: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        causal: PreTrainedModel = from_config(AutoModelForCausalLM, copy.deepcopy(config), dtype=torch.float32)
     return causal
 
 

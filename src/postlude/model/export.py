@@ -29,6 +29,7 @@ from postlude.model.adapters.merge import base_state, config_of
 from postlude.model.adapters.stored import digest_of, open_model, write_adapter_files
 from postlude.model.anatomy import decoder_of
 from postlude.model.attached import Attached
+from postlude.model.causal import from_config
 from postlude.model.language_model import LanguageModel
 from postlude.model.places import (
     ADAPTER_CONFIG_FILE,
@@ -203,7 +204,7 @@ def _on_meta(kind: Any, model: LanguageModel, config: PreTrainedConfig, dtype: t
     what is tied and how its layers are named in a file.
     """
     with torch.device("meta"):
-        return kind.from_config(config, dtype=dtype, attn_implementation=model.plain_implementation)
+        return from_config(kind, config, dtype=dtype, attn_implementation=model.plain_implementation)
 
 
 def _classifier(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from postlude.manifest.problem import ManifestError
 from postlude.model.places import SCALAR_FILE
 from postlude.model.weights import Sources
+
+Tensors = TypeVar("Tensors")
 
 ROWS = 4096
 """Of an embedding that are compared at a time."""
@@ -80,6 +83,16 @@ def is_tied(config: PreTrainedConfig) -> bool:
 def untie(config: PreTrainedConfig) -> None:
     """Say in a configuration that the head has weights of its own."""
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def with_tied(sources: Mapping[str, Tensors], causal: PreTrainedModel) -> dict[str, Tensors]:
+    """The weights of a model with each that is one with another, as its configuration says, under both names."""
+    whole = dict(sources)
+    for pair in (getattr(causal, "all_tied_weights_keys", None) or {}).items():
+        there = next((whole[name] for name in pair if name in whole), None)
+        if there is not None:
+            whole = dict.fromkeys(pair, there) | whole
+    return whole
 
 
 def has_own_head(sources: Sources, causal: PreTrainedModel) -> bool:

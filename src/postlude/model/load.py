@@ -7,11 +7,9 @@ each is an error here, where transformers would go on.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from postlude.data.tokenizer import NewTokens
@@ -26,8 +24,9 @@ from postlude.model.attached import AdapterRequest
 from postlude.model.causal import construct_causal, random_causal, with_weights_in
 from postlude.model.language_model import LanguageModel
 from postlude.model.mesh import Mesh
-from postlude.model.places import SCALAR_FILE, config_errors, configuration_keys
+from postlude.model.places import config_errors, configuration_keys
 from postlude.model.sharded import check_names, load_sharded, shard_new
+from postlude.model.weights import read_scalar
 from postlude.nearest import suggestion
 
 
@@ -61,10 +60,9 @@ def load_model(
         else:
             model = load_adapted(stored, config, adapter)
         model.causal.generation_config = stored.generation_config() or model.causal.generation_config
-        scalar = Path(stored.folder, SCALAR_FILE)
-        if scalar.exists():
+        if (scalar := read_scalar(stored.folder, stored.place)) is not None:
             model.add_scalar_head()
-            model.scalar.load_state_dict(load_file(scalar))  # type: ignore[union-attr]
+            model.scalar.load_state_dict({"weight": scalar})  # type: ignore[union-attr]
     return model
 
 
@@ -139,8 +137,7 @@ def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTok
     """The configuration of the model that :func:`load_model` would make, without its weights."""
     if place is not None:
         with open_model(place, (".json",)) as stored:
-            if Path(stored.whole_folder).is_dir():
-                check_names(stored, stored.base_config())
+            check_names(stored)
             return config_of(stored)
     if not isinstance(start, ModelFrom) or start.new is None:
         raise ValueError("A model that is not new needs the place of its files.")
@@ -149,6 +146,13 @@ def configuration(start: ModelPlace, place: str | None, tokenizer: PreTrainedTok
         size = config.get_text_config().vocab_size
         vocabulary.check_tokenizer(tokenizer, size, f"new {start.new.architecture}")
     return config
+
+
+def weights_are_checked(place: str) -> bool:
+    """Whether the weights at a place are here, so that :func:`configuration` tells those that have no place in the
+    architecture. ManifestError as there."""
+    with open_model(place, (".json",)) as stored:
+        return check_names(stored)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:

@@ -16,12 +16,15 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from postlude import storage
+from postlude.data.remote_code import REMEDY, is_trusted
 from postlude.manifest.problem import ManifestError
 from postlude.nearest import suggestion
 
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter, as PEFT names them."""
 LINEAGE_FILE = "lineage.json"
+EXPORTED_FROM = "exported_from"
+"""In the lineage of an exported folder: the place and the hash of the artifact that it was made of."""
 SCALAR_FILE = "scalar_head.safetensors"
 """Holds the head ``scalar`` in the directory of a model that has one, beside the files that transformers knows."""
 LM_HEAD_FILE = "lm_head.safetensors"
@@ -77,8 +80,10 @@ def read_config(folder: str, place: str) -> PreTrainedConfig:
     """The configuration of a model in a local folder or on the hub. ManifestError if there is none, or the weights are
     quantised."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=is_trusted(folder))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ManifestError(f"The model at '{place}' cannot be loaded. {REMEDY}") from error
         raise ManifestError(
             f"There is no model to load at '{place}': {one_line(error)} Give a Hugging Face directory, a hub name, "
             "or RUN/STAGE."

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -39,11 +38,11 @@ from postlude.model.adapters.stored import StoredModel
 from postlude.model.added_tokens import WithTokens, config_with_tokens
 from postlude.model.anatomy import Anatomy, UnsupportedModel, name_of
 from postlude.model.attached import AdapterRequest
-from postlude.model.causal import weightless
+from postlude.model.causal import from_config, weightless
 from postlude.model.fit import check_complete, check_nothing_else, has_own_head, is_tied, untie
 from postlude.model.language_model import LanguageModel, draw_scalar
 from postlude.model.mesh import Mesh
-from postlude.model.places import SCALAR_FILE, local_folder
+from postlude.model.places import local_folder
 from postlude.model.weights import (
     Extended,
     InMemory,
@@ -54,6 +53,7 @@ from postlude.model.weights import (
     Transposed,
     dtype_in_files,
     open_checkpoint,
+    read_scalar,
     weight_files,
 )
 
@@ -88,9 +88,8 @@ def load_sharded(
         sources = _with_rows_for(new_tokens, sources, causal)
         causal = on_meta(config_with_tokens(config, new_tokens))
     causal.generation_config = stored.generation_config() or causal.generation_config
-    scalar = Path(stored.folder, SCALAR_FILE)
-    if scalar.exists():
-        sources[SCALAR] = InMemory(load_file(scalar)["weight"])
+    if (scalar := read_scalar(stored.folder, stored.place)) is not None:
+        sources[SCALAR] = InMemory(scalar)
     elif scalar_head:
         sources[SCALAR] = InMemory(draw_scalar(config.get_text_config().hidden_size))
     return _divide(causal, sources, mesh, device, dtype, start)
@@ -154,51 +153,67 @@ def open_sources(stored: StoredModel, causal: PreTrainedModel) -> dict[str, Lazy
     return merged_sources(rename_as_in_model(files, causal), stored, causal.config)
 
 
-def check_names(stored: StoredModel, config: PreTrainedConfig) -> None:
-    """ManifestError if safetensors files of a local folder, of which only the heads are read, hold tensors that the
-    architecture has no place for. What is not there or no such file is told when the model is loaded."""
+def check_names(stored: StoredModel) -> bool:
+    """ManifestError if the files of a local folder, of which only the heads are read, hold tensors that the
+    architecture has no place for. False if it has no such files to look at; what is not there is told when the model is
+    loaded."""
     folder = Path(stored.whole_folder)
     if not all((folder / name).exists() for name in weight_files(folder)):
-        return
-    causal = weightless(config)
-    conversions = get_model_conversion_mapping(causal)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    wanted = causal.state_dict()
-    surplus = [
-        name
-        for name in open_checkpoint(folder, stored.whole_place)
-        if name not in wanted
-        and rename_source_key(name, renamings, converters, causal.base_model_prefix, wanted)[0] not in wanted
-    ]
+        return False
+    causal = weightless(stored.base_config())
+    names = names_in_model(open_checkpoint(folder, stored.whole_place), causal)
+    surplus = set(names.values()) - causal.state_dict().keys()
     check_nothing_else(surplus, causal, stored.whole_place, stored.whole_folder)
+    return True
 
 
 def rename_as_in_model(files: Mapping[str, LazyTensor], causal: PreTrainedModel) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint as the model has them: renamed, and joined where it has one for several.
+    """The tensors of a checkpoint as the model has them: renamed, and joined where it has one for several that are all
+    there; what it has no place for keeps its name.
 
-    ManifestError for a conversion that is not known here.
+    :class:`NotInParts` for a conversion that is not known here.
     """
+    sources: dict[str, LazyTensor] = {}
+    collected: dict[str, tuple[WeightConverter, dict[str, list[LazyTensor]]]] = {}
+    for name, (target, converter, pattern) in _places_in_model(files, causal).items():
+        if converter is None:
+            sources[target] = files[name]
+        else:
+            collected.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(files[name])
+    for target, (converter, parts) in collected.items():
+        ordered = [parts.get(pattern, []) for pattern in converter.source_patterns]
+        if len(set(map(len, ordered))) == 1:
+            sources[target] = _convert(ordered, converter.operations, target)
+    return sources
+
+
+def names_in_model(files: Iterable[str], causal: PreTrainedModel) -> dict[str, str]:
+    """By the names of tensors in files what each is in the model, or a part of; its own name if it has no place."""
+    return {name: target for name, (target, _, _) in _places_in_model(files, causal).items()}
+
+
+def _places_in_model(
+    files: Iterable[str], causal: PreTrainedModel
+) -> dict[str, tuple[str, WeightConverter | None, str]]:
+    """By the names of tensors in files, sorted: the model's name for it, or for what it is a part of, and then the
+    converter that makes that and the pattern of it that fits. A tensor without a place keeps its name."""
     conversions = get_model_conversion_mapping(causal)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     wanted = causal.state_dict()
-    sources: dict[str, LazyTensor] = {}
-    collected: dict[str, dict[str, list[LazyTensor]]] = {}
+    places: dict[str, tuple[str, WeightConverter | None, str]] = {}
     for name in sorted(files, key=_natural):
         target, pattern = rename_source_key(name, renamings, converters, causal.base_model_prefix, wanted)
-        if target not in wanted and name in wanted:
-            target, pattern = name, None
-        if pattern is None:
-            sources[target] = files[name]
-        elif target in wanted:
-            collected.setdefault(target, {}).setdefault(pattern, []).append(files[name])
-    for target, parts in collected.items():
-        converter = by_pattern[next(iter(parts))]
-        ordered = [parts.get(pattern, []) for pattern in converter.source_patterns]
-        sources[target] = _convert(ordered, converter.operations, target)
-    return sources
+        if target not in wanted:
+            places[name] = (name, None, "")
+        else:
+            places[name] = (target, by_pattern[pattern] if pattern is not None else None, pattern or "")
+    return places
+
+
+class NotInParts(ManifestError):
+    """A model whose files are not read here but by transformers alone."""
 
 
 def _convert(parts: list[list[LazyTensor]], operations: list[Any], target: str) -> LazyTensor:
@@ -211,7 +226,7 @@ def _convert(parts: list[list[LazyTensor]], operations: list[Any], target: str) 
         elif isinstance(operation, Transpose) and not operation.check_dims:
             parts = [[Transposed(tensor, operation.dim0, operation.dim1) for tensor in matched] for matched in parts]
         else:
-            raise ManifestError(
+            raise NotInParts(
                 f"The tensor '{target}' is made of those in the files in a way that cannot be done in parts "
                 f"({type(operation).__name__}). Set parallel.shard to false, or write the model anew with "
                 "save_pretrained of transformers."
@@ -297,7 +312,7 @@ def _examine(config: PreTrainedConfig) -> Anatomy:
         setattr(text, key, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        examined = LanguageModel(AutoModelForCausalLM.from_config(small, dtype=torch.float32)).anatomy
+        examined = LanguageModel(from_config(AutoModelForCausalLM, small, dtype=torch.float32)).anatomy
     each = len(examined.layers) // depth
     firsts = [kinds.index(kind) * each for kind in kinds]
     return replace(examined, layers=tuple(layer for first in firsts for layer in examined.layers[first : first + each]))

@@ -1,4 +1,4 @@
-"""Whether a model computes on packed documents what it computes on each of them alone.
+"""Whether a model computes on packed documents what it computes on each of them alone, and holds what it should.
 
 The reference is transformers' own forward pass with its own attention and its own head, one document at a time.
 """
@@ -6,22 +6,27 @@ The reference is transformers' own forward pass with its own attention and its o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Group
+from rich.text import Text
 from torch import Tensor
 
 from postlude.data.batch import collate
 from postlude.data.document import Document, Unit
 from postlude.model.anatomy import name_of, plain_logits
 from postlude.model.language_model import LanguageModel
+from postlude.model.verify_source import Comparison
 from postlude.telemetry.screen import Listing
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """The largest difference between two orders of the same sums, relative to the largest logit, by dtype."""
 
+SHOWN = 12
+"""Faults of a kind that are printed."""
 LENGTHS = (1, 2, 3, 17, 40, 64, 129, 200)
 
 
@@ -45,14 +50,16 @@ class Verification:
     tolerance: float
     """On the relative error."""
     documents: tuple[DocumentErrors, ...]
-    not_as_trained: tuple[str, ...] = ()
-    """Of a stage's artifact the weights that differ from its last checkpoint."""
+    """None where the model cannot be loaded, which is a fault in the comparison with its source."""
+    source: Comparison = field(default_factory=Comparison)
 
     @property
     def same(self) -> bool:
-        return not self.not_as_trained and all(
-            document.max_relative_error <= self.tolerance for document in self.documents
-        )
+        return not self.source.faults and self.same_logits
+
+    @property
+    def same_logits(self) -> bool:
+        return all(document.max_relative_error <= self.tolerance for document in self.documents)
 
     @property
     def exit_code(self) -> int:
@@ -62,12 +69,11 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         return {"same": self.same, **asdict(self), "documents": [asdict(document) for document in self.documents]}
 
-    def render(self) -> Listing:
-        verdict = "the same" if self.same else "NOT the same"
-        trained = f"; NOT as in the last checkpoint: {', '.join(self.not_as_trained)}" if self.not_as_trained else ""
+    def render(self) -> Group:
+        verdict = "the same" if self.same_logits else "NOT the same"
         listing = Listing(
             f"{self.architecture}, {self.dtype} on {self.device}: packed logits are {verdict} as plain ones, "
-            f"with a tolerance of {self.tolerance:g} of the largest logit{trained}",
+            f"with a tolerance of {self.tolerance:g} of the largest logit",
             {"tokens": "number", "absolute error": "number", "relative error": "number", "": "whole"},
         )
         for document in self.documents:
@@ -77,7 +83,17 @@ class Verification:
                 f"{document.max_relative_error:.2e}",
                 "" if document.max_relative_error <= self.tolerance else "differs",
             )
-        return listing
+        source = self.source
+        lines = [Text(f"Compared with {place}.") for place in source.compared_with]
+        lines += [Text(f"Not compared: {why.rstrip('.')}.") for why in source.not_compared]
+        for kind, names in source.faults.items():
+            more = f" and {len(names) - SHOWN} more (--json lists all)" if len(names) > SHOWN else ""
+            lines.append(Text(f"NOT as its source, {kind}: {', '.join(names[:SHOWN])}{more}", "red"))
+        if source.compared_with and not source.faults:
+            lines.append(Text("It holds what it must."))
+        for line in lines:
+            line.overflow = "fold"
+        return Group(*([listing] if self.documents else []), *lines)
 
 
 @torch.no_grad()

@@ -13,14 +13,16 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO, Protocol
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from postlude.manifest.problem import ManifestError
-from postlude.model.places import LM_HEAD_FILE
+from postlude.model.places import LM_HEAD_FILE, SCALAR_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
 """Which file holds which tensor, where there are several."""
@@ -106,31 +108,50 @@ def tensors_in(path: Path) -> dict[str, InFile]:
 
 def weight_files(folder: Path) -> list[str]:
     """The names of the files that hold the weights of the model in a local folder, there or not."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [name]
+        if index.exists():
+            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return ["model.safetensors"]
 
 
-def open_checkpoint(folder: Path, place: str) -> dict[str, InFile]:
-    """The tensors of a local folder's safetensors files, by the names that they have there. ManifestError if a file is
-    missing or broken."""
+def open_checkpoint(folder: Path, place: str) -> dict[str, LazyTensor]:
+    """The tensors of a local folder's files, by the names that they have there. ManifestError if a file is missing or
+    broken."""
     head = [LM_HEAD_FILE] if (folder / LM_HEAD_FILE).exists() else []
-    tensors: dict[str, InFile] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name in (*weight_files(folder), *head):
         try:
-            tensors |= tensors_in(folder / name)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            tensors |= _pickled_in(folder / name) if name.endswith(".bin") else tensors_in(folder / name)
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
             raise ManifestError(
-                f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Weights that "
-                "are sharded are read from safetensors files; fetch or write the model anew."
+                f"The model at '{place}' cannot be loaded: its file {name} cannot be read ({error}). Fetch or write "
+                "the model anew."
             ) from error
     return tensors
 
 
+def read_scalar(folder: str, place: str) -> Tensor | None:
+    """The weight of the head ``scalar`` [1, hidden] in a local folder; None if it has none. ManifestError if its file
+    is broken."""
+    path = Path(folder, SCALAR_FILE)
+    try:
+        return read_whole(tensors_in(path)["weight"]) if path.exists() else None
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ManifestError(f"The model at '{place}' cannot be loaded: {SCALAR_FILE} is broken ({error}).") from error
+
+
+def _pickled_in(path: Path) -> dict[str, InMemory]:
+    """The tensors of a file of older models, mapped where its format allows it."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    return {name: InMemory(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
 def dtype_in_files(sources: Sources) -> torch.dtype:
     """The dtype of a checkpoint whose configuration does not say it."""
-    return next((tensor.dtype for tensor in sources.values() if isinstance(tensor, InFile)), torch.float32)
+    return next((tensor.dtype for tensor in sources.values() if isinstance(tensor, InFile | InMemory)), torch.float32)
 
 
 class WeightWriter:
@@ -205,6 +226,10 @@ class InMemory:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
 
     def read(self, region: Region) -> Tensor:
         return self.tensor[region]

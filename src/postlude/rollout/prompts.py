@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
 
 from postlude.data.chat import Chat, ChatRenderer
 from postlude.data.encode import Encoder
 from postlude.data.example import Answer, Conversation, Example, Judged, Ranked, Record, Text, Tokens, answers_of
+from postlude.data.unprinted import unprinted
 from postlude.errors import DataError
 from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked
@@ -110,7 +112,6 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self._template, self._today = template, today
-        self._renderer: ChatRenderer | None = None
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that an answer continues. ManifestError if messages need a template and there is none,
@@ -121,6 +122,14 @@ class PromptEncoder:
                 ids.pop()  # some tokenizers end every text, and nothing would follow
             return tuple(ids)
         return self._ids(self._rendered(prompt, []))
+
+    def unprinted(self, prompt: Prompt) -> set[str]:
+        """What the template leaves out of a prompt (:data:`postlude.manifest.schema.Unprinted`). Raises as above."""
+        if isinstance(prompt.asked, str):
+            return set()
+        renderer, chat = self._chat_renderer, _chat(prompt)
+        render = partial(renderer.render, generation_prompt=True)
+        return {omission.kind for omission in unprinted(render, chat, render(chat))}
 
     def reply(self, prompt: Prompt, turns: Sequence[str], replies: Sequence[Asked], last: int) -> tuple[int, ...]:
         """The token ids that follow the last of the assistant's turns, up to where the next begins: its end, as far as
@@ -143,11 +152,12 @@ class PromptEncoder:
         ids = self._ids(after)
         return ids[1:] if ids[:1] == (last,) else ids
 
+    @cached_property
+    def _chat_renderer(self) -> ChatRenderer:
+        return ChatRenderer(self.tokenizer, self._template, self._today)
+
     def _rendered(self, prompt: Prompt, more: Sequence[Mapping[str, Any]]) -> str:
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, self._template, self._today)
-        chat = Chat.of(Conversation([*prompt.asked, *more], prompt.tools))
-        return self._renderer.render(chat, generation_prompt=True)
+        return self._chat_renderer.render(_chat(prompt, more), generation_prompt=True)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -159,6 +169,10 @@ class PromptEncoder:
     def text(self, tokens: Sequence[int]) -> str:
         """What a completion says, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _chat(prompt: Prompt, more: Sequence[Mapping[str, Any]] = ()) -> Chat:
+    return Chat.of(Conversation([*cast(Sequence[Mapping[str, Any]], prompt.asked), *more], prompt.tools))
 
 
 class PromptEncoders:

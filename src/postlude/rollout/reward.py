@@ -64,7 +64,9 @@ class ReferenceReward(RewardFunction):
         several = found if isinstance(found, list | tuple) else [found]
         if any(isinstance(one, Mapping | list | tuple) for one in several):
             raise ValueError(f"'{self.answer}' is not a text, a number or a list of them, so nothing compares with it")
-        texts = [str(one) for one in several if one is not None and one == one]  # not what a table puts for nothing
+        several = [one for one in several if one is not None and one == one]  # not what a table puts for nothing
+        texts = [str(one) for one in several]
+        texts += [str(int(one)) for one in several if isinstance(one, float) and one.is_integer()]
         if not any(text.strip() for text in texts):
             raise ValueError(
                 f"the record's '{self.answer}' is empty, so there is nothing to compare with; name another column as "

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from postlude.errors import UserError
 from postlude.manifest.component import Component
 from postlude.rollout.reward import RewardFunction, call
+from postlude.telemetry.guard import guard_streams
 
 if TYPE_CHECKING:  # the processes of the pool need no torch
     from postlude.rollout.prompts import Prompt
@@ -167,6 +168,7 @@ def _serve(connection: Connection, parent: int) -> None:
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    guard_streams()
     connection.send(("stands", None))
     while True:
         try:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import UserError
 from postlude.model.adapters.merge import config_of, read_merged
 from postlude.model.adapters.stored import open_model
@@ -27,7 +28,7 @@ def talk(place: str, prompt: Asked, *, max_tokens: int = 256, temperature: float
     """
     with open_model(place) as stored:
         causal = read_merged(stored, config_of(stored), "auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(stored.folder)
+        tokenizer = load_tokenizer(stored.folder)
     if isinstance(prompt, str) and tokenizer.chat_template:
         prompt = [{"role": "user", "content": prompt}]
     if torch.cuda.is_available():

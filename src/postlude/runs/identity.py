@@ -12,6 +12,7 @@ from typing import Any
 
 from postlude import storage
 from postlude.manifest.lock import changed_keys, hash_of
+from postlude.secrecy import kept, stripped_all
 from postlude.storage import exact_json
 
 
@@ -64,7 +65,9 @@ class Identity:
         Keys come first, as ``KEY: OLD -> NEW``; what comes from inputs is :meth:`changed_inputs`.
         """
         days = [f"today: {self.day} -> {now.day}"] if self.day != now.day else []
-        return changed_keys(self.config, now.config) + days + self._changed_files(now) + self._changed_code(now)
+        # Before there was `kept`, secrets stood in what was written.
+        config = changed_keys(kept(self.config), now.config)
+        return config + days + self._changed_files(now) + self._changed_code(now)
 
     def changed_inputs(self, now: Identity) -> list[str]:
         """The stages it needs that are not what they were: another result, or a later revision in this run."""
@@ -79,6 +82,7 @@ class Identity:
         causes = []
         for what in dict.fromkeys([*self.files, *now.files]):
             before, after = self.files.get(what), now.files.get(what)
+            before = before and {stripped_all(uri): content for uri, content in before.items()}
             if before is None or after is None or before == after:
                 continue  # that files are read at all follows from a key, which tells it
             there = [storage.name(uri) for uri in after if uri in before and before[uri] != after[uri]]

@@ -85,11 +85,12 @@ def _ancestor(run: Run, record: Mapping[str, Any], place: str | None) -> Ancesto
         artifact_sha256=record["artifact_sha256"],
         place=place,
         files=own.get("files", {}),
-        parents=tuple(_ancestor(run, parent, _place_of(run, parent)) for parent in own.get("parents", ())),
+        parents=tuple(_ancestor(run, parent, place_of(run, parent)) for parent in own.get("parents", ())),
     )
 
 
-def _place_of(run: Run, parent: Mapping[str, Any]) -> str | None:
+def place_of(run: Run, parent: Mapping[str, Any]) -> str | None:
+    """Where the artifact stands that a lineage in a run names among its parents; None if it is not there any more."""
     committed = filter(storage.is_committed, _candidates(run, parent["stage"]))
     return next((place for place in committed if artifact_digest(place) == parent["artifact_sha256"]), None)
 

@@ -67,7 +67,7 @@ def _rename(stage: Stage, place: str, number: int) -> None:
     storage.remove(place)
     _finish(stage.uri, number)
     with writing(place):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        storage.make_folders(os.path.dirname(target))
         os.rename(source, target)
 
 

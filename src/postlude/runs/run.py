@@ -39,8 +39,9 @@ class Run:
     # --- one process at a time ------------------------------------------------------------------------------
 
     def hold(self) -> storage.Lock:
-        """Take the run for this process, until it releases it or ends. LockedError if another process has it."""
-        return storage.lock(self._holding)
+        """Take the run for this process, until it releases it or ends: nothing is written in it by a process that has
+        lost it. LockedError if another process has it."""
+        return storage.lock(self._holding, guarded_folder=self.uri)
 
     def holder(self) -> storage.Holder | None:
         """The process that works on the run at this moment."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from postlude import storage
 from postlude.runs import examples
 from postlude.runs.identity import Identity
+from postlude.secrecy import told
 from postlude.storage import exact_json
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Stage:
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        status = Status(state, self.status().begun_at or now, now, details)
+        status = Status(state, self.status().begun_at or now, now, told(details))
         storage.write_text(self._state, exact_json.dump(asdict(status), indent=2) + "\n")
 
     def committed(self) -> tuple[int, int]:

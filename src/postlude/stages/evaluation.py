@@ -10,9 +10,11 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from postlude import storage
 from postlude.data.dataset import Dataset
-from postlude.data.encode import Encoder
+from postlude.data.encode import Encoded, Encoder
 from postlude.data.example import Conversation, Ranked, Text, Tokens
 from postlude.data.preview import Preview
 from postlude.data.records import record_json
@@ -22,6 +24,7 @@ from postlude.recipes.evaluate import Evaluate
 from postlude.rollout.prompts import PROMPTING
 from postlude.rollout.scoring import passes
 from postlude.stages.asking import Asking, score_of
+from postlude.stages.boundaries import remark_on_asked
 from postlude.stages.models import lineage_of
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import PromptReader, Row, count_example, count_prompts, no_preview, preview_prompts
@@ -130,40 +133,46 @@ class Evaluation(Work):
             loaded, tokenizer = self.models.language_model(self.config.named_models[model])
             longest = loaded.anatomy.longest_document
             block = self.config.block if longest is None else min(self.config.block, longest)
-            encoders = {}
-            for _, name in self.datasets:
-                config = self.parts.manifest.data[name]
-                encoders[name] = Encoder(
-                    tokenizer,
-                    template=config.template,
-                    train_on=config.train_on,
-                    block=block,
-                    truncate="right" if config.truncate == "split" else config.truncate,
-                    today=self.parts.today,
-                    drop_unprinted=config.drop_unprinted or (),
-                    apart=config.tokenize == "apart",
-                )
-            self._model = model, loaded, encoders
+            self._model = model, loaded, {name: self._encoder(name, tokenizer, block) for _, name in self.datasets}
         return self._model[1], self._model[2][dataset]
+
+    def _encoder(self, dataset: str, tokenizer: PreTrainedTokenizerBase, block: int) -> Encoder:
+        config = self.parts.manifest.data[dataset]
+        return Encoder(
+            tokenizer,
+            template=config.template,
+            train_on=config.train_on,
+            block=block,
+            truncate="right" if config.truncate == "split" else config.truncate,
+            today=self.parts.today,
+            drop_unprinted=config.drop_unprinted or (),
+            apart=config.tokenize == "apart",
+        )
 
     def _measure(self, piece: _Piece) -> Iterator[Entry]:
         """What the likelihoods of each example's documents say: which answer is chosen, or the loss."""
-        read = read_rows({piece.dataset: self.datasets[piece.kind, piece.dataset]}, piece.rows)
-        examples = [example for _, _, examples in read for example in examples]
         model, encoder = self._language_model(piece.model, piece.dataset)
-        encoded = list(zip(examples, encoder.encode(examples, piece.dataset), strict=True))
-        for (example_id, _), encoding in encoded:
-            if encoding.error is not None:
-                raise DataError(f"The example '{example_id}' cannot be used: {encoding.error}") from encoding.error
+        encoded = self._encoded(piece.kind, piece.dataset, piece.rows, encoder)
         documents = [document for _, encoding in encoded for document in encoding.documents]
         measured = iter(likelihoods(model, documents, self.config.block))
-        for (example_id, _), encoding in encoded:
+        for example_id, encoding in encoded:
             own = [next(measured) for _ in encoding.documents]
             if not own:
                 yield {"id": example_id, "left": encoding.dropped or "nothing to measure"}
                 continue
             values = _choice(own) if piece.kind == "choice" else _loss(own)
             yield {"id": example_id, **values, "tokens": sum(map(len, encoding.documents))}
+
+    def _encoded(self, kind: str, name: str, rows: Sequence[Row], encoder: Encoder) -> list[tuple[str, Encoded]]:
+        """The examples in rows by their ids, encoded. DataError for one that cannot be used."""
+        read = read_rows({name: self.datasets[kind, name]}, rows)
+        examples = [example for _, _, examples in read for example in examples]
+        encoded = list(zip((example_id for example_id, _ in examples), encoder.encode(examples, name), strict=True))
+        for example_id, encoding in encoded:
+            if encoding.error is not None:
+                told = str(encoding.error).replace("data.NAME", f"data.{name}")
+                raise DataError(f"The example '{example_id}' cannot be used: {told}") from encoding.error
+        return encoded
 
     # --- the report -----------------------------------------------------------------------------------------
 
@@ -272,21 +281,37 @@ class Evaluation(Work):
 
     def counts(self) -> Mapping[str, Any]:
         counts: dict[str, Any] = {}
+        unprinted: dict[str, dict[str, Any]] = {}
         for (kind, name), dataset in self.datasets.items():
             if kind == "generation":
                 prompts = self._reader.read_all(self._rows[kind, name])
                 encoders = self.asking(self._first).encoders
-                counts[f"{kind}.{name}"] = count_prompts(self.parts.task.stage, prompts, encoders)
-            else:
-                counts[f"{kind}.{name}"] = {"records": sum(dataset.groups)}
-        return counts
+                counts[f"{kind}.{name}"] = counted = count_prompts(self.parts.task.stage, prompts, encoders)
+                unprinted |= counted.pop("unprinted", {})
+                continue
+            counts[f"{kind}.{name}"] = {"records": sum(dataset.groups)}
+            encoder = self._encoder(
+                name, self.parts.tokenizer_of(self.config.named_models[self._first]), self.config.block
+            )
+            for first in range(0, len(self._rows[kind, name]), ROWS):
+                rows = self._rows[kind, name][first : first + ROWS]
+                for example_id, encoding in self._encoded(kind, name, rows, encoder):
+                    for what in sorted(encoding.unprinted):
+                        count_example(unprinted.setdefault(name, {}), what, example_id)
+        return {**counts, "unprinted": unprinted} if unprinted else counts
+
+    def remarks(self) -> Sequence[str]:
+        if self.config.generation is None:
+            return ()
+        rows = chain.from_iterable(self._rows["generation", name] for name in self.config.generation.data)
+        return remark_on_asked(self.parts, self._reader.read_all(rows), self.asking(self._first).encoders)
 
 
 _SHOWN = ("reward", "stopped", "accuracy", "accuracy_per_token", "loss", "perplexity")
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:z.4f}" if error is None else f"{value:z.4f} ± {error:z.4f}"
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

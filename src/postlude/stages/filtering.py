@@ -106,7 +106,7 @@ class Filtering(Work):
             "dropped_by_filters": dropped_by_filters(self.datasets),
         }
         if not kept:
-            mean = f" (their mean reward is {total / read:.4f})" if read and self.config.reward else ""
+            mean = f" (their mean reward is {total / read:z.4f})" if read and self.config.reward else ""
             raise DataError(
                 f"The stage '{self.parts.task.stage}' kept none of {read} records{mean}. Lower the threshold of "
                 "'keep', or look at the reward."
@@ -125,7 +125,7 @@ class Filtering(Work):
     def table(self, report: Mapping[str, Any]) -> Fields:
         rows = [("read", f"{report['read']:,}"), ("kept", f"{report['records']:,}")]
         if "reward" in report:
-            rows.append(("mean reward of what was read", f"{report['reward']:.4f}"))
+            rows.append(("mean reward of what was read", f"{report['reward']:z.4f}"))
         for name, reasons in report["dropped_by_filters"].items():
             rows += [(f"{name}: dropped by {reason}", f"{count:,}") for reason, count in reasons.items()]
         return Fields(f"{self.parts.task.stage}: filtered", rows)

@@ -18,6 +18,7 @@ from postlude.rollout.prompts import PROMPTING, Prompt
 from postlude.rollout.reward import REFERENCE
 from postlude.rollout.trajectory import Trajectory
 from postlude.stages.asking import Asking, columns_of, score_of
+from postlude.stages.boundaries import remark_on_asked
 from postlude.stages.models import lineage_of, lineage_of_judges
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import (
@@ -169,7 +170,7 @@ class Generation(Work):
         rows = [(name, f"{report[name]:,}") for name in ("prompts", "completions", "records", "tokens")]
         rows.append(("ended with a stop token", f"{report['stopped']:.0%}"))
         if "reward" in report:
-            rows.append(("mean reward", f"{report['reward']:.4f}"))
+            rows.append(("mean reward", f"{report['reward']:z.4f}"))
         rows += [(f"nothing: {reason}", f"{counted['count']:,}") for reason, counted in report["nothing_of"].items()]
         return Fields(f"{self.parts.task.stage}: generated", rows)
 
@@ -180,6 +181,9 @@ class Generation(Work):
 
     def preview(self, blocks: int) -> Preview:
         return preview_prompts(self.reader.read_all(self._rows), self.asking.encoders, blocks)
+
+    def remarks(self) -> Sequence[str]:
+        return remark_on_asked(self.parts, self.reader.read_all(self._rows), self.asking.encoders)
 
     def counts(self) -> Mapping[str, Any]:
         return count_prompts(self.parts.task.stage, self.reader.read_all(self._rows), self.asking.encoders)

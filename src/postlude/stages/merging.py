@@ -7,28 +7,29 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from postlude.data.tokenizer import load_tokenizer
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelPlace
 from postlude.model.adapters.stored import open_model
-from postlude.model.fit import has_own_head, is_tied, untie
-from postlude.model.places import LINEAGE_FILE, LM_HEAD_FILE, SCALAR_FILE, local_folder
+from postlude.model.causal import weightless
+from postlude.model.fit import has_own_head, head_and_embedding, is_tied, untie
+from postlude.model.places import LINEAGE_FILE, LM_HEAD_FILE, SCALAR_FILE, local_folder, read_config
+from postlude.model.sharded import names_in_model
 from postlude.model.weights import (
     INDEX_FILE,
     InFile,
     WeightWriter,
-    open_checkpoint,
     read_whole,
     tensors_in,
     weight_files,
@@ -64,7 +65,8 @@ class Merging(Work):
                 heads = {name: _merged([model.beside[file][name] for model in models], combine) for name in head}
                 save_file(heads, Path(folder) / file)
             _copy_rest(models[0].folder, Path(folder))
-            _say_if_untied(models[0].config, Path(folder))
+            if is_tied(read_config(folder, folder)) and not is_tied(models[0].config):
+                models[0].config.save_pretrained(folder)
         return {
             "method": self.config.method,
             "tensors": len(merged),
@@ -77,7 +79,7 @@ class Merging(Work):
         """The models of one shape. ManifestError where they are not."""
         with ExitStack() as stack:
             places = {name: self.parts.place_of(start) or "" for name, start in starts.items()}
-            models = [stack.enter_context(_opened(place, name)) for name, place in places.items()]
+            models = with_heads([stack.enter_context(_opened(place, name)) for name, place in places.items()])
             check_alike(models)
             yield models
 
@@ -171,7 +173,7 @@ def _opened(place: str, name: str) -> Iterator[_Model]:
         config = stored.base_config()
         tensors: dict[str, InFile] = {}
         for file in weight_files(folder):
-            if not (folder / file).exists():
+            if file.endswith(".bin") or not (folder / file).exists():
                 raise ManifestError(
                     f"The model '{name}' at '{place}' has no file {file}: its weights must be safetensors."
                 )
@@ -183,6 +185,52 @@ def _opened(place: str, name: str) -> Iterator[_Model]:
         yield _Model(name, place, folder, config, tensors, beside)
 
 
+class _Head(NamedTuple):
+    """The head of a model that predicts tokens."""
+
+    name: str
+    """In the model's files; empty if it is not there."""
+    is_own: bool
+    """Whether it has weights of its own."""
+    is_beside: bool
+    """Whether it stands in a file of its own."""
+    tied: InFile | None
+    """The embedding, where that is the head."""
+
+
+def with_heads(models: Sequence[_Model]) -> list[_Model]:
+    """The models with a head each where one of them has a head of its own, which for a tied one is its embedding; or
+    without, where all are tied."""
+    heads = [_head_of(model) for model in models]
+    own = next((head for head in heads if head.is_own), None)
+    same = []
+    for model, head in zip(models, heads, strict=True):
+        config, tensors = copy.deepcopy(model.config), dict(model.tensors)
+        beside = {file: dict(held) for file, held in model.beside.items()}
+        if not head.is_own:
+            tensors.pop(head.name, None)
+            beside.pop(LM_HEAD_FILE, None)
+        if own is not None:
+            untie(config)
+            if head.tied is not None:
+                (beside.setdefault(LM_HEAD_FILE, {}) if own.is_beside else tensors)[own.name] = head.tied
+        same.append(replace(model, config=config, tensors=tensors, beside=beside))
+    return same
+
+
+def _head_of(model: _Model) -> _Head:
+    files = {**model.tensors, **model.beside.get(LM_HEAD_FILE, {})}
+    causal = weightless(model.config)
+    names = {name: stored for stored, name in names_in_model(files, causal).items()}
+    head, embedding = head_and_embedding(causal) or ("", "")
+    is_own = head in names and (
+        not is_tied(model.config) or has_own_head({name: files[names[name]] for name in (head, embedding)}, causal)
+    )
+    tied = files.get(names.get(embedding, "")) if is_tied(model.config) and not is_own else None
+    name = names.get(head, "")
+    return _Head(name, is_own, name not in model.tensors, tied)
+
+
 def check_alike(models: Sequence[_Model]) -> None:
     """ManifestError, naming models and tensor, where they are not of one architecture, shape and vocabulary."""
     for other in models[1:]:
@@ -191,8 +239,8 @@ def check_alike(models: Sequence[_Model]) -> None:
         if first.config.model_type != other.config.model_type:
             raise ManifestError(f"{both}one is a '{first.config.model_type}', the other a '{other.config.model_type}'.")
         _check_vocabulary(first, other, both)
-        if first.beside.keys() != other.beside.keys():
-            scoring, plain = (first, other) if first.beside else (other, first)
+        if (SCALAR_FILE in first.beside) != (SCALAR_FILE in other.beside):
+            scoring, plain = (first, other) if SCALAR_FILE in first.beside else (other, first)
             raise ManifestError(f"{both}'{scoring.name}' has a head that scores and '{plain.name}' has none.")
         only = sorted(first.tensors.keys() ^ other.tensors.keys())
         if only:
@@ -237,17 +285,6 @@ def _merged(tensors: Sequence[InFile], combine: Combine) -> Tensor:
     if not tensors[0].dtype.is_floating_point:
         return read_whole(tensors[0])
     return combine([read_whole(tensor).float() for tensor in tensors]).to(tensors[0].dtype).contiguous()
-
-
-def _say_if_untied(config: PreTrainedConfig, folder: Path) -> None:
-    """Correct the configuration of a merged model whose head is not its embedding."""
-    if not is_tied(config):
-        return
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    if has_own_head(open_checkpoint(folder, str(folder)), causal):
-        untie(config)
-        config.save_pretrained(folder)
 
 
 def _copy_rest(source: Path, folder: Path) -> None:

@@ -24,10 +24,18 @@ from postlude.rollout.reward_pool import RewardPool
 from postlude.rollout.rounds import Rounds
 from postlude.rollout.scoring import Score, Scorer, passes
 from postlude.rollout.steps import RoundRules
+from postlude.stages.boundaries import remark_on_asked
 from postlude.stages.engines import policy_engine, stop_ids_of
 from postlude.stages.models import Models
 from postlude.stages.parts import Parts
-from postlude.stages.prompts import PromptReader, count_prompts, encoders_of, preview_prompts, rows_of
+from postlude.stages.prompts import (
+    PromptReader,
+    count_prompts,
+    encoders_of,
+    preview_prompts,
+    rows_of,
+    tell_unprinted,
+)
 from postlude.stages.rehearsal import rehearse
 from postlude.stages.report import StageReport, Trial
 from postlude.stages.training import Supply, Training
@@ -207,10 +215,21 @@ class OnlineTraining:
         """Its prompts are counted; its memory is planned; and small models answer two prompts and are trained on that,
         with one real optimiser step."""
         longest = self.config.batch.block - self.config.rollout.max_tokens
-        counts = count_prompts(self.parts.task.stage, self._every_prompt(), self.encoders, longest)
+        counts = self._count(self._reader, report, longest)
+        if self.data.held_out:
+            held_out = PromptReader(self.data.held_out, self.config.environment)
+            counts = {**counts, "held_out": self._count(held_out, report, longest)}
         report.trial = Trial(counts, None, "the small step below answers two of the prompts")
         small = OnlineTraining(self.parts.rehearsal())
         report.rehearsal = rehearse(self.models, small.models, lambda: small.supply(NoJournal()).steps)
+
+    def _count(self, reader: PromptReader, report: StageReport, longest: int) -> dict[str, Any]:
+        """Of prompts what is counted; what should be known of them goes into the report."""
+        every = reader.read_all(rows_of(reader.datasets))
+        counts = count_prompts(self.parts.task.stage, every, self.encoders, longest)
+        tell_unprinted(report, self.parts, counts)
+        report.remarks += remark_on_asked(self.parts, reader.read_all(rows_of(reader.datasets)), self.encoders)
+        return counts
 
 
 def _mean(values: Sequence[float]) -> float:

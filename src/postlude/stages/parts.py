@@ -13,9 +13,10 @@ from typing import Any, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from postlude import __version__
+from postlude import __version__, storage
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.example import Format
+from postlude.data.remote_code import code_digest, trust
 from postlude.data.sources.stage import FromStage
 from postlude.data.tokenizer import load_tokenizer
 from postlude.errors import DataError
@@ -24,8 +25,9 @@ from postlude.manifest.graph import maker_of
 from postlude.manifest.load import restore
 from postlude.manifest.lock import hash_of, versions
 from postlude.manifest.problem import ManifestError
-from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig
+from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig, TokenizerFrom
 from postlude.runs import Run, artifact_of, provenance
+from postlude.secrecy import kept
 from postlude.training.workers import Workers
 
 ConfigType = TypeVar("ConfigType", bound=StageConfig)
@@ -43,6 +45,8 @@ class StageTask:
     threads: int
     engines: Sequence[str] = ()
     """The names of the hosts of engines that answer for it, where these have a pool of their own."""
+    guard: storage.Guard | None = None
+    """Of the run directory, for ranks in other processes than that which holds the run."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,9 @@ class Parts:
             "stage": self.task.stage,
             "recipe": self.config.recipe,
             "steps": steps,
-            "manifest_sha256": hash_of(self.task.tree),
+            "manifest_sha256": hash_of(kept(self.task.tree)),
             **provenance(self.run, self.task.stage),
-            **fields,
+            **kept(fields),
             "versions": {**versions(), "postlude": __version__},
         }
 
@@ -168,10 +172,27 @@ class Parts:
         """
         if start.from_ is not None:
             self._before(start.from_)
-            return self.artifacts.stage(start.from_).artifact
-        if start.path is None:
+            place = self.artifacts.stage(start.from_).artifact
+        elif start.path is None:
             return None
-        return artifact_of(start.path) or start.path
+        else:
+            place = artifact_of(start.path) or start.path
+        self.trust(start, place)
+        return place
+
+    def trust(self, part: ModelPlace | TokenizerFrom, place: str) -> None:
+        """Let the code that stands at a place be run if the manifest says so, and what is made of it. ManifestError if
+        it is not the code that the stage was begun with."""
+        if part.trust_remote_code is None:
+            return
+        identity = None if self.mode.preflight or part.path is None else self.stage.identity()
+        if identity is not None and code_digest(place) not in identity.code.values():
+            raise ManifestError(
+                f"stages.{self.task.stage}: the code at '{place}' has changed since the stage was begun. Put it back "
+                "as it was, or run again."
+            )
+        trust(place)
+        trust(self.stage.uri)
 
     def is_there(self, start: ModelPlace) -> bool:
         """Whether a model is there, or still has to be made by its stage."""

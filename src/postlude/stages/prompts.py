@@ -19,6 +19,7 @@ from postlude.manifest.problem import ManifestError
 from postlude.rollout.environment import Environment
 from postlude.rollout.prompts import NoPrompt, NotAsked, Prompt, PromptEncoders, prompt_of
 from postlude.stages.parts import Parts
+from postlude.stages.report import StageReport
 
 Row = tuple[str, int, int]
 """Data set, group and position of a record."""
@@ -85,9 +86,10 @@ def encoders_of(parts: Parts, tokenizer: Any, datasets: Iterable[str]) -> Prompt
 def count_prompts(
     stage: str, prompts: Iterable[Prompt | NotAsked], encoders: PromptEncoders, longest: int | None = None
 ) -> dict[str, Any]:
-    """How many prompts there are, how long, and how many examples have none that can be asked. DataError for data that
-    ask nothing."""
+    """How many prompts there are, how long, how many examples have none that can be asked, and of how many a template
+    leaves something out (``unprinted``, by data set). DataError for data that ask nothing."""
     reasons: dict[str, Any] = {}
+    unprinted: dict[str, dict[str, Any]] = {}
     lengths: list[int] = []
     for prompt in prompts:
         tokens = prompt if isinstance(prompt, NotAsked) else encoders.tokens(prompt, longest)
@@ -95,13 +97,23 @@ def count_prompts(
             count_example(reasons, tokens.reason, tokens.example_id)
         else:
             lengths.append(len(tokens))
+            for kind in sorted(encoders[prompt.source].unprinted(prompt)):  # type: ignore[arg-type]
+                count_example(unprinted.setdefault(prompt.source, {}), kind, prompt.example_id)
     if not lengths:
         raise nothing_asked(stage, reasons)
     return {
         "prompts": len(lengths),
         "prompt_tokens": {"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
         "nothing_of": reasons,
+        **({"unprinted": unprinted} if unprinted else {}),
     }
+
+
+def tell_unprinted(report: StageReport, parts: Parts, counts: Mapping[str, Any]) -> None:
+    """Tell of what :func:`count_prompts` found that templates leave out."""
+    for name, kinds in counts.get("unprinted", {}).items():
+        numbers = {kind: counted["count"] for kind, counted in kinds.items()}
+        report.leave_out(name, numbers, parts.manifest.data[name].drop_unprinted)
 
 
 def preview_prompts(prompts: Iterable[Prompt | NotAsked], encoders: PromptEncoders, blocks: int) -> packed.Preview:

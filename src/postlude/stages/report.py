@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Rehearsal:
     """Of the small step; None if it was not made."""
     grad_norm: float | None
     expected_loss: float
-    """What a model that knows nothing has: the logarithm of the vocabulary."""
+    """Per token, of a model that knows nothing: the logarithm of the vocabulary."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,8 +57,8 @@ class Rehearsal:
         rows.append(("precision", f"{self.precision.name} ({self.precision.reason})"))
         step = "not made: the model is too large for this machine"
         if self.loss is not None:
-            step = f"loss {self.loss:.3f} (chance: {self.expected_loss:.3f}), gradient norm {self.grad_norm:.3g}"
-        rows.append(("one small step", step))
+            step = f"loss {self.loss:z.3f}, gradient norm {self.grad_norm:.3g}"
+        rows += [("one small step", step), ("log of the vocabulary", f"{self.expected_loss:.3f}")]
         return Fields("One worker", rows)
 
 
@@ -104,11 +104,18 @@ class StageReport:
     """Data sets that are not there yet, with the stage that makes each."""
     held_out: dict[str, int] = field(default_factory=dict)
     """How many documents each evaluation runs over."""
-    unprinted: dict[str, list[str]] = field(default_factory=dict)
-    """What chat templates leave out of data sets, beside what their ``drop_unprinted`` names."""
+    unprinted: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What chat templates leave out of data sets, each with the number of examples, beside what their
+    ``drop_unprinted`` names."""
     remarks: list[str] = field(default_factory=list)
     """What is not wrong, but should be known before training."""
     synthetic: dict[str, list[Verdict]] = field(default_factory=dict)
+
+    def leave_out(self, dataset: str, counts: Mapping[str, int], accepted: Collection[str] | None) -> None:
+        """Take up in how many examples of a data set a template leaves out what, but for what is accepted."""
+        for kind in sorted(counts.keys() - set(accepted or ())):
+            told = self.unprinted.setdefault(dataset, {})
+            told[kind] = max(told.get(kind, 0), counts[kind])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -136,7 +143,8 @@ class StageReport:
         parts += [Text(f"Not there yet: {name}, which '{maker}' makes.") for name, maker in self.awaited.items()]
         parts += [
             Text(
-                f"The chat template does not print all that {name} holds: {', '.join(kinds)}. Give one that does as "
+                f"The chat template does not print all that {name} holds: "
+                f"{', '.join(f'{kind} (of {count:,})' for kind, count in kinds.items())}. Give one that does as "
                 f"data.{name}.template, or say that it may with data.{name}.drop_unprinted.",
                 "yellow",
             )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from postlude import storage
 from postlude.data.preview import Preview
 from postlude.manifest.component import load_named
 from postlude.stages.parts import Mode, Parts, StageTask, devices_of
 from postlude.stages.report import StageReport
+from postlude.telemetry import openmp
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
 from postlude.telemetry.sinks.sink import Sink
@@ -56,11 +57,11 @@ def _finished_tokenizer(task: StageTask, workers: Workers, mode: Mode) -> PreTra
     return open_stage(task, workers, mode).finished_tokenizer
 
 
-def run_stage_here(task: StageTask) -> Summary:
-    """Work on a stage in this process, which has a terminal and listens to signals: alone, or as the rank that the
-    environment names (torchrun's variables)."""
-    torch.set_num_threads(task.threads)
-    with Interruption().listening() as stop, StageProgress(task.stage) as display:
+def run_stage_here(task: StageTask, stop: Interruption) -> Summary:
+    """Work on a stage in this process, which has a terminal: alone, or as the rank that the environment names
+    (torchrun's variables)."""
+    openmp.compute_with(task.threads)
+    with StageProgress(task.stage) as display:
         return run_stage(task, stop, display)
 
 
@@ -68,11 +69,12 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
     """Work on a stage as one of its ranks, until its artifact is written or until asked to stop."""
     workers = Workers.join(*devices_of(task))
     try:
-        stage = open_stage(task, workers)
-        parts = stage.parts
-        shown = display if workers.leads else None  # the others would show the same
-        sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
-        with Recorder(parts.run, task.stage, sinks, workers.rank, shown) as recorder:
-            return stage.run(recorder, stop)
+        with storage.guarded(task.run, task.guard):
+            stage = open_stage(task, workers)
+            parts = stage.parts
+            shown = display if workers.leads else None  # the others would show the same
+            sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
+            with Recorder(parts.run, task.stage, sinks, workers.rank, shown) as recorder:
+                return stage.run(recorder, stop)
     finally:
         workers.leave()

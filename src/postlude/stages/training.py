@@ -148,6 +148,7 @@ class Training:
             summary.steps,
             model=lineage_of(self.config.model),
             data={name: dataset.fingerprint for name, dataset in self.data.datasets.items()},
+            stop_ids=self.data.stop_ids,
             amendments=[entry["assignment"] for entry in amendments if "assignment" in entry],
             precision={"name": precision.name, "reason": precision.reason},
         )
@@ -186,22 +187,18 @@ class Training:
             # A few records of small random models may be such that nothing in them can be trained on.
             report.remarks.append(f"not tried further, since the records of a trial are of no use: {error}")
             return
-        for name, source in sources.items():
-            accepted = manifest.data[name].drop_unprinted or ()
-            if kinds := sorted(source.statistics.unprinted.keys() - set(accepted)):
-                report.unprinted[name] = kinds
         report.held_out = {
             name: sum(len(unit.documents) for block in blocks for unit in block)
             for name, blocks in self.data.evaluations().items()
         }
+        for name, source in [*sources.items(), *self.data.held_out_sources.items()]:
+            left_out = {kind: dropped.count for kind, dropped in source.statistics.unprinted.items()}
+            report.leave_out(name, left_out, manifest.data[name].drop_unprinted)
         small = Training(self.parts.rehearsal())
         report.rehearsal = rehearse(self.models, small.models, small.data.loader)
         report.remarks += [remark for source in self.data.conversations.values() for remark in source.encoder.remarks]
         encoders = encoders_of(self.parts, self.data.tokenizer, sources)
-        remarks = [
-            remark_on_boundaries(source, encoders[name], manifest.data[name].tokenize == "apart")
-            for name, source in sources.items()
-        ]
-        report.remarks += [remark for remark in remarks if remark is not None]
+        for name, source in sources.items():
+            report.remarks += remark_on_boundaries(source, encoders[name], manifest.data[name].tokenize == "apart")
         if report.awaited:
             report.remarks.append("what is counted of data that are not there yet is a trial of a few records")

@@ -14,7 +14,7 @@ from postlude.data.dataset import Dataset
 from postlude.data.document import Block
 from postlude.data.encode import Encoder
 from postlude.data.encoded_dataset import EncodedDataset
-from postlude.data.example import Conversation, texts_of
+from postlude.data.example import Conversation, Judged, Ranked, texts_of
 from postlude.data.loader import Loader
 from postlude.data.tokenizer import (
     NewTokens,
@@ -80,13 +80,18 @@ class TrainingData:
         """The data sets that the stage trains on, encoded."""
         return {name: self.encoded(dataset) for name, dataset in self.datasets.items()}
 
+    @cached_property
+    def held_out_sources(self) -> dict[str, EncodedDataset]:
+        """The data sets that the stage is evaluated on, encoded."""
+        return {name: self.encoded(dataset) for name, dataset in self.held_out.items()}
+
     @property
     def conversations(self) -> dict[str, EncodedDataset]:
-        """Those of the sources whose format makes conversations."""
+        """Those of the sources whose format makes conversations, or answers that may be."""
         return {
             name: source
             for name, source in self.sources.items()
-            if Conversation in shapes_of(self.parts.manifest.data[name])
+            if {Conversation, Ranked, Judged} & set(shapes_of(self.parts.manifest.data[name]))
         }
 
     def loader(self, stored: Sequence[StoredStreams] = ()) -> Loader:
@@ -99,8 +104,8 @@ class TrainingData:
     def evaluations(self, stored: Sequence[StoredStreams] = ()) -> dict[str, list[Block]]:
         """This rank's held-out blocks by data set: one pass over each, packed once."""
         blocks = {}
-        for name, dataset in self.held_out.items():
-            one_pass = self._loader({name: self.encoded(dataset)}, {name: 1.0}, epochs=1, steps=None, stored=stored)
+        for name, source in self.held_out_sources.items():
+            one_pass = self._loader({name: source}, {name: 1.0}, epochs=1, steps=None, stored=stored)
             with one_pass as loader:
                 blocks[name] = [block for step in loader for block in step.blocks]
         return blocks
@@ -163,6 +168,7 @@ class TrainingData:
         if choice is None:
             return parts.tokenizer_of(self.config.model)
         if choice.train is None:
+            parts.trust(choice, choice.path or "")
             return load_tokenizer(choice)
         kept = parts.stage.tokenizer
         if parts.workers.leads and not storage.is_committed(kept):
@@ -183,7 +189,7 @@ class TrainingData:
     def finished_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the artifact: with the template that the conversations were rendered with, if it is one, or
         that of the data set that ``artifact_template`` names; else with its own."""
-        templates = {name: source.encoder.given_template for name, source in self.conversations.items()}
+        templates = {name: source.encoder.given_template for name, source in self._rendered.items()}
         chosen = self.config.artifact_template
         every = set(templates.values()) if chosen is None else {templates.get(chosen)}
         template = every.pop() if len(every) == 1 else None
@@ -191,19 +197,27 @@ class TrainingData:
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer
 
+    @cached_property
+    def _rendered(self) -> dict[str, EncodedDataset]:
+        """Those of the sources that hold conversations, which a template renders."""
+        return {name: source for name, source in self.conversations.items() if source.has_conversations}
+
     def check_template(self) -> None:
-        """ManifestError if several templates were given and nothing says which is the artifact's."""
+        """ManifestError if conversations are rendered with several templates and nothing says which is the
+        artifact's."""
         chosen, key = self.config.artifact_template, f"stages.{self.parts.task.stage}.artifact_template"
-        if chosen is not None and chosen not in self.conversations:
+        if chosen is not None and chosen not in self._rendered:
             raise ManifestError(
                 f"{key} is '{chosen}', which is no data set of conversations of this stage. Choose among: "
-                f"{', '.join(self.conversations) or 'none'}."
+                f"{', '.join(self._rendered) or 'none'}."
             )
-        given = {name: text for name, source in self.conversations.items() if (text := source.encoder.given_template)}
-        if chosen is None and len(set(given.values())) > 1:
+        used = {name: source.encoder.rendered_with for name, source in self._rendered.items()}
+        if chosen is None and len(set(used.values())) > 1:
+            own = [name for name, source in self._rendered.items() if source.encoder.given_template is None]
+            which = f" ({', '.join(own)} with the tokenizer's own)" if own else ""
             raise ManifestError(
-                f"The data sets {', '.join(given)} are rendered with different chat templates, and the artifact has "
-                f"one. Set {key} to the data set whose template it is to have, or give all of them one template."
+                f"The data sets {', '.join(used)} are rendered with different chat templates{which}, and the artifact "
+                f"has one. Set {key} to the data set whose template it is to have, or give all of them one template."
             )
 
     @property

@@ -30,7 +30,7 @@ from postlude.data.records import record_json
 from postlude.errors import DataError
 from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
-from postlude.stages.prompts import Row, no_preview, rows_of
+from postlude.stages.prompts import Row, no_preview, rows_of, tell_unprinted
 from postlude.stages.report import StageReport, Trial
 from postlude.storage import exact_json
 from postlude.telemetry.progress import console
@@ -97,6 +97,10 @@ class Work(ABC):
     def counts(self) -> Mapping[str, Any]:
         """What a preflight tells of the data, read whole."""
         return {}
+
+    def remarks(self) -> Sequence[str]:
+        """What should be known of the data before the work begins."""
+        return ()
 
     def preview(self, blocks: int) -> Preview:
         """The prompts that are put to a model. ManifestError where none are."""
@@ -211,6 +215,8 @@ class Work(ABC):
         """
         with closing(self):
             counts = self.counts()
+            tell_unprinted(report, self.parts, counts)
+            report.remarks += self.remarks()
         small = type(self)(self.parts.rehearsal())
         if not small.portions:
             report.trial = Trial(counts, None, "its models are not made yet, or it needs the whole of them")

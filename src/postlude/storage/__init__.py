@@ -27,14 +27,9 @@ from postlude.storage.files import (
     exists,
     expand,
     is_directory,
-    is_local,
-    join,
     list_directory,
-    local_path,
     modified_fingerprint,
-    name,
     open_file,
-    parent,
     read_bytes,
     read_text,
     remove,
@@ -43,6 +38,9 @@ from postlude.storage.files import (
     write_text,
 )
 from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
+from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guard, shared_guard
+from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
-from postlude.storage.locks import Holder, Lock, holder, lock
+from postlude.storage.locks import holder, lock
 from postlude.storage.scratch import Scratch, scratch_folder
+from postlude.storage.uris import is_local, join, local_path, name, parent

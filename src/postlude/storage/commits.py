@@ -15,10 +15,11 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import exact_json, files
+from postlude.storage import exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
@@ -40,6 +41,8 @@ class Marker:
     """By path below the folder."""
     extra: Mapping[str, Any]
     """What the writer wanted to be committed together with the files."""
+    number: int = field(default=0, compare=False)
+    """The fencing number of the lease under which it was written; 0 where the kernel held the lock, or nobody."""
 
 
 class HashedFile(io.BufferedIOBase):
@@ -96,14 +99,16 @@ def begin(uri: str) -> None:
     discard(uri)
     if files.is_local(uri):
         with writing(uri):
-            os.makedirs(files.local_path(uri))
+            guards.make_folders(files.local_path(uri))
 
 
 def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | None = None) -> None:
     """Make the folder real. ``digests`` is by path below ``uri``; ``extra`` is anything that JSON can hold.
 
-    ValueError if a file is not there in its size: then a writer has not finished, and nothing is committed.
+    ValueError if a file is not there in its size: then a writer has not finished, and nothing is committed. LockedError
+    if the folder is not this process's to write any more, or one that had the lock later has committed it.
     """
+    guards.check(uri, now=True)
     for path, digest in digests.items():
         size = files.size_bytes(files.join(uri, path))
         if size != digest.size_bytes:
@@ -115,8 +120,25 @@ def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | N
                 files.sync_folder(os.path.join(folder, held))
             files.sync_folder(os.path.dirname(os.path.abspath(folder)))
     sizes = {path: asdict(digest) for path, digest in sorted(digests.items())}
-    body = {"files": sizes, "extra": dict(extra or {})}
-    files.write_text(files.join(uri, MARKER), exact_json.dump({**body, "sha256": _checksum(body)}))
+    body: dict[str, Any] = {"files": sizes, "extra": dict(extra or {})}
+    guard = guards.guard_of(uri)
+    if guard is not None and guard.number is not None:
+        body["number"] = guard.number
+    _put_marker(uri, exact_json.dump({**body, "sha256": _checksum(body)}).encode(), guard)
+
+
+def _put_marker(uri: str, content: bytes, guard: guards.Guard | None) -> None:
+    """Where a lease is the lock its holder may be held up between a look at it and this write: then the marker of a
+    later holder stays."""
+    place = files.join(uri, MARKER)
+    if guard is not None:
+        guard.check(now=True)
+        if guard.number is not None:
+            if files.create(place, content):
+                return
+            if _read_marker(uri).number > guard.number:
+                raise guard.lost(f"a process that had it later has committed '{uri}'")
+    files.write_bytes(place, content)
 
 
 def discard(uri: str) -> None:
@@ -127,11 +149,31 @@ def discard(uri: str) -> None:
 
 def is_committed(uri: str) -> bool:
     """Whether the folder is real."""
-    return files.exists(files.join(uri, MARKER))
+    guard = guards.guard_of(uri)
+    if guard is None or guard.number is None:
+        return files.exists(files.join(uri, MARKER))
+    with suppress(CorruptError):  # which is told when it is read
+        try:
+            read_marker(uri)
+        except NotFound:
+            return False
+    return True
 
 
 def read_marker(uri: str) -> Marker:
-    """What was committed, the files themselves unread. NotFound if nothing was, CorruptError if it is damaged."""
+    """What was committed, the files themselves unread. NotFound if nothing was, CorruptError if it is damaged.
+
+    What a process committed that had lost the lock by then was not.
+    """
+    marker, guard = _read_marker(uri), guards.guard_of(uri)
+    if guard is not None and not guard.believes(uri, marker.number):
+        raise NotFound(
+            f"'{uri}' was never committed: a process that had lost the {guard.what} by then wrote its {MARKER}."
+        )
+    return marker
+
+
+def _read_marker(uri: str) -> Marker:
     place = files.join(uri, MARKER)
     try:
         text = files.read_bytes(place)
@@ -145,7 +187,9 @@ def read_marker(uri: str) -> Marker:
         raise CorruptError(f"'{place}' is damaged: it is not what was written ({error}).") from error
     if not sound:
         raise CorruptError(f"'{place}' is damaged: its checksum does not fit its content.")
-    return Marker({path: Digest(**digest) for path, digest in body["files"].items()}, body["extra"])
+    return Marker(
+        {path: Digest(**digest) for path, digest in body["files"].items()}, body["extra"], body.get("number", 0)
+    )
 
 
 def verify(uri: str) -> Marker:

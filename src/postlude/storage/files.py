@@ -11,26 +11,35 @@ Local files are handled by the operating system directly; fsspec is imported whe
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, Any
 
 from postlude.nearest import nearest
+from postlude.storage import guards
 from postlude.storage.errors import StorageError, reading, writing
+from postlude.storage.uris import is_local, local_path, name
+from postlude.storage.uris import join as join  # names of files are files' as well
+from postlude.storage.uris import parent as parent
 
 UNFINISHED = ".unfinished"
 """How the name of a local file or folder ends while it is being written: no listing shows it."""
 
+NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system says that gives no file a second name, or not this one."""
 
 _LONGEST_NAME_BYTES = 255
 """What file systems take."""
+_TRIES, _PAUSE_SECONDS = 5, 0.2
 
 
 def unfinished_name(base: str, mark: str) -> str:
@@ -41,41 +50,6 @@ def unfinished_name(base: str, mark: str) -> str:
     return name
 
 
-def is_local(uri: str) -> bool:
-    """Whether the URI is a path of this machine."""
-    return "://" not in uri or uri.startswith(("file://", "local://"))
-
-
-def local_path(uri: str) -> str:
-    """The path behind a local URI. ValueError if it is remote."""
-    if not is_local(uri):
-        raise ValueError(f"'{uri}' is not a local path.")
-    return os.path.expanduser(uri.partition("://")[2] if "://" in uri else uri)
-
-
-def join(uri: str, *parts: str) -> str:
-    """The URI of what stands below ``uri``. A part that is absolute, or a URI itself, starts anew."""
-    for part in parts:
-        if "://" in part or os.path.isabs(part):
-            uri = part
-        elif part:
-            uri = part if not uri else f"{uri}{'' if uri.endswith('/') else '/'}{part}"
-    return uri
-
-
-def name(uri: str) -> str:
-    """The last part of the URI."""
-    return uri.rstrip("/").rpartition("/")[2]
-
-
-def parent(uri: str) -> str:
-    """The URI of the folder that holds ``uri``."""
-    head = uri.rstrip("/").rpartition("/")[0]
-    if head.endswith(":/"):
-        return head + "/"
-    return head or ("/" if uri.startswith("/") else ".")
-
-
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """Open ``r``, ``w``, ``rb`` or ``wb``; text is UTF-8 with its line ends left as they are.
 
@@ -84,6 +58,8 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     if mode not in ("r", "w", "rb", "wb"):
         raise ValueError(f"A file is opened with one of r, w, rb, wb, not '{mode}'.")
     writes = mode[0] == "w"
+    if writes:
+        guards.check(uri)
     with writing(uri) if writes else reading(uri):
         if is_local(uri):
             path = local_path(uri)
@@ -112,8 +88,10 @@ def write_text(uri: str, text: str) -> None:
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Replace the content of a file, atomically."""
+    guards.check(uri)
     if is_local(uri):
         with writing(uri), _durable_file(uri, content) as unnamed:
+            guards.check(uri)  # again: the disk may have taken its time
             os.replace(unnamed, local_path(uri))
     else:
         filesystem, path = _remote(uri)
@@ -123,14 +101,15 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 def create(uri: str, content: bytes) -> bool:
     """Make a file with this content, atomically, unless there is one: then nothing happens and False comes back."""
+    guards.check(uri)
     with writing(uri):
         try:
             if is_local(uri):
                 with _durable_file(uri, content) as unnamed:
-                    os.link(unnamed, local_path(uri))
+                    guards.check(uri)
+                    _give_name(unnamed, local_path(uri))
             else:
-                filesystem, path = _remote(uri)
-                filesystem.pipe_file(path, content, mode="create")
+                _create_object(*_remote(uri), content)
         except FileExistsError:
             return False
     return True
@@ -178,8 +157,20 @@ def list_directory(uri: str) -> list[str]:
     return sorted(entry for entry in names if entry and not entry.endswith(UNFINISHED))
 
 
+def files_below(uri: str) -> list[str]:
+    """The paths of all files in a folder and its folders, relative to it, sorted."""
+    if is_local(uri):
+        folder = local_path(uri)
+        held = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
+        return sorted(os.path.relpath(path, folder) for path in held)
+    filesystem, path = _remote(uri)
+    with reading(uri):
+        return sorted(entry.removeprefix(path).lstrip("/") for entry in filesystem.find(path))
+
+
 def remove(uri: str) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens if there is none."""
+    guards.check(uri, now=True)
     if is_local(uri):
         path = local_path(uri)
         with writing(uri), suppress(FileNotFoundError):
@@ -246,6 +237,19 @@ def _durable_file(uri: str, content: bytes) -> Iterator[str]:
             os.remove(path)
 
 
+def _give_name(unnamed: str, path: str) -> None:
+    """Have a finished file appear under a name that nothing has. FileExistsError."""
+    try:
+        os.link(unnamed, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with open(unnamed, "rb") as source, open(path, "xb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
 class _LocalFile(io.FileIO):
     """A file being written, which says what is wrong in the middle of it as clearly as at the start."""
 
@@ -263,11 +267,45 @@ class _LocalFile(io.FileIO):
 
 
 def _open_for_writing(uri: str, path: str) -> IO[bytes]:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    guards.make_folders(os.path.dirname(path))
     return io.BufferedWriter(_LocalFile(path, uri), buffer_size=2**17)
 
 
 # --- remote ---------------------------------------------------------------------------------------------------
+
+
+def require_exclusive(uri: str) -> None:
+    """StorageError unless the store makes an object only where there is none, as :func:`create` does: asked of its file
+    system, and tried beside ``uri``."""
+    from fsspec import AbstractFileSystem
+
+    filesystem, _ = _remote(uri)
+    looks_before = getattr(filesystem.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file
+    probe = f"{uri}.{secrets.token_hex(4)}{UNFINISHED}"
+    try:
+        if not looks_before and create(probe, b"1") and not create(probe, b"2"):
+            return
+    finally:
+        remove(probe)
+    raise StorageError(
+        f"'{parent(uri)}' is on a store that cannot make an object only where there is none, so that two processes "
+        "could write to it at once. Choose a place that can: this machine, S3 or Google Cloud Storage."
+    )
+
+
+def _create_object(filesystem: Any, path: str, content: bytes) -> None:
+    """Make an object. FileExistsError if there is one. A store may ask for another try when two are at it."""
+    for attempt in range(_TRIES):
+        try:
+            filesystem.pipe_file(path, content, mode="create")
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            said = getattr(error.__cause__, "response", {}).get("Error", {})
+            if said.get("Code") != "ConditionalRequestConflict" or attempt == _TRIES - 1:
+                raise
+            time.sleep(attempt * _PAUSE_SECONDS)
 
 
 def _remote(uri: str) -> tuple[Any, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from postlude.storage import commits, files
+from postlude.storage import commits, files, guards
 from postlude.storage.errors import writing, writing_below
 from postlude.storage.scratch import scratch_folder
 
@@ -29,7 +29,8 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
         try:
             with writing_below(uri):
                 yield work
-            commits.commit(work, {below: _settle(work, below) for below in files_below(work)}, extra)
+            commits.commit(work, {below: _settle(work, below) for below in files.files_below(work)}, extra)
+            guards.check(uri, now=True)
             with writing(uri):
                 files.remove(retired)
                 if os.path.exists(path):
@@ -46,7 +47,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
             with writing_below(work):
                 yield work
             commits.begin(uri)
-            commits.commit(uri, {below: _upload(work, uri, below) for below in files_below(work)}, extra)
+            commits.commit(uri, {below: _upload(work, uri, below) for below in files.files_below(work)}, extra)
 
 
 def fetch(uri: str, into: str) -> str:
@@ -86,23 +87,16 @@ def link_file(uri: str, target: str) -> None:
     if files.is_local(uri) and files.is_local(target):
         source, path = files.local_path(uri), files.local_path(target)
         with writing(target):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            guards.make_folders(os.path.dirname(path))
             files.remove(target)
             try:
                 os.link(source, path)
             except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                if error.errno not in (errno.EXDEV, *files.NO_LINKS):
                     raise
             else:
                 return
     copy_file(uri, target)
-
-
-def files_below(folder: str) -> list[str]:
-    """The paths of all files in a local folder and its folders, relative to it, sorted."""
-    return sorted(
-        os.path.relpath(os.path.join(above, name), folder) for above, _, names in os.walk(folder) for name in names
-    )
 
 
 def _settle(folder: str, below: str) -> commits.Digest:

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
 
-from postlude.storage import exact_json, files
+from postlude.storage import exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
+from postlude.storage.locks import NoFlock, flock
 
 SEGMENT_BYTES = 2**18
 """A remote segment that has grown to this size is left alone."""
@@ -57,6 +58,7 @@ class Journal:
 
         Only the process that holds the run's lock may cut: it must be the only writer.
         """
+        guards.check(self.uri, now=True)
         kept: list[bytes] = []
         for line, entry in self._entries():
             if not keep(entry):
@@ -90,7 +92,9 @@ class _LocalLines:
         self.uri, self.path = uri, files.local_path(uri)
 
     def append(self, line: bytes, sync: bool) -> None:
+        guards.check(self.uri)  # before the file is made
         with writing(self.uri), self._lock_file() as descriptor:
+            guards.check(self.uri)  # now that nobody else writes it
             os.ftruncate(descriptor, _end_of_last_line(descriptor))
             written = 0
             while written < len(line):
@@ -104,15 +108,17 @@ class _LocalLines:
         try:
             descriptor = os.open(self.path, flags, 0o666)
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+            guards.make_folders(os.path.dirname(self.path))
             descriptor = os.open(self.path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(NoFlock):  # there a line is still one write
+                flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
         finally:
             os.close(descriptor)
 
     def flush(self) -> None:
+        guards.check(self.uri, now=True)
         if os.path.exists(self.path):
             with writing(self.uri), self._lock_file() as descriptor:
                 os.fsync(descriptor)
@@ -170,6 +176,7 @@ class _RemoteLines:
     def flush(self) -> None:
         if not self._held_back:
             return
+        guards.check(self.uri, now=True)
         if self._number is None:
             number = max(self._numbers(), default=0) + 1
             while not files.create(self._segment(number), self._content):

@@ -1,91 +1,84 @@
 """One process at a time: a lock whose holder can be named, and which a killed holder does not keep.
 
-Locally the kernel holds it (``flock``) and lets it go with the process. Behind a remote URI it is a lease: an
-object that its holder renews, and that counts for nothing once it is :data:`LEASE_SECONDS` old by the clocks of
-the machines, or at once where the holder was a process of this machine that is gone.
+Locally the kernel holds it (``flock``) on the very file, by whatever name that is reached, and lets it go with the
+process. The path may come to lead elsewhere, though: the holder looks again before whatever it writes below the folder
+(:mod:`postlude.storage.guards`). Where the lock file alone was removed or replaced, and nobody else has been there, the
+holder puts it back, to leave with a checkpoint; in all other cases it writes nothing more.
+
+Behind a remote URI, and where the file system has no ``flock``, the lock is a lease (:mod:`postlude.storage.leases`).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
-import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from typing import Any
 
-import psutil
+from postlude.storage import exact_json, files, guards, leases, uris
+from postlude.storage.errors import NotFound, StorageError, writing
+from postlude.storage.guards import Guard, Identity, Lock, identity
+from postlude.storage.holders import Holder, this_machine
 
-from postlude.storage import exact_json, files
-from postlude.storage.errors import LockedError, NotFound, writing
+SETTLE_SECONDS = 1.0
+"""Who removes a whole folder begins with some file: a lock file that is gone is put back after so long, if by then
+nothing else is gone."""
 
-LEASE_SECONDS = 60.0
-HEARTBEAT_SECONDS = 10.0
-
-_SETTLE_SECONDS = 1.0
-"""Two machines that take over the same lease write within this time of each other."""
+PUT_BACK_SECONDS = 10.0
+"""How long those that work for the holder wait for it to put the lock file back."""
 
 _ATTEMPTS, _PAUSE_SECONDS = 10, 0.05
 """A process that only asks who holds a local lock takes it for an instant, so the first refusal is not final."""
 
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock."""
-
-    host: str
-    pid: int
-    since: str
-    """ISO 8601, UTC."""
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
-
-    @staticmethod
-    def this_process() -> Holder:
-        return Holder(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-class Lock:
-    """A lock that is held until it is released or the process ends. Made by :func:`lock`; a context manager."""
-
-    def check(self) -> None:
-        """LockedError if the lock was lost: a lease that could not be renewed in time may be somebody else's now."""
-
-    def release(self) -> None:
-        """Let go; releasing again does nothing."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def lock(uri: str, what: str = "run") -> Lock:
+def lock(uri: str, what: str = "run", guarded_folder: str | None = None) -> Lock:
     """Take the lock behind ``uri``, a file that is nothing else. LockedError, naming the holder, if it is taken.
 
-    ``what`` is the thing that the lock guards, for the error.
+    ``what`` is the thing that the lock guards, for the error. In ``guarded_folder`` nothing is written from now on
+    unless the lock is still held. A lease whose holder may be alive is watched for
+    :data:`postlude.storage.leases.LEASE_SECONDS`.
     """
-    return _KernelLock(uri, what) if files.is_local(uri) else _Lease(uri, what)
+    taken: Lock
+    try:
+        taken = _KernelLock(uri, what) if uris.is_local(uri) else leases.Lease(uri, what)
+    except NoFlock:
+        taken = leases.Lease(uri, what)
+    if guarded_folder is not None:
+        guards.set_guard(guarded_folder, taken)
+    return taken
 
 
 def holder(uri: str) -> Holder | None:
-    """Who holds the lock at this moment; None if nobody does."""
-    return _kernel_holder(uri) if files.is_local(uri) else _lease_holder(uri)
+    """Who holds the lock; None if nobody does. That of a lease counts until it is known to be gone: it has let go, it
+    was a process of this machine, or this process has seen the lease unchanged for too long."""
+    try:
+        return _kernel_holder(uri) if uris.is_local(uri) else leases.holder(uri)
+    except NoFlock:
+        return leases.holder(uri)
 
 
-def _refusal(uri: str, what: str, by: Holder | None) -> LockedError:
-    who = by or "another process"
-    return LockedError(f"The {what} at '{files.parent(uri)}' is in use by {who}. Wait until it ends, or stop it.")
+class NoFlock(Exception):
+    """The file system has no locks of the kernel."""
 
 
-# --- local ----------------------------------------------------------------------------------------------------
+def flock(descriptor: int, operation: int) -> None:
+    """Lock an open file. BlockingIOError if it should not wait and another has it; :class:`NoFlock`."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            raise NoFlock from error
+        raise
+
+
+# --- the holder -----------------------------------------------------------------------------------------------
 
 
 _held: set[_KernelLock] = set()
@@ -95,45 +88,191 @@ def _close_in_child() -> None:
     """A forked child would keep the lock for as long as it lives, whatever becomes of its parent."""
     for held in _held:
         os.close(held.descriptor)
+        held.turn = threading.RLock()  # a thread that is not here may have had it
     _held.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
 
+Place = tuple[Identity | None, Identity | None]
+"""The folder that the lock file stands in, and the lock file."""
+
 
 class _KernelLock(Lock):
     def __init__(self, uri: str, what: str) -> None:
-        path = files.local_path(uri)
+        super().__init__(uri, what)
+        self._holder, self._token = Holder.this_process(), secrets.token_hex(8)
+        self.turn = threading.RLock()
+        self._how_lost: str | None = None
         with writing(uri):
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            guards.make_folders(os.path.dirname(uris.local_path(uri)))
+        while not self._take():
+            pass  # the file was removed between two steps
+        _held.add(self)
+
+    def _take(self) -> bool:
+        with writing(self.uri):
+            self.descriptor = os.open(uris.local_path(self.uri), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _try_flock(self.descriptor):
-                raise _refusal(uri, what, _kernel_holder(uri))
-            with writing(uri):
-                content = exact_json.dump(asdict(Holder.this_process())).encode()
-                os.pwrite(self.descriptor, content, 0)
-                os.ftruncate(self.descriptor, len(content))
+                raise self.refused(_kernel_holder(self.uri))
+            self._place = _look(self.uri)
+            if self._place[1] == _identity_of(self.descriptor):
+                self._write_down(self.descriptor, self._holder)
+                self._names = self._other_names()
+                return True
         except BaseException:
             os.close(self.descriptor)
             raise
-        _held.add(self)
+        os.close(self.descriptor)
+        return False
+
+    def _write_down(self, descriptor: int, by: Holder) -> None:
+        with writing(self.uri):
+            content = exact_json.dump({**asdict(by), "token": self._token}).encode()
+            os.pwrite(descriptor, content, 0)
+            os.ftruncate(descriptor, len(content))
 
     def release(self) -> None:
+        guards.lift(self)
         if self in _held:
             _held.discard(self)
             os.close(self.descriptor)
+
+    def shared(self) -> Guard:
+        return _KernelGuard(self.uri, self.what, self._token, self._place)
+
+    # --- looked at again ------------------------------------------------------------------------------------
+
+    def check(self, now: bool = False) -> None:
+        if self._how_lost is None and _look(self.uri) == self._place:
+            if now:
+                self._names = self._other_names()
+            return
+        with self.turn:
+            if self._how_lost is None and _look(self.uri) != self._place and not self._put_back():
+                self._how_lost = self._what_happened()
+        if self._how_lost is not None:
+            raise self.lost(self._how_lost)
+
+    def _other_names(self) -> set[str]:
+        """What else stands in the folder: where some of it went with the lock file, all of it is going."""
+        try:
+            names = os.listdir(uris.local_path(self.folder))
+        except OSError:
+            return set()
+        return {name for name in names if name != uris.name(self.uri) and not name.endswith(files.UNFINISHED)}
+
+    def _put_back(self) -> bool:
+        """Take the lock file anew, if it alone was removed or replaced and no other process has had it since."""
+        folder = self._place[0]
+        if _look(self.uri)[0] != folder or self not in _held:
+            return False
+        time.sleep(SETTLE_SECONDS)
+        if _look(self.uri)[0] != folder or not self._names <= self._other_names():
+            return False
+        descriptor = -1
+        try:
+            descriptor = os.open(uris.local_path(self.uri), os.O_RDWR | os.O_CREAT, 0o666)
+            if not _try_flock(descriptor):
+                raise BlockingIOError
+            place, record = _look(self.uri), _read_record(os.pread(descriptor, 2**16, 0))
+            if place != (folder, _identity_of(descriptor)) or record.get("token", self._token) != self._token:
+                raise BlockingIOError
+            self._write_down(descriptor, replace(self._holder, leaving=True))
+        except (OSError, StorageError):
+            if descriptor >= 0:
+                os.close(descriptor)
+            return False
+        os.close(self.descriptor)
+        self.descriptor, self._place = descriptor, place
+        self.leaving = f"The lock file '{self.uri}' was removed or replaced while process {os.getpid()} held it."
+        return True
+
+    def _what_happened(self) -> str:
+        folder, lock_file = _look(self.uri)
+        if folder == self._place[0]:
+            by = _kernel_holder(self.uri)
+            taken = f"was replaced, and {by or 'another process'} has had it since"
+            return f"its lock file {taken if lock_file else 'was removed with other files'}"
+        how = "another folder stands there" if folder else "the folder is not there any more"
+        if self in _held:
+            with suppress(OSError):  # the kernel of another system does not tell
+                path = os.path.dirname(os.readlink(f"/proc/self/fd/{self.descriptor}"))
+                if identity(path) == self._place[0]:
+                    how += f"; it was moved to '{path}'"
+        return how
+
+
+def _look(uri: str) -> Place:
+    path = uris.local_path(uri)
+    return identity(os.path.dirname(path) or "."), identity(path)
+
+
+def _identity_of(descriptor: int) -> Identity:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _try_flock(descriptor: int) -> bool:
     for _ in range(_ATTEMPTS):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             time.sleep(_PAUSE_SECONDS)
         else:
             return True
     return False
+
+
+def _read_record(content: bytes) -> dict[str, Any]:
+    """What a lock file says; nothing if no holder wrote it. What an earlier version wrote has a token of its own."""
+    try:
+        record = exact_json.load(content)
+    except ValueError:
+        return {}
+    return {"token": None, **record} if isinstance(record, dict) and "pid" in record else {}
+
+
+# --- those that work for it, and those that ask ---------------------------------------------------------------
+
+
+class _KernelGuard(Guard):
+    """Of a process that works for the holder: the path must lead to the lock file that this one took, or has put back.
+    A process of another machine sees other numbers of files, so there the first look counts."""
+
+    def __init__(self, uri: str, what: str, token: str, place: Place) -> None:
+        super().__init__(uri, what)
+        self._token, self._place, self._machine = token, place, this_machine()
+        self._seen: tuple[Place, int] | None = None
+
+    def check(self, now: bool = False) -> None:
+        if self._seen is not None and self._look() == self._seen:
+            return
+        deadline = time.monotonic() + PUT_BACK_SECONDS
+        while not self._is_sound(seen := self._look()):
+            if seen[0][0] != self._place[0] or seen[0][1] == self._place[1] or time.monotonic() > deadline:
+                raise self.lost("the folder or its lock file was moved, removed, replaced, or taken by another process")
+            time.sleep(_PAUSE_SECONDS)
+        self._seen = seen
+
+    def _look(self) -> tuple[Place, int]:
+        """Where the path leads, and when the lock file was written last."""
+        try:
+            return _look(self.uri), os.stat(uris.local_path(self.uri)).st_mtime_ns
+        except OSError:
+            return _look(self.uri), 0
+
+    def _is_sound(self, seen: tuple[Place, int]) -> bool:
+        try:
+            record = _read_record(files.read_bytes(self.uri))
+        except (OSError, StorageError):
+            return False
+        if record.get("token") != self._token:
+            return False
+        if self._seen is None and self._machine != this_machine():
+            self._place = seen[0]
+        return seen[0] == self._place or (seen[0][0] == self._place[0] and bool(record.get("leaving")))
 
 
 def _kernel_holder(uri: str) -> Holder | None:
@@ -144,94 +283,13 @@ def _kernel_holder(uri: str) -> Holder | None:
     with file:
         for _ in range(_ATTEMPTS):
             try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+                flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
             else:
                 return None
             try:
-                return Holder(**exact_json.load(file.read()))
+                return Holder.read(exact_json.load(file.read()))
             except ValueError:  # the holder is just writing down who it is
                 time.sleep(_PAUSE_SECONDS)
     return Holder("this machine", 0, "just now")
-
-
-# --- remote ---------------------------------------------------------------------------------------------------
-
-
-_own_tokens: set[str] = set()
-
-
-class _Lease(Lock):
-    def __init__(self, uri: str, what: str) -> None:
-        self._uri, self._what = uri, what
-        self._holder, self._token = Holder.this_process(), secrets.token_hex(8)
-        self._renewed, self._lost = time.time(), False
-        if not self._take():
-            raise _refusal(uri, what, _lease_holder(uri))
-        _own_tokens.add(self._token)
-        self._released = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._heart.start()
-
-    def _take(self) -> bool:
-        if files.create(self._uri, self._content(self._renewed)):
-            return True
-        if _lease_holder(self._uri) is not None:
-            return False
-        # Several processes may find the same lease abandoned: the one that wrote last has it.
-        files.write_bytes(self._uri, self._content(self._renewed))
-        time.sleep(_SETTLE_SECONDS)
-        return self._is_own()
-
-    def check(self) -> None:
-        if self._lost or time.time() - self._renewed > LEASE_SECONDS:
-            raise LockedError(
-                f"The {self._what} at '{files.parent(self._uri)}' was held by this process, but its lease could not be "
-                f"renewed for {LEASE_SECONDS:.0f} seconds or was taken by another process. Run again to go on."
-            )
-
-    def release(self) -> None:
-        if self._released.is_set():
-            return
-        self._released.set()
-        self._heart.join()
-        _own_tokens.discard(self._token)
-        if self._is_own():
-            files.remove(self._uri)
-
-    def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
-            # A store that cannot be reached for a moment is tried again; check() tells when it was too long.
-            with suppress(OSError):
-                if not self._is_own():
-                    self._lost = True
-                    return
-                now = time.time()
-                files.write_bytes(self._uri, self._content(now))
-                self._renewed = now
-
-    def _content(self, renewed: float) -> bytes:
-        return exact_json.dump({**asdict(self._holder), "token": self._token, "renewed": renewed}).encode()
-
-    def _is_own(self) -> bool:
-        lease = _read_lease(self._uri)
-        return lease is not None and lease["token"] == self._token
-
-
-def _read_lease(uri: str) -> dict[str, Any] | None:
-    try:
-        return exact_json.load(files.read_bytes(uri))
-    except NotFound:
-        return None
-
-
-def _lease_holder(uri: str) -> Holder | None:
-    lease = _read_lease(uri)
-    if lease is None or time.time() - lease["renewed"] > LEASE_SECONDS:
-        return None
-    by = Holder(lease["host"], lease["pid"], lease["since"])
-    if by.host != socket.gethostname():
-        return by
-    is_alive = lease["token"] in _own_tokens if by.pid == os.getpid() else psutil.pid_exists(by.pid)
-    return by if is_alive else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from postlude.secrecy import told
 from postlude.storage import Journal
 
 _KINDS: dict[str, type[Event]] = {}
@@ -199,12 +200,12 @@ class Failure(Event, kind="failure"):
 
 
 def record(journal: Journal, kind: str, stage: str | None = None, **fields: Any) -> Event:
-    """Make an event of this moment and add it to a run's journal; it is durable when the call returns.
+    """Make an event of this moment, without secrets, and add it to a run's journal; it is durable on return.
 
     KeyError if there is no such kind, ValidationError if ``fields`` are not those of it.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    event = _KINDS[kind](time=now, kind=kind, stage=stage, **fields)
+    event = _KINDS[kind](time=now, kind=kind, stage=stage, **told(fields))
     journal.append(event.model_dump(exclude_none=True), sync=True)
     return event
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from postlude.runs import Run
 from postlude.telemetry import events
+from postlude.telemetry.guard import shown
 from postlude.telemetry.screen import Kind, Listing, open_console, prose
 from postlude.telemetry.summary import summarize
 
@@ -121,7 +122,7 @@ class StageProgress:
         if "progress" in line:
             parts.append(f"{line['progress']:.0%}")
         if line.get("loss") is not None:
-            parts.append(f"loss {line['loss']:.4f}")
+            parts.append(f"loss {line['loss']:z.4f}")
         if line.get("tokens_per_second") is not None:
             parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
         if left is not None and line["progress"] < 1:
@@ -138,7 +139,9 @@ class StageProgress:
             text, share = self._describe(), self._line.get("progress", 0.0)
         room = console().width - cell_len(text) - 1
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=max(4, min(room, 20))), Text(text, overflow="fold"))
+        grid.add_row(
+            ProgressBar(total=1.0, completed=share, width=max(4, min(room, 20))), Text(shown(text), overflow="fold")
+        )
         return grid
 
 
@@ -146,7 +149,7 @@ def _worth_telling(event: events.Event) -> str | None:
     match event:
         case events.Evaluation():
             numbers = event.metrics if event.loss is None else {"loss": event.loss}
-            return f"step {event.step}, {', '.join(f'{k} {v:.4f}' for k, v in numbers.items())} on {event.name}"
+            return f"step {event.step}, {', '.join(f'{k} {v:z.4f}' for k, v in numbers.items())} on {event.name}"
         case events.Alarm():
             return f"ALARM: {event.what}: {event.reason}"
         case events.CheckpointSkipped():
@@ -214,7 +217,7 @@ def stage_table(run: Run, names: Sequence[str] | None = None) -> None:
 
 
 def _change(first: float | None, last: float | None) -> str:
-    return "" if first is None or last is None else f"{first:.4f} → {last:.4f}"
+    return "" if first is None or last is None else f"{first:z.4f} → {last:z.4f}"
 
 
 def duration(seconds: float) -> str:

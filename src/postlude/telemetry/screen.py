@@ -12,14 +12,17 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import IO, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from postlude.telemetry.guard import Guarded, shown
 
 WIDTH = 80
 """Columns of a line where the output is no terminal."""
@@ -31,9 +34,27 @@ _NARROW = 24
 """Columns that a column of text needs to be readable, where it would fill more."""
 
 
+class Screen(Console):
+    """A console on which nothing acts but what rich makes itself."""
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=shown(segment.text))
+
+    @property
+    def file(self) -> IO[str]:
+        """The terminal itself, where :func:`guard_streams` has put something before it."""
+        file = super().file
+        return file.beneath if isinstance(file, Guarded) else file
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        self._file = file
+
+
 def open_console(stderr: bool = False) -> Console:
     """Standard output or standard error, as wide as what is printed there may be."""
-    console = Console(stderr=stderr, highlight=False)
+    console = Screen(stderr=stderr, highlight=False)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
         console.width = WIDTH
     return console
@@ -42,13 +63,13 @@ def open_console(stderr: bool = False) -> Console:
 def prose(console: Console, text: str, whole: bool = False, warning: str = "") -> None:
     """Print sentences: broken between words on a terminal, never within a path; elsewhere, or ``whole``, a line remains
     one, so that a log can be searched. ``warning`` stands before them, in red."""
-    text = warning + text
+    text = warning + shown(text)
     if console.is_terminal and not whole:
         fill = partial(textwrap.fill, width=console.width, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(fill(line) for line in text.split("\n"))
-    shown = Text(text)
-    shown.stylize("bold red", 0, len(warning))
-    console.print(shown, soft_wrap=True)
+    styled = Text(text)
+    styled.stylize("bold red", 0, len(warning))
+    console.print(styled, soft_wrap=True)
 
 
 class Listing:
@@ -56,20 +77,20 @@ class Listing:
     value`` under its first cell. Nothing is ever cut, and no number or head broken."""
 
     def __init__(self, title: str, heads: Mapping[str, Kind]) -> None:
-        self.title, self.heads = title, dict(heads)
+        self.title, self.heads = shown(title), dict(heads)
         self._rows: list[tuple[list[Text], str | None]] = []
 
     def add_row(self, *cells: str | Text, style: str | None = None) -> None:
         """Add a cell for each head."""
-        self._rows.append(([cell if isinstance(cell, Text) else Text(cell) for cell in cells], style))
+        self._rows.append(([cell if isinstance(cell, Text) else Text(shown(cell)) for cell in cells], style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.title:
             yield Text(self.title, "bold")
         widths = [max(map(_width, (head, *cells))) if any(cells) else 0 for head, cells in self._columns()]
-        shown = [(kind, width) for kind, width in zip(self.heads.values(), widths, strict=True) if width]
-        least = sum(min(width, _NARROW) if kind == "text" else width for kind, width in shown)
-        fits = least + 2 * (len(shown) - 1) <= options.max_width
+        columns = [(kind, width) for kind, width in zip(self.heads.values(), widths, strict=True) if width]
+        least = sum(min(width, _NARROW) if kind == "text" else width for kind, width in columns)
+        fits = least + 2 * (len(columns) - 1) <= options.max_width
         yield from [self._table(widths)] if fits else self._lines(options.max_width)
 
     def _columns(self) -> Iterator[tuple[str, list[str]]]:
@@ -112,7 +133,7 @@ class Fields:
         table.add_column(overflow="fold", max_width=options.max_width // 2)
         table.add_column(overflow="fold")
         for name, value in self.rows:
-            table.add_row(Text(name), Text(value))
+            table.add_row(Text(shown(name)), Text(shown(value)))
         yield table
 
 

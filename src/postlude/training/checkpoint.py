@@ -155,8 +155,9 @@ class Checkpointer:
                 storage.commit(uri, files, {"step": step, **small})
                 self.on_commit(uri, step)
             except (OSError, storage.StorageError) as error:
-                storage.remove(uri)
                 failure = error
+                if not isinstance(error, storage.LockedError):
+                    storage.remove(uri)
         failure = self._gather(failure)[0]
         if failure is not None:
             raise failure

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import termios
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,6 +33,11 @@ class Interruption:
             self.requested_at_checkpoint = True
         else:
             self.requested = True
+
+    def abandon(self) -> None:
+        """Stop at once, with KeyboardInterrupt in the main thread. From any thread, while it listens."""
+        self.requested = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:

@@ -6,7 +6,9 @@ collective here is then the identity, so that a debugger needs nothing set up.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,9 +72,11 @@ class Workers:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
+            meeting = _meeting(rank, world)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo",
-                init_method=os.environ.get("POSTLUDE_RENDEZVOUS", "env://"),
+                init_method=os.environ.get("POSTLUDE_RENDEZVOUS", "env://") if meeting is None else None,
+                store=meeting,
                 rank=rank,
                 world_size=world,
                 timeout=COLLECTIVE_DEADLINE,
@@ -164,6 +168,30 @@ class Workers:
         """Wait for every rank."""
         if self.world > 1:
             dist.barrier()
+
+
+def _meeting(rank: int, world: int) -> dist.Store | None:
+    """The store by which ranks meet whose address is known: the first rank listens there and nowhere else, where torch
+    would listen on every interface. None where torch finds it."""
+    host = os.environ.get("MASTER_ADDR", "")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if "POSTLUDE_RENDEZVOUS" in os.environ or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        return None
+    port, listening = int(os.environ["MASTER_PORT"]), -1
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=world).detach()
+    return dist.TCPStore(
+        host,
+        port,
+        world,
+        rank == 0,
+        timeout=COLLECTIVE_DEADLINE,
+        master_listen_fd=listening if rank == 0 else None,
+    )
 
 
 def _seconds(what: Callable[[], Any], device: torch.device) -> float:

@@ -72,9 +72,10 @@ def threads_of(manifest: Manifest, name: str, inline: bool = False) -> int:
 
 
 def check_compute(manifest: Manifest) -> None:
-    """:class:`ComputeError` if this machine cannot hold the pools of the manifest. Of another's machines nothing is
-    known before it is asked."""
+    """:class:`ComputeError` if this machine cannot hold the pools of the manifest, or lacks a variable that it names.
+    Of another's machines nothing is known before it is asked."""
     compute = manifest.compute
+    compute.variables()
     refuses_clear_text = compute.transport.require_encryption and not compute.transport.network_is_encrypted
     check_transport(compute)
     check_collectives(compute, map(pool_name, manifest.stages.values()))

@@ -6,6 +6,8 @@ job server of a cluster.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import socket
@@ -13,9 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from postlude import storage
-from postlude.cluster.providers.base import provider_of
+from postlude.cluster.providers.base import provider_of, variables_set
 from postlude.errors import ComputeError, UserError
+from postlude.manifest.assignments import HANDED_ON, holds_secret
 from postlude.manifest.load import load
+from postlude.manifest.value import without_value
 from postlude.runs import Run
 from postlude.telemetry.progress import waiting
 from postlude.workflow.plan import make_plan
@@ -37,10 +41,18 @@ def detach(manifest_path: str, overrides: Sequence[str], options: Sequence[str])
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
     run = run_of(resolved)
     if run.holder() is not None:
-        run.hold()  # says who has it
+        run.hold().release()  # says who has it
     make_plan(resolved, run, Selection())
-    command = ["-m", "postlude", "run", manifest_path, *overrides, *options]
-    return run, provider_of(resolved.manifest.compute).submit(run, command)
+    provider = provider_of(resolved.manifest.compute)
+    secret = [assignment for assignment in overrides if holds_secret(assignment)]
+    if secret and provider.is_remote:
+        raise ComputeError(
+            f"The command line would hold a secret on another machine: {', '.join(map(without_value, secret))}. Name "
+            "it in the manifest: compute.environment: {NAME: {from: environment}}."
+        )
+    command = ["-P", "-m", "postlude", "run", manifest_path, *(each for each in overrides if each not in secret)]
+    with variables_set({HANDED_ON: json.dumps(secret)}):
+        return run, provider.submit(run, [*command, *options])
 
 
 def logs(uri: str, follow: bool) -> Iterator[str]:
@@ -49,7 +61,7 @@ def logs(uri: str, follow: bool) -> Iterator[str]:
     path = storage.local_path(run.output) if storage.is_local(run.uri) else ""
     if not os.path.exists(path):
         raise NotRunning(f"'{uri}' has no {storage.name(run.output)}: it was not started with --detach here.")
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(storage.open_file(path), encoding="utf-8", errors="replace") as file:
         while True:
             over = run.holder() is None  # asked first: what comes after is read once more
             while text := file.read(65536):
@@ -70,7 +82,12 @@ def stop(uri: str, now: bool, seconds: float) -> str:
         raise NotRunning(f"Nobody works on '{uri}': there is nothing to stop.")
     if holder.host != socket.gethostname():
         raise ComputeError(f"{holder} works on '{uri}'. Stop it there.")
-    os.kill(holder.pid, signal.SIGKILL if now else signal.SIGTERM)
+    was_sent = holder.send(signal.SIGKILL if now else signal.SIGTERM, only_if_certain=now)
+    if not was_sent and run.holder() is not None:
+        raise ComputeError(
+            f"{holder} works on '{uri}', but the process that has this number here did not begin when that did, or an "
+            "earlier version did not write down when. It was left alone: look at it, and end it yourself."
+        )
     deadline = time.monotonic() + seconds
     with waiting(f"{holder} to stop" + ("" if now else " with a checkpoint")):
         while run.holder() is not None:

@@ -17,11 +17,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
 from postlude import storage
+from postlude.data.remote_code import code_digest
 from postlude.data.sources.source import Source
 from postlude.errors import UserError
 from postlude.manifest.component import Component
@@ -30,9 +32,11 @@ from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
 from postlude.runs import LINEAGE, Identity, Run, artifact_of
+from postlude.secrecy import stripped_all
 
 _WRITES_DATE = "strftime_now"
 """The function with which a chat template asks for the date."""
+_TEMPLATE_FILES = ["tokenizer_config.json", "*.jinja", "additional_chat_templates/*"]
 WHOLE_BYTES = 2**30
 """Up to this size the content of a local file is read."""
 
@@ -58,7 +62,9 @@ class Identifier:
         """What the result of a stage follows from, given the results of the stages that it needs and which revisions
         of theirs those are. UserError if a file that it reads is not there."""
         config = self.resolved.manifest.stages[stage]
-        files = {what: {uri: self._content(uri) for uri in uris} for what, uris in self._files(stage, config)}
+        files = {
+            what: {stripped_all(uri): self._content(uri) for uri in uris} for what, uris in self._files(stage, config)
+        }
         read = {uri for contents in files.values() for uri in contents}
         return Identity(
             config=bearing(self.resolved, stage),
@@ -80,8 +86,8 @@ class Identifier:
                 yield f"data.{name}", files
             if dataset.template is not None and dataset.template.endswith(".jinja"):
                 yield f"data.{name}.template", _existing(dataset.template)
-        for key, path in _places(config, f"stages.{stage}"):
-            if model_files := _model_files(path):
+        for key, place in places(config, f"stages.{stage}"):
+            if model_files := _model_files(place.path or ""):
                 yield key, model_files
 
     def _content(self, uri: str) -> str:
@@ -99,14 +105,17 @@ class Identifier:
     def _day(self, stage: str) -> str | None:
         """What day the stage's templates are told: the manifest's, that of the stage where it has begun, or today;
         None where none of them writes the date."""
-        if not any(_WRITES_DATE in template for template in self._templates(stage)):
-            return None
         standing = self.run.stage(stage)
         identity = standing.identity() if standing.has_begun() else None
+        # A version that did not look at templates of the hub began stages without a day, which go on so.
+        hub = identity is None or identity.day is not None
+        if not any(_WRITES_DATE in template for template in self._templates(stage, hub)):
+            return None
         return self.resolved.manifest.today or (date.today().isoformat() if identity is None else identity.day)
 
-    def _templates(self, stage: str) -> Iterator[str]:
-        """The texts of the templates that a stage may render with: given ones, and those beside its models."""
+    def _templates(self, stage: str, hub: bool) -> Iterator[str]:
+        """The texts of the templates that a stage may render with: given ones, those beside its models, and where
+        ``hub`` says so those of models of the hub."""
         manifest = self.resolved.manifest
         config = manifest.stages[stage]
         for name in set(datasets_used(config).values()):
@@ -114,17 +123,20 @@ class Identifier:
             if template is not None:
                 is_path = template.endswith(".jinja")
                 yield from (storage.read_text(path) for path in _existing(template)) if is_path else [template]
-        for _, path in _places(config, ""):
-            for file in _model_files(path):
-                if storage.name(file).endswith(".jinja") or storage.name(file) == "tokenizer_config.json":
+        for _, place in places(config, ""):
+            path = place.path or ""
+            for file in _model_files(path) or (_hub_files(path) if hub and path else []):
+                if _may_hold_template(file):
                     yield storage.read_text(file)
         for need in needs(manifest, stage):
-            yield from self._templates(need)
+            yield from self._templates(need, hub)
 
     # --- code -----------------------------------------------------------------------------------------------
 
     def _code(self, stage: str, config: StageConfig) -> Iterator[tuple[str, str]]:
         yield f"the recipe {config.recipe}", str(config.version)
+        for key, part in _trusting(config, f"stages.{stage}"):
+            yield f"the code of {key}", code_digest(artifact_of(part) or part)
         data = [self.resolved.manifest.data[name] for name in datasets_used(config).values()]
         for component in (component for part in (config, *data) for component in _components(part)):
             source = _foreign_source(type(component))
@@ -137,12 +149,20 @@ def _existing(path: str) -> list[str]:
     return [path] if storage.exists(path) else []
 
 
-def _places(part: Any, key: str) -> Iterator[tuple[str, str]]:
-    """The keys below a part of the manifest that say where a model or a tokenizer is, with the path each says."""
+def places(part: Any, key: str) -> Iterator[tuple[str, ModelPlace | TokenizerFrom | TokensFrom]]:
+    """The keys below a part of the manifest that say where a model or a tokenizer is, with what says it."""
     if isinstance(part, ModelPlace | TokenizerFrom | TokensFrom) and part.path is not None:
+        yield f"{key}.path", part
+    for name, below in _below(part):
+        yield from places(below, f"{key}.{name}")
+
+
+def _trusting(part: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Those of the keys that let code be run, of models that no stage makes: what a stage makes follows from it."""
+    if isinstance(part, ModelPlace | TokenizerFrom) and part.trust_remote_code and part.path is not None:
         yield f"{key}.path", part.path
     for name, below in _below(part):
-        yield from _places(below, f"{key}.{name}")
+        yield from _trusting(below, f"{key}.{name}")
 
 
 def _components(part: Any) -> Iterator[Component]:
@@ -172,6 +192,26 @@ def _model_files(path: str) -> list[str]:
     left = {LINEAGE, storage.MARKER}
     below = storage.expand(storage.join(glob.escape(place), "**"))
     return [uri for uri in below if not storage.is_directory(uri) and storage.name(uri) not in left]
+
+
+def _may_hold_template(uri: str) -> bool:
+    return uri.endswith(".jinja") or storage.name(uri) == "tokenizer_config.json"
+
+
+@cache
+def _hub_files(name: str) -> list[str]:
+    """The files with the chat templates of a model of the hub, fetched where they are not on this machine; none where
+    they cannot be had, as the stage itself will say."""
+    from huggingface_hub import snapshot_download
+
+    for is_local in (True, False):
+        try:
+            folder = snapshot_download(name, allow_patterns=_TEMPLATE_FILES, local_files_only=is_local)
+        except (OSError, ValueError):  # its own errors derive from these
+            continue
+        if files := [uri for uri in _model_files(folder) if _may_hold_template(uri)]:
+            return files
+    return []
 
 
 def _foreign_source(component: type) -> str | None:

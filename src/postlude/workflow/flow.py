@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from postlude import storage
 from postlude.manifest.graph import needs, order
 from postlude.manifest.load import load
+from postlude.manifest.problem import ManifestError
+from postlude.secrecy import told
 
 WAIT_SECONDS = 7 * 24 * 3600
 """How long a step waits for the one that holds the run."""
@@ -35,8 +37,8 @@ OVERRIDES = {overrides!r}
 
 def run(stage):
     """Run one stage. What it needs is done by then; a branch that holds the run is waited for."""
-    command = [sys.executable, "-m", "postlude", "run", MANIFEST, *OVERRIDES, "--stage", stage, "--wait", "{wait}"]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-P", "-m", "postlude", "run", MANIFEST, *OVERRIDES]
+    subprocess.run([*command, "--stage", stage, "--wait", "{wait}"], check=True)
 
 
 class {flow}(FlowSpec):
@@ -63,6 +65,11 @@ if __name__ == "__main__":
 def flow(manifest_path: str, overrides: Sequence[str], file: str = "flow.py") -> str:
     """The text of a Python file, to be called ``file``, that runs the stages of a manifest under Metaflow."""
     manifest = load(storage.read_bytes(manifest_path), manifest_path, overrides).manifest
+    if told(list(overrides)) != list(overrides):
+        raise ManifestError(
+            "One of the KEY=VALUE holds a secret, and the flow would hold it, too. Name it in the manifest instead: "
+            "compute.environment: {NAME: {from: environment}}."
+        )
     graph = {name: needs(manifest, name) for name in order(manifest)}
     class_name = "".join(part[:1].upper() + part[1:] for part in re.split(r"[^A-Za-z0-9]+", manifest.name)) + "Flow"
     if class_name[0].isdigit():

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from postlude import storage
 from postlude.errors import UserError
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
-from postlude.runs import artifact_of, find
+from postlude.runs import LINEAGE, artifact_of
+from postlude.telemetry import openmp
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
@@ -27,6 +29,7 @@ def generate(
     conversation, as they are made."""
     from postlude.rollout.talk import talk
 
+    openmp.give_way()
     yield from talk(artifact_of(model) or model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
@@ -49,12 +52,25 @@ def export(place: str, out: str, merge: bool = False) -> None:
 
         with storage.new_folder(out) as folder:
             write_merged(artifact, Path(storage.local_path(folder)))
+            _say_whence(artifact, folder)
         return
     if adapter:
         _check_base_is_whole(artifact)
     for name in storage.list_directory(artifact):
         if name != storage.MARKER:
             storage.copy_file(storage.join(artifact, name), storage.join(out, name))
+    _say_whence(artifact, out)
+
+
+def _say_whence(artifact: str, out: str) -> None:
+    """Note in the lineage of an exported folder which artifact it was made of, for :func:`verify`."""
+    from postlude.model.adapters.stored import digest_of
+    from postlude.model.places import EXPORTED_FROM, absolute
+
+    lineage = storage.join(out, LINEAGE)
+    whence = {EXPORTED_FROM: {"place": absolute(artifact), "sha256": digest_of(artifact)}}
+    content = json.loads(storage.read_text(lineage)) | whence
+    storage.write_text(lineage, json.dumps(content, indent=2) + "\n")
 
 
 def _check_base_is_whole(artifact: str) -> None:
@@ -69,25 +85,21 @@ def _check_base_is_whole(artifact: str) -> None:
 
 
 def verify(model: str) -> Verification:
-    """Packed logits of a model against the plain forward pass of each document; and the artifact of a stage against
-    the checkpoint of its last step, where that is there and local."""
+    """Packed logits of a model against the plain forward pass of each document; and what it holds against the source
+    that it claims. Of an artifact that cannot be loaded that is told together with the rest."""
     from postlude.model.load import load_model
+    from postlude.model.verify import Verification
     from postlude.model.verify import verify as compare
+    from postlude.model.verify_source import compare_with_source
 
+    openmp.give_way()
     place = artifact_of(model) or model
-    report = compare(load_model(ModelFrom(path=model), place, None, seed=0))
-    checkpoint = _last_checkpoint(place)
-    if checkpoint is None:
-        return report
-    from postlude.model.verify_source import differences_from_checkpoint
-
-    return replace(report, not_as_trained=tuple(differences_from_checkpoint(place, checkpoint)))
-
-
-def _last_checkpoint(artifact: str) -> str | None:
-    """That of the step with which the stage of an artifact ended."""
-    stage = storage.parent(artifact.rstrip("/"))
-    if not storage.is_local(artifact) or not storage.exists(artifact) or artifact_of(stage) is None:
-        return None
-    steps = json.loads(storage.read_bytes(storage.join(artifact, "lineage.json"))).get("steps")
-    return next((checkpoint.uri for checkpoint in find(stage).checkpoints() if checkpoint.step == steps), None)
+    source = compare_with_source(place)
+    try:
+        report = compare(load_model(ModelFrom(path=model), place, None, seed=0))
+    except ManifestError as error:
+        if not source.has_lineage:
+            raise
+        source.faults["unreadable"] = [str(error)]
+        return Verification("", "", "", 0.0, (), source)
+    return replace(report, source=source)

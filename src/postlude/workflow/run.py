@@ -6,31 +6,33 @@ import os
 import shlex
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from postlude import storage
 from postlude.cluster.budget import Budget
 from postlude.cluster.keeper import Stopped, keep
 from postlude.cluster.providers.base import Provider, open_cluster, provider_of
+from postlude.manifest.assignments import handed_on
 from postlude.manifest.load import Resolved, load
-from postlude.manifest.lock import dump_lock, lock, read_lock
+from postlude.manifest.lock import dump_lock, read_lock
+from postlude.manifest.lock import lock as manifest_lock
 from postlude.manifest.schema import Manifest
+from postlude.manifest.value import without_value
 from postlude.runs import Run, revision_of
 from postlude.telemetry import events
-from postlude.telemetry.progress import StageProgress, console, say, stage_table, waiting
+from postlude.telemetry.progress import StageProgress, console, say, stage_table
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import verify_inputs
 from postlude.workflow.compute import check_compute, threads_of
+from postlude.workflow.holding import hold, looking_after, must_leave
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
 
 INTERRUPTED = 130
-
-_POLL_SECONDS = 1.0
 
 
 def run(
@@ -48,10 +50,10 @@ def run(
     after another, for a debugger. ``wait_seconds``: how long to wait for another process that holds the run.
     :class:`UserError` on what the user can mend; the run can be continued.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = load(storage.read_bytes(manifest_path), manifest_path, [*overrides, *handed_on()])
     check_compute(resolved.manifest)
     run = run_of(resolved)
-    with hold(run, wait_seconds):
+    with hold(run, wait_seconds) as lock:
         plan = make_plan(resolved, run, Selection(stage, begin, until))
         console().print(plan.render())
         made_anew = {decision.stage for decision in plan.work}
@@ -59,38 +61,47 @@ def run(
             verify_inputs(run, decision.stage, [need for need in decision.needs if need not in made_anew])
         needs_workers = bool(plan.work) and not inline
         if needs_workers and provider_of(resolved.manifest.compute).starts_ray and "ray" not in sys.modules:
-            interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until))
+            interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until), lock)
         else:
-            interrupted = work(run, resolved, plan, needs_workers)
+            interrupted = work(run, resolved, plan, needs_workers, lock)
         if interrupted is not None:
-            events.record(run.events, "run_interrupted", reason=f"asked to stop in stage {interrupted}")
+            reason = lock.leaving or f"asked to stop in stage {interrupted}"
+            events.record(run.events, "run_interrupted", reason=reason)
             chosen = {"--stage": stage, "--until": until}
             options = [part for name, value in chosen.items() if value is not None for part in (name, value)]
-            command = ["postlude", "run", manifest_path, *overrides, *options, *["--inline"] * inline]
-            say(f"Interrupted: {what_holds(run, plan)}. Go on with: {shlex.join(command)}", whole=True)
+            repeated = map(without_value, overrides)
+            command = ["postlude", "run", manifest_path, *repeated, *options, *["--inline"] * inline]
+            how_to_go_on = f"{what_holds(run, plan)}. Go on with: {shlex.join(command)}"
+            if lock.leaving:
+                raise storage.LockedError(
+                    f"{lock.leaving} Since others could take the run up, it has stopped: {how_to_go_on}"
+                )
+            say(f"Interrupted: {how_to_go_on}", whole=True)
             return INTERRUPTED
         events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
 
 
-def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool) -> str | None:
-    """Take a plan to its end in this process; the name of the stage that was asked to stop, if one was."""
+def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool, lock: storage.Lock | None) -> str | None:
+    """Take a plan to its end in this process; the name of the stage that was asked to stop, if one was. Without a
+    ``lock`` the process above this one looks after it."""
     with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
         write_lock(run, resolved, plan)
         holder = run.holder()  # the parent of this process, where that keeps it at work
         events.record(run.events, "run_started", host=socket.gethostname(), pid=holder.pid if holder else os.getpid())
-        return execute(run, resolved, plan, cluster)
+        return execute(run, resolved, plan, cluster, lock)
 
 
-def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> str | None:
+def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection, lock: storage.Lock) -> str | None:
     """:func:`work` in a process below this one, and in another that goes on with what ``go_on`` selects when that, or a
     process of Ray's own, has died."""
 
     def do(lost: int) -> str | None:
+        storage.set_guard(run.uri, lock.shared())
         mine = Run(run.uri)  # a journal far away has a writer of its own in each process
         now = what_is_left(mine, resolved, plan, go_on) if lost else plan
-        return work(mine, resolved, now, needs_workers=True) if now.work else None
+        return work(mine, resolved, now, needs_workers=True, lock=None) if now.work else None
 
     def tell(kind: str, **fields: Any) -> None:
         shown.event(events.record(run.events, kind, **fields))
@@ -99,7 +110,7 @@ def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> 
     stages = [run.stage(decision.stage) for decision in plan.work]
     budget = Budget(resolved.manifest.compute.supervision, lambda: [stage.committed() for stage in stages])
     try:
-        return keep(do, budget, tell)
+        return keep(do, budget, tell, partial(must_leave, lock))
     except Stopped:
         return next((stage.name for stage in stages if not stage.is_done()), None)
 
@@ -141,7 +152,9 @@ def dry_run(
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 
-def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) -> str | None:
+def execute(
+    run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None, lock: storage.Lock | None
+) -> str | None:
     """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
 
     A stage begins when all that it needs is done and its pool is free, on a group of workers of the cluster; without
@@ -149,7 +162,11 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None) 
     ended.
     """
     left = {decision.stage: decision for decision in plan.work}
-    with Interruption().listening() as stop, closing(StagesAtWork(run, resolved, cluster, stop)) as at_work:
+    with (
+        Interruption().listening() as stop,
+        looking_after(lock, stop) if lock else nullcontext(),
+        closing(StagesAtWork(run, resolved, cluster, stop)) as at_work,
+    ):
         while (left and not at_work.stopping) or at_work.decisions:
             ready = [] if at_work.stopping else can_begin(left, at_work.decisions)
             for decision in ready if cluster else ready[:1]:
@@ -194,19 +211,6 @@ def run_of(resolved: Resolved) -> Run:
     return Run(storage.join(resolved.manifest.run_dir, resolved.manifest.name))
 
 
-def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
-    """Take the run for this process. LockedError if another process has it, and still has it after the wait."""
-    deadline = time.monotonic() + wait_seconds
-    with waiting(f"the run {run.name}, in use by {run.holder() or 'another process'}"):
-        while True:
-            try:
-                return run.hold()
-            except storage.LockedError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_POLL_SECONDS)
-
-
 def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     """Write what the run is about to do as its manifest lock; stages outside the plan keep their fingerprints."""
     manifest = resolved.manifest
@@ -215,4 +219,4 @@ def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     known = read_lock(before, run.manifest_lock).stages if before is not None else {}
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
     fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
-    run.write_manifest_lock(dump_lock(lock(resolved, threads, fingerprints)))
+    run.write_manifest_lock(dump_lock(manifest_lock(resolved, threads, fingerprints)))

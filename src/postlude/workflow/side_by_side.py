@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from postlude import storage
 from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run
+from postlude.secrecy import stripped_all
 from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
@@ -58,7 +60,7 @@ class StagesAtWork:
         if self._needs_no_work(decision):
             return
         try:
-            summary = run_stage_here(self._task(decision, inline=True))
+            summary = run_stage_here(self._task(decision, inline=True), self.stop)
         except BaseException as error:
             self._end(decision, error=error)
         else:
@@ -117,7 +119,8 @@ class StagesAtWork:
     def _task(self, decision: Decision, inline: bool = False) -> StageTask:
         manifest = self.resolved.manifest
         threads = threads_of(manifest, decision.stage, inline)
-        task = StageTask(tree=self.resolved.tree, stage=decision.stage, run=self.run.uri, threads=threads)
+        guard = storage.shared_guard(self.run.uri)
+        task = StageTask(self.resolved.tree, decision.stage, self.run.uri, threads, guard=guard)
         pool = engines_of(manifest, manifest.stages[decision.stage])
         if pool is None:
             return task
@@ -131,7 +134,7 @@ class StagesAtWork:
         return replace(task, engines=host_names(self._job_name(decision), pool.most))
 
     def _job_name(self, decision: Decision) -> str:
-        return f"{decision.stage}@{self.run.uri}"
+        return f"{decision.stage}@{stripped_all(self.run.uri)}"  # Ray writes it into its logs
 
     def _engines(self, decision: Decision, give_up: Callable[[], bool]) -> AbstractContextManager[None]:
         """The hosts of a stage's engines, where these have a pool of their own."""
@@ -144,7 +147,7 @@ class StagesAtWork:
         if pool is None:
             return nullcontext()
         threads = pool.cpus_per_worker or threads_of(manifest, name)
-        setup = WorkerSetup(name, threads, compute.environment)
+        setup = WorkerSetup(name, threads, compute.variables())
         seconds, demand = float(compute.supervision.room_seconds), Demand.of(compute, pool)
         return engine_hosts(self._job_name(decision), demand, pool.most, setup, seconds, give_up)
 
@@ -165,7 +168,7 @@ class StagesAtWork:
             demand=Demand.of(compute, pool),
             least=pool.least,
             most=pool.most,
-            setup=WorkerSetup(name, task.threads, compute.environment, [FUNCTION.partition(":")[0]]),
+            setup=WorkerSetup(name, task.threads, compute.variables(), [FUNCTION.partition(":")[0]]),
             limits=compute.supervision,
             interface=self.cluster.interface,
         )

@@ -92,7 +92,7 @@ class RunStatus:
                 branch,
                 ", ".join(state),
                 f"{summary.steps:,}" if summary.steps else "",
-                "" if summary.last_loss is None else f"{summary.last_loss:.4f}",
+                "" if summary.last_loss is None else f"{summary.last_loss:z.4f}",
                 "" if stage.checkpoint is None else f"step {stage.checkpoint:,}",
             )
         notes = [f"held by {self.holder}"] if self.holder else []
@@ -116,7 +116,7 @@ class Runs:
         for run in self.runs:
             done = sum(stage.summary.state == "done" for stage in run.stages)
             losses = [stage.summary.last_loss for stage in run.stages if stage.summary.last_loss is not None]
-            shown = f"{losses[-1]:.4f}" if losses else ""
+            shown = f"{losses[-1]:z.4f}" if losses else ""
             listing.add_row(run.run.name, run.state, f"{done} of {len(run.stages)}", shown)
         return listing
 

@@ -19,12 +19,15 @@ from postlude.data.preview import Preview
 from postlude.errors import UserError
 from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
+from postlude.manifest.schema import ModelPlace
+from postlude.model.load import weights_are_checked
 from postlude.stages.parts import Mode, StageTask
 from postlude.stages.report import StageReport
 from postlude.stages.stage import open_stage
 from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
+from postlude.workflow.fingerprint import places
 from postlude.workflow.run import run_of, workers_for
 from postlude.workflow.selection import Selection
 
@@ -97,6 +100,12 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     report = StageReport(name, ranks_of(resolved.manifest, config), threads_of(resolved.manifest, name))
     report.awaited = stage.parts.makers(datasets_used(config).values())
     stage.preflight(report, synthetic)
+    report.remarks += [
+        f"{key}: whether the weights of '{place.path}' all have a place in its architecture could not be looked at, "
+        "since they are not on this machine. The stage tells when it loads them."
+        for key, place in places(config, f"stages.{name}")
+        if isinstance(place, ModelPlace) and not weights_are_checked(stage.parts.place_of(place) or "")
+    ]
     return report
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from postlude.cluster.transport import check_transport
 from postlude.errors import ComputeError
@@ -72,7 +72,7 @@ def open_cluster(compute: Compute) -> Iterator[Provider]:
     provider = provider_of(compute)
     # What Ray's own code reads when it is loaded has to be there before.
     defaults = {name: value for name, value in provider.defaults.items() if name not in os.environ}
-    with _environment({**defaults, **provider.variables(compute)}):
+    with variables_set({**defaults, **provider.variables(compute)}):
         import ray
 
         if ray.is_initialized():
@@ -85,8 +85,25 @@ def open_cluster(compute: Compute) -> Iterator[Provider]:
             ray.shutdown()
 
 
+def job_without_folder() -> Any:
+    """Ray's settings of a job whose workers look for modules where this process does: Ray itself would put the current
+    folder before all that is installed."""
+    from ray.job_config import JobConfig
+
+    class WithoutFolder(JobConfig):
+        @property
+        def _py_driver_sys_path(self) -> list[str]:
+            return []
+
+        @_py_driver_sys_path.setter
+        def _py_driver_sys_path(self, path: list[str]) -> None:
+            """Ray adds to it."""
+
+    return WithoutFolder()
+
+
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     """Variables for this process and those that it starts, for as long as the context lasts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -11,11 +11,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 from postlude import storage
 from postlude.cluster import keeper
-from postlude.cluster.providers.base import Provider
+from postlude.cluster.providers.base import Provider, job_without_folder
 from postlude.cluster.ray_processes import watched
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
@@ -28,7 +28,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 START_SECONDS = 30.0
 """How long a detached run may take to take the run up."""
 
-_LONGEST_PLACE = 32
+_LONGEST_PLACE = 30
 """Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
 _POLL_SECONDS = 0.2
 
@@ -68,7 +68,8 @@ class Local(Provider):
     }
 
     def variables(self, compute: Compute) -> Mapping[str, str]:
-        return {"RAY_USE_TLS": "0", **_own_token()}
+        # Ray's word for a machine that is alone: all of its servers listen on the loopback address.
+        return {"RAY_USE_TLS": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **_own_token()}
 
     @contextmanager
     def open(self, compute: Compute) -> Iterator[None]:
@@ -87,7 +88,10 @@ class Local(Provider):
                             num_cpus=max(workers, hardware.cores()),
                             include_dashboard=False,
                             object_store_memory=OBJECT_STORE_BYTES,
-                            _temp_dir=folder,
+                            # Ray opens its own folder to everybody, and the one round it is ours alone.
+                            _temp_dir=os.path.join(folder, "r"),
+                            _node_ip_address="127.0.0.1",
+                            job_config=job_without_folder(),
                             configure_logging=False,
                         )
                     yield
@@ -118,7 +122,7 @@ class Local(Provider):
                 "A detached run on this machine keeps its output in the run directory, which must be local."
             )
         os.makedirs(storage.local_path(run.uri), exist_ok=True)
-        with open(storage.local_path(run.output), "ab") as output:
+        with open(storage.local_path(run.output), "ab", opener=partial(os.open, mode=0o600)) as output:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 stdin=subprocess.DEVNULL,

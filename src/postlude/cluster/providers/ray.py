@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from postlude.cluster.providers.base import Provider
+from postlude.cluster.providers.base import Provider, job_without_folder
 from postlude.cluster.transport import probe, ray_variables
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
@@ -35,7 +35,8 @@ class Ray(Provider):
         try:
             with waiting(f"the Ray cluster at {address}"):
                 packages = {"py_modules": compute.code} if compute.code else None
-                ray.init(address=address, configure_logging=False, runtime_env=packages)
+                job = job_without_folder()
+                ray.init(address=address, configure_logging=False, runtime_env=packages, job_config=job)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ComputeError(f"No Ray cluster answers at {address}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from postlude.data.example import BadRecord, Format, Record
@@ -44,7 +45,7 @@ class Sieve:
             if isinstance(judge, str):
                 assert self._predicates is not None
                 for place in left:
-                    if (wrong := self._predicates.odd(records[place])) is not None:
+                    if (wrong := self._predicates.odd(records[place], partial(where, place))) is not None:
                         verdicts[place] = BadRecord(wrong)
                 left = [place for place in left if verdicts[place] is None]
                 keeps = self._predicates.keeps(judge, [records[place] for place in left], places_in(where, left))

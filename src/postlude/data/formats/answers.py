@@ -10,34 +10,40 @@ user's turn. A text that begins with its prompt may be an answer all the same, s
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations, takewhile
-from typing import Any
+from typing import Any, Protocol
 
-from postlude.data.example import Answer, BadRecord, Conversation, Text
-from postlude.data.formats.columns import kind_of
-from postlude.data.formats.conversation import Roles, conversation, untrain_before
+from postlude.data.example import Answer, BadRecord, Conversation, Record, Text
+from postlude.data.formats.columns import LARGEST, kind_of, shown
+from postlude.data.formats.conversation import Roles, conversation, messages_in, untrain_before
 
 OTHER_ANSWERS = ("I would rather not say.", "It depends.")
 """Answers in example records that are worse than the one in the conversation."""
 
 
-def answers(
-    prompt: Any,
-    sides: Mapping[str, Any],
-    *,
-    separator: str = "",
-    tools: Any = None,
-    roles: Roles = "strict",
-    repeats_prompt: bool | None = None,
-) -> list[Answer]:
-    """Each of ``sides`` (what it is called, and its value) as an answer to ``prompt``; None for one in their beginning.
+class AnswerKeys(Protocol):
+    """The keys that formats of answers share: a format itself. Each documents its own."""
+
+    @property
+    def separator(self) -> str: ...
+    @property
+    def tools_field(self) -> str: ...
+    @property
+    def roles(self) -> Roles: ...
+    @property
+    def repeats_prompt(self) -> bool | None: ...
+
+
+def answers(keys: AnswerKeys, record: Record, prompt: Any, sides: Mapping[str, Any]) -> list[Answer]:
+    """Each of ``sides`` of a record (what it is called, and its value) as an answer to ``prompt``, as the ``keys`` of
+    its format say; None for a prompt in their beginning.
 
     :class:`BadRecord` for a side that is empty, of another kind than the prompt, or an answer to something else, and
     for two that are equal.
     """
+    prompt, sides = messages_in(prompt), {what: messages_in(value) for what, value in sides.items()}
     kinds = {what: _kind(value, what) for what, value in sides.items()}
     kind = kinds[next(iter(kinds))] if prompt is None else _kind(prompt, "its prompt")
     if kind is str and set(kinds.values()) == {list}:
@@ -46,13 +52,14 @@ def answers(
         if own_kind is not kind:
             beside = "its prompt" if prompt is not None else next(iter(kinds))
             raise BadRecord(f"{what} is {kind_of(sides[what])}, but {beside} is {'text' if kind is str else 'a list'}")
-    texts: list[Answer] = (
-        _texts(prompt, sides, separator, repeats_prompt)
-        if kind is str
-        else [answer_after(*side, what) for what, side in conversations(prompt, sides, tools, roles, repeats_prompt)]
-    )
-    check_different(texts, list(sides))
-    return texts
+    several: list[Answer] = []
+    if kind is str:
+        several += _texts(prompt, sides, keys.separator, keys.repeats_prompt)
+    else:
+        read = conversations(prompt, sides, record.get(keys.tools_field), keys.roles, keys.repeats_prompt)
+        several += [answer_after(*side, what) for what, side in read]
+    check_different(several, list(sides))
+    return several
 
 
 def check_different(several: Sequence[Answer], names: Sequence[str]) -> None:
@@ -92,11 +99,11 @@ def example_sides(conversation: Conversation, others: int) -> tuple[Any, list[An
 
 
 def number(value: Any, what: str) -> float:
-    """A finite number. :class:`BadRecord` for anything else."""
+    """A finite number. :class:`BadRecord` for anything else, also for one that single precision does not hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRecord(f"{what} is {kind_of(value)}, not a number")
-    if not math.isfinite(value):
-        raise BadRecord(f"{what} is {value}, not a finite number")
+    if not abs(value) <= LARGEST:
+        raise BadRecord(f"{what} is {shown(value)}, not a finite number of single precision")
     return float(value)
 
 

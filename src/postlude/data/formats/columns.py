@@ -29,13 +29,17 @@ def text_column(record: Record, name: str) -> str:
 
 
 def list_column(record: Record, name: str) -> Sequence[Any]:
-    """The list in a column. :class:`BadRecord` if it holds anything else."""
+    """The list in a column, or in JSON in its text. :class:`BadRecord` if it holds anything else."""
     value = column(record, name)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, f"its '{name}'")
     if not isinstance(value, list | tuple):
         raise BadRecord(f"its '{name}' is {kind_of(value)}, not a list")
     return value
 
 
+LARGEST = 3e38
+"""Numbers beyond it have no place in single precision, in which weights and scores are kept."""
 DEEPEST = 200
 """Levels of nesting that a value may have: templates, and what else walks through it, recurse at each."""
 
@@ -97,6 +101,12 @@ def _is_unicode(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its beginning, where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def kind_of(value: Any) -> str:

@@ -11,17 +11,18 @@ Notable:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from postlude.data.example import BadRecord, Conversation
-from postlude.data.formats.columns import kind_of, parse_json, without_nulls
+from postlude.data.formats.columns import LARGEST, kind_of, parse_json, read_json, shown, without_nulls
 from postlude.nearest import suggestion_or_list
 
 Roles = Literal["strict", "any"]
 """``strict``: the roles below, in an order that a conversation can have. ``any``: whatever roles in whatever order."""
 
+TRAINED_KEYS = ("loss", "train")
+"""Keys of a message that say, true or false, whether it is trained, where it has no ``weight``."""
 FIRST = ("system", "developer")
 KNOWN = (*FIRST, "user", "assistant", "tool")
 
@@ -38,6 +39,18 @@ def conversation(messages: Any, tools: Any = None, roles: Roles = "strict") -> C
     if roles == "strict":
         check_roles(read)
     return Conversation(read, tool_descriptions(tools))
+
+
+def messages_in(value: Any) -> Any:
+    """``value``, or the messages that a text is nothing but the JSON of, as a table of texts has them."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        read = read_json(value)
+    except ValueError:
+        return value
+    are_messages = isinstance(read, list) and all(isinstance(one, Mapping) and "role" in one for one in read)
+    return read if read and are_messages else value
 
 
 def untrain_before(whole: Conversation, start: int) -> Conversation:
@@ -162,15 +175,16 @@ def _message(message: Any, what: str) -> dict[str, Any]:
     read["content"] = content
     if calls:
         read["tool_calls"] = [tool_call(call, f"tool call {i} of {what}") for i, call in enumerate(calls, 1)]
-    if "weight" in read:
-        read["weight"] = weight(read["weight"], what)
+    flags = [read.pop(key) for key in TRAINED_KEYS if isinstance(read.get(key), bool)]
+    if "weight" in read or flags:
+        read["weight"] = weight(read.get("weight", all(flags)), what)
     return read
 
 
 def weight(value: Any, what: str) -> float:
     """How much ``what`` counts. :class:`BadRecord` unless it is a finite number from 0."""
-    if isinstance(value, str | Mapping | list | tuple) or not math.isfinite(value) or value < 0:
-        raise BadRecord(f"the weight of {what} is {value!r}; it should be a number from 0")
+    if not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise BadRecord(f"the weight of {what} is {shown(value)}; it should be a number from 0")
     return float(value)
 
 

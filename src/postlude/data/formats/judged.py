@@ -48,24 +48,16 @@ class JudgedAnswer(Format):
         return record | ({self.tools_field: conversation.tools} if conversation.tools else {})
 
     def _answer(self, record: Record) -> Answer:
-        tools = record.get(self.tools_field)
         whole = record.get(self.field)
         if whole is not None:
-            read = conversation(whole, tools, self.roles)
+            read = conversation(whole, record.get(self.tools_field), self.roles)
             if read.messages[-1]["role"] != "assistant":
                 raise BadRecord(f"the last of its '{self.field}' is not the assistant's: there is no answer to judge")
             return answer_after(read, len(read.messages) - 1, f"the answer of its '{self.field}'")
         if self.prompt not in record and self.completion not in record:
             column(record, self.field)
         prompt, completion = column(record, self.prompt), column(record, self.completion)
-        (answer,) = answers(
-            prompt,
-            {f"its '{self.completion}'": completion},
-            separator=self.separator,
-            tools=tools,
-            roles=self.roles,
-            repeats_prompt=self.repeats_prompt,
-        )
+        (answer,) = answers(self, record, prompt, {f"its '{self.completion}'": completion})
         return answer
 
 

@@ -11,7 +11,8 @@ class Messages(Format):
     """``{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}``.
 
     Messages may have ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``, and a ``weight``: 0 keeps a
-    turn from being trained. What else they hold is handed to the chat template.
+    turn from being trained, as ``loss: false`` or ``train: false`` does. What else they hold is handed to the chat
+    template.
     """
 
     produces = Conversation

@@ -48,15 +48,7 @@ class Preference(Format):
 
     def parse(self, record: Record) -> list[Example]:
         sides = {f"its '{name}'": column(record, name) for name in (self.chosen, self.rejected)}
-        prompt, tools = record.get(self.prompt), record.get(self.tools_field)
-        pair = answers(
-            prompt,
-            sides,
-            separator=self.separator,
-            tools=tools,
-            roles=self.roles,
-            repeats_prompt=self.repeats_prompt,
-        )
+        pair = answers(self, record, record.get(self.prompt), sides)
         return [Ranked(pair, _scores(record, self.margin))]
 
     def example_record(self, conversation: Conversation) -> Record | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record, Text
 from postlude.data.formats.answers import conversations
 from postlude.data.formats.columns import column, kind_of, text_column
-from postlude.data.formats.conversation import Roles, untrain_before
+from postlude.data.formats.conversation import Roles, messages_in, untrain_before
 
 
 class PromptCompletion(Format):
@@ -28,7 +28,7 @@ class PromptCompletion(Format):
     """Where they are messages: ``any`` allows roles of other names and in any order."""
 
     def parse(self, record: Record) -> list[Example]:
-        prompt, completion = column(record, self.prompt), column(record, self.completion)
+        prompt, completion = messages_in(column(record, self.prompt)), messages_in(column(record, self.completion))
         if isinstance(prompt, str) and not isinstance(completion, list | tuple):
             return [Text([(prompt + self.separator, 0.0), (text_column(record, self.completion), 1.0)])]
         if not isinstance(prompt, str | list | tuple):

@@ -53,16 +53,7 @@ class RankedAnswers(Format):
         if len(sides) < 2:
             raise BadRecord(f"its '{self.answers}' has {len(sides)} entries: to rank takes two answers at least")
         names = [f"answer {place}" for place in range(1, len(sides) + 1)]
-        prompt, tools = record.get(self.prompt), record.get(self.tools_field)
-        named = dict(zip(names, sides, strict=True))
-        several = answers(
-            prompt,
-            named,
-            separator=self.separator,
-            tools=tools,
-            roles=self.roles,
-            repeats_prompt=self.repeats_prompt,
-        )
+        several = answers(self, record, record.get(self.prompt), dict(zip(names, sides, strict=True)))
         if self.scores is not None:
             scores = _numbers(record, self.scores, names)
             if len(set(scores)) == 1:

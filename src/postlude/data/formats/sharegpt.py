@@ -8,7 +8,7 @@ from typing import Any
 
 from postlude.data.example import BadRecord, Conversation, Example, Format, Record
 from postlude.data.formats.columns import column, kind_of, list_column, parse_json
-from postlude.data.formats.conversation import Roles, conversation
+from postlude.data.formats.conversation import TRAINED_KEYS, Roles, conversation
 
 _ROLES = {
     "human": "user",
@@ -80,9 +80,8 @@ class ShareGPT(Format):
         name, content = turn.get(self.role_field), turn.get(self.content_field)
         if not isinstance(name, str):
             raise BadRecord(f"{what} has no '{self.role_field}' that says who speaks")
-        message = {"role": _ROLES.get(name, name), "content": content}
-        if turn.get("weight") is not None:
-            message["weight"] = turn["weight"]
+        message: dict[str, Any] = {"role": _ROLES.get(name, name), "content": content}
+        message |= {key: turn[key] for key in ("weight", *TRAINED_KEYS) if turn.get(key) is not None}
         if name == "function_call":
             calls = parse_json(content, what)
             calls = calls if isinstance(calls, list | tuple) else [calls]

@@ -23,6 +23,12 @@ _POLL_SECONDS, _SAY_AFTER_SECONDS, _DEADLINE_SECONDS = 0.1, 5.0, 4 * 3600.0
 _log = logging.getLogger(__name__)
 
 
+def find_made(cache: str, name: str) -> str | None:
+    """The local path of the file ``name``, if it was made."""
+    path = os.path.join(_machine_folder(cache), name)
+    return path if os.path.exists(path) else None
+
+
 def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     """The local path of the file ``name``, which ``make(path)`` writes if it is not there yet."""
     folder = _machine_folder(cache)
@@ -35,6 +41,7 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
             try:
                 with writing(path):
                     make(unfinished)
+                    storage.make_folders(folder)  # which may not be ours any more
                     os.replace(unfinished, path)
             finally:
                 if os.path.exists(unfinished):
@@ -49,7 +56,7 @@ def _machine_folder(cache: str) -> str:
         own = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.path.join(own, "postlude", digest(cache))
     with writing(folder):
-        os.makedirs(folder, exist_ok=True)
+        storage.make_folders(folder)
     return folder
 
 

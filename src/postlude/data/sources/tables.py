@@ -24,6 +24,7 @@ from postlude.errors import DataError
 
 BATCH_ROWS = 1024
 """Rows of a batch in the Arrow files that are written here."""
+_JSON = "arrow.json"
 
 
 class RowGroups(Records):
@@ -46,7 +47,7 @@ class RowGroups(Records):
     def _read_group(self, group: int) -> pa.Table:
         with parquet_file(self._uri) as file:
             table = file.read_row_group(group)
-            return table.cast(_plain_schema(table.schema))
+            return _as(_plain_schema(table.schema), table)
 
 
 class ArrowRows(Records):
@@ -97,7 +98,7 @@ def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, plain) as writer:
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
-            waiting.append(batch.cast(plain))
+            waiting.append(_as(plain, batch))
             if sum(part.num_rows for part in waiting) >= BATCH_ROWS:
                 table = pa.Table.from_batches(waiting).combine_chunks()
                 whole = table.num_rows - table.num_rows % BATCH_ROWS
@@ -108,8 +109,8 @@ def write_arrow(path: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch])
 
 
 def rows_of(table: pa.Table | pa.RecordBatch) -> list[Record | Unreadable]:
-    """The rows as JSON has them: what a column or a field says where it is of Arrow's type for JSON, and a mapping
-    for a map."""
+    """The rows as JSON has them: what a column or a field says where it is of Arrow's type for JSON, a mapping for a
+    map, a number for a decimal."""
     rows = table.to_pylist()
     readers = {field.name: reader for field in table.schema if (reader := _reader(field.type)) is not None}
     return [_read_row(row, readers) for row in rows] if readers else rows
@@ -127,8 +128,10 @@ def _read_row(row: dict[str, Any], readers: dict[str, Callable[[Any], Any]]) -> 
 def _reader(kind: pa.DataType) -> Callable[[Any], Any] | None:
     """What makes a value that Arrow gives one as JSON has it; None where it is that already."""
     read: Callable[[Any], Any]
-    if getattr(kind, "extension_name", None) == "arrow.json":
+    if getattr(kind, "extension_name", None) == _JSON:
         read = read_json
+    elif pa.types.is_decimal(kind):
+        read = float if kind.scale > 0 else int
     elif pa.types.is_map(kind):
         key, item = _reader(kind.key_type) or _same, _reader(kind.item_type) or _same
 
@@ -166,6 +169,20 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
+def _as(schema: pa.Schema, rows: Any) -> Any:
+    """A table or a batch with the columns of a schema."""
+    columns = zip(rows.columns, schema, strict=True)
+    # Arrow's cast of views of lists fails for some of them, so those are made anew of their values.
+    arrays = [pa.array(c.to_pylist(), f.type) if _holds_list_view(c.type) else c.cast(f.type) for c, f in columns]
+    return type(rows).from_arrays(arrays, schema=schema)
+
+
+def _holds_list_view(kind: pa.DataType) -> bool:
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return True
+    return any(_holds_list_view(kind.field(i).type) for i in range(kind.num_fields))
+
+
 def _plain_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field.with_type(_plain(field.type)) for field in schema])
 
@@ -183,10 +200,14 @@ def _plain(kind: pa.DataType) -> pa.DataType:
         return pa.large_list(kind.value_field.with_type(_plain(kind.value_type)))
     if types.is_struct(kind):
         return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_plain(kind.key_type), kind.item_field.with_type(_plain(kind.item_type)))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)), kind.list_size)
     if types.is_list(kind) or types.is_large_list(kind):
         make = pa.list_ if types.is_list(kind) else pa.large_list
         return make(kind.value_field.with_type(_plain(kind.value_type)))
-    return kind
+    return pa.json_() if getattr(kind, "extension_name", None) == _JSON else kind
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from postlude.model.language_model import LanguageModel
 from postlude.model.places import absolute, is_adapter_part
 from postlude.model.quantized import quantize
 from postlude.model.weights import InMemory, LazyTensor, Sources
+from postlude.secrecy import stripped
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Start:
             raise ManifestError(
                 f"adapter.base: the adapter at '{self.continued.place}' is a DoRA, which learns from the weights that "
                 "'base' packs away. Leave 'base' out."
+            )
+        if stripped(self.place) != self.place:
+            raise ManifestError(
+                f"adapter: the model at '{self.place}' is reached with a password or key, and an adapter says in a "
+                "file where its base is. Copy the model to where it is read without."
             )
         adapted = inject(causal, config)
         if self.continued is None:

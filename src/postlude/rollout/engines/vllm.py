@@ -10,8 +10,9 @@ from pydantic import field_validator, model_validator
 
 from postlude.errors import ComputeError
 from postlude.rollout.serving.server import EngineChoice, Server, Serving
-from postlude.rollout.serving.vllm import ADAPTER_RANKS, Launch, VllmServer
+from postlude.rollout.serving.vllm import ADAPTER_RANKS, Launch, Option, VllmServer
 from postlude.rollout.serving.vllm_client import VllmClient
+from postlude.secrecy import is_secret_key, without_credentials
 
 LOCAL = ("http://127.", "http://localhost:")
 PYTHON = "POSTLUDE_VLLM_PYTHON"
@@ -27,7 +28,7 @@ class Vllm(EngineChoice):
     python: str | None = None
     """The interpreter of the environment that vLLM is installed in. By default what the variable
     ``POSTLUDE_VLLM_PYTHON`` says, else the environment that ``make vllm`` makes."""
-    options: dict[str, str | int | float | bool] = {}
+    options: dict[str, Option] = {}
     """Further options of the server, as its command line has them, without the dashes."""
     merge_adapters: bool = False
     """Whether it is always given an adapter merged into its base. By default a server that is started here gets the
@@ -51,7 +52,19 @@ class Vllm(EngineChoice):
         for address in addresses or []:
             if not address.startswith("http://"):
                 raise ValueError(f"'{address}' is no address of the form http://host:port")
+            without_credentials(address, "These servers are asked without one: keep others from them by the network")
         return addresses
+
+    @field_validator("options")
+    @classmethod
+    def _hold_no_key(cls, options: dict[str, Option]) -> dict[str, Option]:
+        for name in options:
+            if is_secret_key(name.replace("-", "_")):
+                raise ValueError(
+                    f"'{name}' would stand on the server's command line, which everybody on its machine can read. "
+                    "Leave it out, or give vLLM its variable for it with compute.environment"
+                )
+        return options
 
     @property
     def runs_already(self) -> bool:

@@ -17,6 +17,7 @@ from postlude.data.example import Record
 from postlude.manifest.problem import ManifestError
 from postlude.rollout.calls import spoken
 from postlude.rollout.reward import REFERENCE, Asked, RewardFunction
+from postlude.secrecy import learn, without_credentials
 
 TRIES = 3
 ANSWERS_SECONDS = 120.0
@@ -45,6 +46,11 @@ class LanguageJudge(RewardFunction):
     key_variable: str | None = None
     """The environment variable that holds the key of the API, if it wants one."""
 
+    @field_validator("address")
+    @classmethod
+    def _holds_no_key(cls, address: str) -> str:
+        return without_credentials(address, "Name the variable that holds the key as 'key_variable'")
+
     @field_validator("question")
     @classmethod
     def _asks_about_the_completion(cls, question: str) -> str:
@@ -57,6 +63,8 @@ class LanguageJudge(RewardFunction):
             raise ManifestError(f"The reward 'judge' reads its key from {self.key_variable}, which is not set.")
         try:
             served = [model.get("id") for model in self._call("models", None, IS_THERE_SECONDS).get("data", [])]
+        except Redirected as error:
+            raise ManifestError(f"The judge at {self.address} {error}") from error
         except (OSError, ValueError, AttributeError) as error:
             raise ManifestError(
                 f"The judge at {self.address} does not answer: {error}. Start it, or correct 'address', which ends in "
@@ -88,6 +96,8 @@ class LanguageJudge(RewardFunction):
         for turn in range(TRIES):
             try:
                 return self._call("chat/completions", body, ANSWERS_SECONDS)
+            except Redirected as error:
+                raise ValueError(f"the judge at {self.address} {error}") from error
             except OSError as error:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if refused or turn == TRIES - 1:
@@ -98,8 +108,24 @@ class LanguageJudge(RewardFunction):
     def _call(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.key_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.key_variable, '')}"
+            key = os.environ.get(self.key_variable, "")
+            learn(key, self.key_variable)
+            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.address.rstrip('/')}/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
+        with _OPENER.open(request, timeout=seconds) as answer:
             return json.load(answer)
+
+
+class Redirected(Exception):
+    """A server sends the caller elsewhere."""
+
+
+class _StaysThere(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: a key is for the host that it was given for, and a question that is sent on loses its body."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        raise Redirected(f"sends the caller to {newurl}. Give that address if it is the judge's.")
+
+
+_OPENER = urllib.request.build_opener(_StaysThere)

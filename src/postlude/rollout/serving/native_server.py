@@ -22,6 +22,7 @@ from postlude.errors import UserError
 from postlude.rollout.engine import Completion, Enough, Request, Sampling, with_version
 from postlude.rollout.serving.guardian import Process
 from postlude.rollout.serving.server import EngineDied, Serving
+from postlude.telemetry import openmp
 
 START_SECONDS = 300.0
 
@@ -38,7 +39,7 @@ class NativeServer:
     def start(self, room: Path, folder: Path, version: int) -> None:
         ours, theirs = socket.socketpair()
         options = [str(theirs.fileno()), self._serving.dtype, str(self._serving.concurrency)]
-        command = [sys.executable, "-m", "postlude.rollout.serving.native_server", *options]
+        command = [sys.executable, "-P", "-m", "postlude.rollout.serving.native_server", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._serving.threads)}
         self._process = Process(room, command, environment, theirs.fileno())
         theirs.close()
@@ -88,7 +89,7 @@ class _Engine:
     def __init__(self, dtype: str, concurrency: int) -> None:
         import torch
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        openmp.compute_with(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._dtype, self._concurrency = getattr(torch, dtype), concurrency
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,7 +99,9 @@ class _Engine:
 
         from postlude.rollout.native import NativeEngine
 
-        causal = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, attn_implementation="sdpa")
+        causal = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
         causal.to(self._device)  # type: ignore[arg-type]
         self._native, self._version = NativeEngine(causal, None, self._concurrency), version
 

@@ -17,6 +17,7 @@ from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.serving.guardian import Process
 from postlude.rollout.serving.server import ADAPTER, EngineDied, Serving
 from postlude.rollout.serving.vllm_client import ADAPTED, START_SECONDS, VllmClient
+from postlude.telemetry import openmp
 
 Option = str | int | float | bool
 
@@ -202,9 +203,10 @@ class VllmServer:
 
     def _environment(self) -> dict[str, str]:
         of_our_interpreter = ("PYTHONPATH", "PYTHONHOME")
+        given = {name: value for name, value in os.environ.items() if name not in of_our_interpreter}
         return {
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            **{name: value for name, value in os.environ.items() if name not in of_our_interpreter},
+            **openmp.briefly(given),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_SERVER_DEV_MODE": "1",
