@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 PROGRAM = """
-import os, signal, subprocess, sys, threading, time
+import os, psutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from postlude.cluster import keeper
 from postlude.cluster.budget import Budget
@@ -46,7 +46,7 @@ except keeper.Stopped:
     print("stopped")
 except BaseException as error:
     print(type(error).__name__, error, *getattr(error, "__notes__", ()))
-print("left", keeper.psutil.Process().children(recursive=True), signal.getsignal(signal.SIGTERM))
+print("left", psutil.Process().children(recursive=True), signal.getsignal(signal.SIGTERM))
 """
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import statistics
 import time
 from collections.abc import Iterator

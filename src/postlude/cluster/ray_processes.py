@@ -26,6 +26,8 @@ NAMES = {
     "ray::RuntimeEnvAgent": "agent for environments",
 }
 """What tells each by its command line, and what it is called."""
+NAMES_OF_DEAD = {"gcs_server": "GCS", "raylet": "raylet"}
+"""Of a process that ended before it was looked at the kernel has the program's name alone."""
 EXPECTED = {"GCS", "raylet", "log monitor", "dashboard agent", "agent for environments"}
 """When these are known no more are looked for."""
 
@@ -68,6 +70,8 @@ class _Watch:
 
 def name_of(process: psutil.Process) -> str | None:
     """What a process of Ray's own is called; None for any other."""
+    if process.status() == psutil.STATUS_ZOMBIE:
+        return NAMES_OF_DEAD.get(process.name())
     command = " ".join(process.cmdline()[:4])
     return next((name for mark, name in NAMES.items() if mark in command), None)
 
