@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ import pytest
 PROGRAM = """
 import os, psutil, signal, subprocess, sys, threading, time
 from pathlib import Path
-from postlude.cluster import keeper
+from postlude.cluster import descendants, keeper
 from postlude.cluster.budget import Budget
 from postlude.errors import DataError
 from postlude.storage import LockedError
@@ -24,6 +25,8 @@ from postlude.manifest.compute import Supervision
 from postlude.training.interruption import Interruption
 
 place = Path(sys.argv[1])
+descendants.LEAVE_SECONDS = 1.0
+keeper.Standstill.__init__.__defaults__ = ({limit},)
 
 def reached():
     return place.joinpath("reached").exists()
@@ -53,8 +56,8 @@ print("left", psutil.Process().children(recursive=True), signal.getsignal(signal
 class Kept:
     """A program that keeps some work alive, and what it says."""
 
-    def __init__(self, place: Path, work: str, before: str = "") -> None:
-        program = PROGRAM.replace("{work}", work.replace("\n", "\n    "))
+    def __init__(self, place: Path, work: str, before: str = "", limit_seconds: float = 5.0) -> None:
+        program = PROGRAM.replace("{work}", work.replace("\n", "\n    ")).replace("{limit}", str(limit_seconds))
         self.process = subprocess.Popen(
             [*before.split(), sys.executable, "-c", program, str(place)],
             stdout=subprocess.PIPE,
@@ -83,8 +86,8 @@ class Kept:
 def kept(tmp_path: Path):
     made: list[Kept] = []
 
-    def keep(work: str, before: str = "") -> Kept:
-        made.append(Kept(tmp_path, work, before))
+    def keep(work: str, **options: Any) -> Kept:
+        made.append(Kept(tmp_path, work, **options))
         return made[-1]
 
     yield keep
@@ -218,10 +221,10 @@ def test_the_child_dies_with_its_keeper(kept: Keep) -> None:
 
 @pytest.mark.capability("A controller that was stopped itself says so, and spends no budget on it")
 def test_a_keeper_that_stood_still_says_so(kept: Keep) -> None:
-    program = kept("time.sleep(9)\nreturn 'whole'")
+    program = kept("time.sleep(5)\nreturn 'whole'", limit_seconds=2.0)
     program.until("child")
     program.process.send_signal(signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(3)
     program.process.send_signal(signal.SIGCONT)
     said = program.end()
     assert any("stood_still" in line and "it was stopped" in line for line in said)

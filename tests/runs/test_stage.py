@@ -170,14 +170,14 @@ def test_few_parts_are_left_of_many_and_a_cut_reads_one_of_each_rank(run: Run, m
     folder = storage.join(stage.uri, "examples")
     for rank in range(2):
         writer = stage.examples_writer(rank)
-        for step in range(1, 301):
+        for step in range(1, 101):
             writer.write(step, step // 10, _rows(step, rank))
             writer.flush()
     assert len(storage.list_directory(folder)) <= 2 * (examples.MOST_SMALL_PARTS + 1)
-    assert stage.read_examples().to_pylist() == _expected(300, 2)
+    assert stage.read_examples().to_pylist() == _expected(100, 2)
     read, reads = storage.read_bytes, []
     monkeypatch.setattr(storage, "read_bytes", lambda uri: reads.append(uri) or read(uri))
-    stage.cut_back(295)
+    stage.cut_back(95)
     assert len(reads) <= 2
 
 
