@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +63,15 @@ def test_one_that_dies_is_named_with_those_that_it_takes_along(start: Start) -> 
         time.sleep(4 * TICK_SECONDS)
         monitor.kill()
         assert lost.wait() == f"Ray's log monitor (process {monitor.pid}) is gone"
+
+
+def test_one_that_ended_before_it_was_looked_at_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "gcs_server").symlink_to(shutil.which("sleep"))
+    with subprocess.Popen([tmp_path / "gcs_server", "60"]) as gcs:
+        gcs.kill()
+        os.waitid(os.P_PID, gcs.pid, os.WEXITED | os.WNOWAIT)
+        with watched(10.0, lost := Lost()):
+            assert lost.wait() == f"Ray's GCS (process {gcs.pid}) is gone"
 
 
 def test_one_that_is_stopped_is_waited_for_a_while(start: Start) -> None:
