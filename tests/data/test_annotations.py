@@ -29,7 +29,7 @@ def stored(folder, parts: list[list[Document]]) -> StoredStreams:
     files = AnnotationFiles(str(folder), STREAMS)
     for number, documents in enumerate(parts):
         files.write(number, documents, [values(one) for one in documents])
-    files.commit({number: files.digest(number) for number in files.done()})
+    files.commit(files.digests(files.done()))
     storage.verify(str(folder))
     return StoredStreams(str(folder), STREAMS, "reference")
 

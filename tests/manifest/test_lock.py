@@ -32,7 +32,7 @@ trees = st.recursive(
 @given(st.dictionaries(st.text(), trees, max_size=4))
 def test_any_tree_is_read_back_as_it_was_written(tree):
     stages = {"one": LockedStage("ab", ["chats"], ["train"], None), "two": LockedStage("cd", [], [], 4)}
-    locked = Lock("ef", {"torch": "2.0"}, stages, tree)
+    locked = Lock(hash_of(tree), {"torch": "2.0"}, stages, tree)
     assert read_lock(dump_lock(locked)) == locked
 
 

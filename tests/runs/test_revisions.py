@@ -158,5 +158,5 @@ def test_an_identity_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> N
     assert Identity.read(uri) == identity
     assert Identity.read(str(tmp_path / "none.json")) is None
     Path(uri).write_text(Path(uri).read_text().replace('"seed": 1', '"seed": 2'))
-    with pytest.raises(storage.CorruptError, match="fingerprint"):
+    with pytest.raises(storage.CorruptError, match="digest"):
         Identity.read(uri)

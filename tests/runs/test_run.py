@@ -86,7 +86,7 @@ def test_stages_come_in_the_order_in_which_they_began(run: Run) -> None:
 
 def test_events_are_kept_in_order(run: Run) -> None:
     for number in range(3):
-        run.events.append({"number": number}, sync=True)
+        run.events.append({"kind": "x", "time": "now", "number": number}, sync=True)
     assert [event["number"] for event in Run(run.uri).events.read()] == [0, 1, 2]
 
 

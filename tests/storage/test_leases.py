@@ -301,7 +301,7 @@ def _marker(number: int) -> bytes:
     from postlude.storage import commits
 
     body = {"files": {}, "extra": {}, "number": number}
-    return exact_json.dump({**body, "sha256": commits._checksum(body)}).encode()
+    return exact_json.dump({**body, "sha256": commits.checksum(body)}).encode()
 
 
 # --- stores ---------------------------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ class _Lines:
 
     def flush(self) -> None: ...
 
+    @property
+    def examples_told(self) -> int:
+        return 0
+
+    def account(self, examples: int) -> dict[str, Any]:
+        return {}
+
 
 def trainer_of(chats: Path, folder: Path, batch: dict[str, int], **keys: Any) -> Trainer:
     """A trainer whose one step takes all the conversations."""

@@ -6,8 +6,8 @@ Notable:
 - A document is known by all that its values follow from: its tokens, and which of them are trained. So one that comes
   twice has the same values, and one that is not what it was when they were computed is not found, rather than given
   those of another.
-- A part is one file in Arrow's IPC format with a row for each document, there whole or not at all. The folder of the
-  parts is committed when all of them stand.
+- A part is one file in Arrow's IPC format with a row for each document, there whole or not at all, with its digest in
+  its name. The folder of the parts is committed when all of them stand.
 - Values stay in the files, which are mapped into memory; the index takes 16 bytes a document.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ KEY_BYTES = 16
 _OPEN_FILES = 64
 """So many parts are kept open: as many as a step reads from in turn, and fewer than a process may open."""
 
-_PART = re.compile(r"part-(\d+)\.arrow")
+_PART = re.compile(r"part-(\d+)(?:-[0-9a-f]{16})?\.arrow")
 
 
 def document_key(document: Document) -> bytes:
@@ -67,24 +67,28 @@ class AnnotationFiles:
         self.uri, self.streams = uri, tuple(streams)
 
     def done(self) -> set[int]:
-        """The numbers of the parts that stand."""
-        return set(_numbers(self.uri))
+        """The numbers of the parts that stand, and hold what their names say."""
+        uris = {number: storage.join(self.uri, name) for number, name in _names(self.uri).items()}
+        return {number for number, uri in uris.items() if storage.is_as_named(uri)}
 
     def write(self, number: int, documents: Sequence[Document], values: Sequence[Values]) -> None:
-        """Write a part, atomically."""
-        storage.write_bytes(self._part(number), self._to_bytes(documents, values))
+        """Write a part, atomically; what stood in its place goes."""
+        before = _names(self.uri).get(number)
+        written = storage.write_once(
+            storage.join(self.uri, f"part-{number:08d}.arrow"), self._to_bytes(documents, values)
+        )
+        if before is not None and before != storage.name(written):
+            storage.remove(storage.join(self.uri, before))
 
-    def digest(self, number: int) -> storage.Digest:
-        """What a part that stands is, read again."""
-        uri = self._part(number)
-        return storage.Digest(storage.size_bytes(uri), storage.sha256_of(uri))
+    def digests(self, numbers: Iterable[int]) -> dict[str, storage.Digest]:
+        """What parts that stand are, by name, read again."""
+        names = _names(self.uri)
+        uris = {names[number]: storage.join(self.uri, names[number]) for number in numbers}
+        return {name: storage.Digest(storage.size_bytes(uri), storage.sha256_of(uri)) for name, uri in uris.items()}
 
-    def commit(self, digests: Mapping[int, storage.Digest]) -> None:
+    def commit(self, digests: Mapping[str, storage.Digest]) -> None:
         """Say that these parts are all there are."""
-        storage.commit(self.uri, {storage.name(self._part(number)): digest for number, digest in digests.items()})
-
-    def _part(self, number: int) -> str:
-        return storage.join(self.uri, f"part-{number:08d}.arrow")
+        storage.commit(self.uri, digests)
 
     def _to_bytes(self, documents: Sequence[Document], values: Sequence[Values]) -> bytes:
         import pyarrow as pa
@@ -115,7 +119,8 @@ class StoredStreams:
         self._folder = folder
         self._batch = lru_cache(_OPEN_FILES)(self._open)
         hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-        for number in _numbers(folder):
+        self._names = _names(folder)
+        for number in self._names:
             keys = _keys(self._open(number))
             hashes.append(keys[:, 0].copy())
             places.append(np.arange(len(keys), dtype=np.uint64) | np.uint64(number << 32))
@@ -152,13 +157,14 @@ class StoredStreams:
     def _open(self, number: int) -> pyarrow.RecordBatch:
         import pyarrow as pa
 
-        path = storage.local_path(storage.join(self._folder, f"part-{number:08d}.arrow"))
+        path = storage.local_path(storage.join(self._folder, self._names[number]))
         return pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
 
 
-def _numbers(uri: str) -> list[int]:
-    """The numbers of the parts in a folder, in order."""
-    return sorted(int(match[1]) for match in map(_PART.fullmatch, storage.list_directory(uri)) if match)
+def _names(uri: str) -> dict[int, str]:
+    """The names of the parts in a folder by their numbers, in order."""
+    matches = filter(None, map(_PART.fullmatch, storage.list_directory(uri)))
+    return {int(match[1]): match[0] for match in matches}
 
 
 def _keys(batch: pyarrow.RecordBatch) -> np.ndarray:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PAD, BEGIN, TURN, END, UNKNOWN = "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"
 """The special tokens of tokenizers made here; ``UNKNOWN`` is the word tokenizer's alone."""
 _SPECIAL = [PAD, BEGIN, TURN, END]
+_ENDINGS = (".json", ".txt", ".jinja", ".model")
+"""Of the files of a tokenizer."""
 
 CHATML = Path(__file__).with_name("chatml.jinja").read_text("utf-8")
 """The chat template of tokenizers made here."""
@@ -123,6 +125,8 @@ def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedT
 def _load(where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if storage.is_committed(where):
+        storage.verify(where, _ENDINGS)
     if not storage.is_local(where):
         return _load_remote(where)
     local = Path(where).expanduser()
@@ -151,7 +155,7 @@ def _load_remote(where: str) -> PreTrainedTokenizerBase:
         for name in storage.list_directory(where):
             uri = storage.join(where, name)
             # Weights may stand beside the tokenizer's files, all of which are text.
-            if name.endswith((".json", ".txt", ".jinja", ".model")) and not storage.is_directory(uri):
+            if name.endswith(_ENDINGS) and not storage.is_directory(uri):
                 Path(folder, name).write_bytes(storage.read_bytes(uri))
         return _load(folder)
 

@@ -32,6 +32,7 @@ from postlude.manifest.text import parse
 from postlude.secrecy import kept
 
 _HEADER = "# Written by postlude: the resolved manifest of this run, and what ran it. Not for editing.\n"
+ANEW = "`postlude run` with the run's manifest writes it anew."
 _DISTRIBUTIONS = ("postlude", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -109,13 +110,15 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 
 def read_lock(text: str | bytes, name: str = "manifest.lock.yaml") -> Lock:
-    """The lock in a file's text. ManifestError if it is none."""
+    """The lock in a file's text. ManifestError if it is none, or its hash is not that of its manifest."""
     document = parse(text, name).plain()
     try:
+        if document["hash"] != hash_of(document["manifest"]):
+            raise ManifestError(f"{name} is damaged: its hash is not that of the manifest in it. {ANEW}")
         stages = {key: LockedStage(**stage) for key, stage in document["stages"].items()}
         return Lock(document["hash"], document["versions"], stages, document["manifest"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{name} is not a lock that this version of postlude wrote: {error!r}.") from error
+        raise ManifestError(f"{name} is not a lock that this version of postlude wrote: {error!r}. {ANEW}") from error
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

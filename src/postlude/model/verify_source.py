@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -32,6 +30,7 @@ from postlude.manifest.schema import ModelFrom
 from postlude.model.adapters.merge import config_of, merged_sources
 from postlude.model.adapters.stored import StoredAdapter, StoredModel, digest_of, open_model
 from postlude.model.causal import from_config, weightless
+from postlude.model.checkpoint_reader import Reader, load
 from postlude.model.fit import has_own_head, is_tied, untie, with_tied
 from postlude.model.load import configuration
 from postlude.model.places import (
@@ -251,16 +250,15 @@ class _Trained(_Claim):
             self.found.not_compared.append(f"no checkpoint can be found that says what was trained: {why}")
             return None
         self.found.compared_with.append(f"the checkpoint '{uri}'")
-        with storage.scratch_folder("verify") as folder:
-            reader = FileSystemReader(storage.fetch(uri, storage.join(folder, "checkpoint")))
-            state = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
-                for name, entry in reader.read_metadata().state_dict_metadata.items()
-                if name.startswith(POLICY) and isinstance(entry, TensorStorageMetadata)
-            }
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that there is one process alone
-                distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
+        storage.verify(uri)
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in Reader(uri).read_metadata().state_dict_metadata.items()
+            if name.startswith(POLICY) and isinstance(entry, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is one process alone
+            load(uri, state, alone=True)
         return {name.removeprefix(POLICY).removeprefix("causal."): InMemory(value) for name, value in state.items()}
 
     def _begun_with(self, stage: Stage | None) -> Content | None:

@@ -2,12 +2,13 @@
 
 A part ends with a step, so that its name tells where it begins and a cut keeps whole steps. Ranks write their own
 parts, one at each checkpoint, and merge small ones as they add up: ``part-FIRSTSTEP-RANK-LASTSTEP.parquet`` stands for
-all that begin within its steps, which are removed when it is there. pyarrow is imported when the first part is written
-or read.
+all that begin within its steps, which are removed when it is there. A part has the digest of its rows among its
+metadata; one that is damaged is set aside. pyarrow is imported when the first part is written or read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ MOST_SMALL_PARTS = 16
 MOST_AT_ONCE = 64
 """Of a run with many, as an earlier version left it, so many are merged at a time."""
 _ATTEMPTS = 10
+
+_DIGEST = b"postlude.sha256"
+_SET_ASIDE = "A run that goes on keeps it beside, and tells what is missing."
 
 _PART = re.compile(r"part-(\d+)-(\d+)(?:-(\d+))?\.parquet")
 
@@ -59,8 +63,10 @@ class ExamplesWriter:
         self._uri, self._rank = uri, rank
         self._steps: list[tuple[int, int, Sequence[tuple[str, str, float, int]]]] = []
         self._rows = 0
+        self.told = 0
+        """Rows in this life."""
         self._whole: set[str] = set()
-        """Names of parts that are as large as one may be."""
+        """Names of parts that are as large as one may be, and of such as are damaged, which a resume looks after."""
 
     def write(self, step: int, epoch: int, rows: Sequence[tuple[str, str, float, int]]) -> None:
         """Add the examples of one step: (example id, source, summed loss, tokens it runs over) each."""
@@ -69,6 +75,7 @@ class ExamplesWriter:
         if rows:
             self._steps.append((step, epoch, rows))
             self._rows += len(rows)
+            self.told += len(rows)
 
     def flush(self) -> None:
         """Close the part: what was added is durable, and readers see it. Called at each checkpoint."""
@@ -91,7 +98,7 @@ class ExamplesWriter:
         merged: list[_Part] = []
         tables: list[pyarrow.Table] = []
         for part in [*own[: own.index(small[0])][-1:], *small[:MOST_AT_ONCE]]:
-            table = _read(self._uri, part) if part.name not in self._whole else None
+            table = None if part.name in self._whole else _read_or_none(self._uri, part)
             if table is None or len(table) >= ROWS_OF_A_PART:
                 self._whole.add(part.name)
                 if merged:
@@ -109,7 +116,8 @@ class ExamplesWriter:
 
 
 def read_examples(uri: str) -> pyarrow.Table:
-    """All parts as one table, ordered by step and then by rank; empty if there are none."""
+    """All parts as one table, ordered by step and then by rank; empty if there are none. CorruptError names a part that
+    is damaged."""
     import pyarrow as pa
 
     for attempt in range(_ATTEMPTS):
@@ -124,22 +132,45 @@ def read_examples(uri: str) -> pyarrow.Table:
     return pa.concat_tables([_schema().empty_table(), *tables]).sort_by("step")  # a stable sort
 
 
-def cut_back(uri: str, step: int) -> None:
-    """Remove the rows of later steps, the last part first. Of each rank one part is read."""
+def cut_back(uri: str, step: int) -> tuple[int, list[str]]:
+    """Remove the rows of later steps, the last part first. How many rows are left, and what of them was damaged."""
     import pyarrow.compute as pc
 
+    left, damages = 0, []
     parts, superseded = _parts(uri)
-    for part in superseded:
+    for part in [*superseded, *[part for part in reversed(parts) if part.first_step > step]]:
         storage.remove(storage.join(uri, part.name))
-    for part in [part for part in reversed(parts) if part.first_step > step]:
-        storage.remove(storage.join(uri, part.name))
-    last = {part.rank: part for part in parts if part.first_step <= step}
-    for part in last.values():
-        if part.last_step is None or part.last_step > step:
+    for part in [part for part in reversed(parts) if part.first_step <= step]:
+        try:
             table = _read(uri, part)
-            kept = table.filter(pc.less_equal(table["step"], step))
-            if len(kept) < len(table):
-                _replace(uri, [part], [kept])
+        except storage.CorruptError as error:
+            storage.set_aside(storage.join(uri, part.name))
+            damages.append(str(error))
+            continue
+        kept = table.filter(pc.less_equal(table["step"], step))
+        if len(kept) < len(table):
+            _replace(uri, [part], [kept])
+        left += len(kept)
+    return left, damages
+
+
+def count(uri: str, deep: bool = False) -> tuple[int, list[str]]:
+    """How many rows there are in the parts that can be read, and what is wrong with the others. ``deep``: all of each
+    part is read, not only what it says of itself."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, damages = 0, []
+    for part in _parts(uri)[0]:
+        try:
+            if deep:
+                rows += len(_read(uri, part))
+            else:
+                with storage.open_file(storage.join(uri, part.name)) as file:
+                    rows += pq.read_metadata(file).num_rows
+        except (storage.CorruptError, pa.ArrowException, OSError) as error:
+            damages.append(str(error))
+    return rows, damages
 
 
 def _parts(uri: str) -> tuple[list[_Part], list[_Part]]:
@@ -188,11 +219,46 @@ def _write(uri: str, part: _Part, table: pyarrow.Table) -> None:
     import pyarrow.parquet as pq
 
     content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({_DIGEST: _digest(table)}), content, compression="zstd")
     storage.write_bytes(storage.join(uri, part.name), content.getvalue())
 
 
+def _read_or_none(uri: str, part: _Part) -> pyarrow.Table | None:
+    """A part; None for one that is damaged."""
+    try:
+        return _read(uri, part)
+    except storage.CorruptError:
+        return None
+
+
 def _read(uri: str, part: _Part) -> pyarrow.Table:
+    """A part. CorruptError if it is not what was written."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(uri, part.name))), schema=_schema())
+    place = storage.join(uri, part.name)
+    content = storage.read_bytes(place)
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        digest = (table.schema.metadata or {}).get(_DIGEST)
+        table = table.select(_schema().names).cast(_schema())
+        if digest is not None and digest != _digest(table):
+            raise storage.damaged(place, "its digest does not fit its content", _SET_ASIDE)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise storage.damaged(place, f"it cannot be read ({error})", _SET_ASIDE) from error
+    return table
+
+
+def _digest(table: pyarrow.Table) -> bytes:
+    """SHA-256 of the rows, hexadecimal, whichever way they are laid out."""
+    import pyarrow.compute as pc
+
+    sha256 = hashlib.sha256()
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if name in ("example_id", "source"):
+            sha256.update(pc.binary_length(column).to_numpy(zero_copy_only=False).tobytes())
+            sha256.update("".join(column.to_pylist()).encode())
+        else:
+            sha256.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return sha256.hexdigest().encode()

@@ -13,7 +13,8 @@ from typing import Any
 from postlude import storage
 from postlude.manifest.lock import changed_keys, hash_of
 from postlude.secrecy import kept, stripped_all
-from postlude.storage import exact_json
+
+REMEDY = "`postlude run` with the manifest that the stage was begun with writes it anew."
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,23 @@ class Identity:
 
     def write(self, uri: str) -> None:
         """Write it as a file, atomically."""
-        storage.write_text(uri, exact_json.dump({"fingerprint": self.fingerprint, **asdict(self)}, indent=2) + "\n")
+        storage.write_document(uri, {"fingerprint": self.fingerprint, **asdict(self)})
 
     @staticmethod
     def read(uri: str) -> Identity | None:
         """What a file says; None if there is none. CorruptError if it is not what was written."""
         try:
-            document = exact_json.load(storage.read_text(uri))
-            fingerprint = document.pop("fingerprint")
-            identity = Identity(**document)
+            document = storage.read_document(uri, REMEDY)
         except storage.NotFound:
             return None
+        try:
+            fingerprint = document.pop("fingerprint")
+            identity = Identity(**document)
+            sound = identity.fingerprint == fingerprint
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise storage.CorruptError(f"'{uri}' is damaged: it is not what was written ({error}).") from error
-        if identity.fingerprint != fingerprint:
-            raise storage.CorruptError(f"'{uri}' is damaged: its fingerprint does not fit its content.")
+            raise storage.damaged(uri, f"it is not what was written ({error})", REMEDY) from error
+        if not sound:
+            raise storage.damaged(uri, "its fingerprint does not fit its content", REMEDY)
         return identity
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ def walk(run: Run, name: str) -> Ancestor | None:
 
 def _ancestor(run: Run, record: Mapping[str, Any], place: str | None) -> Ancestor:
     try:
-        own = exact_json.load(storage.read_text(storage.join(place, LINEAGE))) if place else {}
+        own = exact_json.load(storage.read_committed(place, LINEAGE)) if place else {}
     except storage.NotFound:
         own = {}
     return Ancestor(
@@ -91,8 +92,11 @@ def _ancestor(run: Run, record: Mapping[str, Any], place: str | None) -> Ancesto
 
 def place_of(run: Run, parent: Mapping[str, Any]) -> str | None:
     """Where the artifact stands that a lineage in a run names among its parents; None if it is not there any more."""
-    committed = filter(storage.is_committed, _candidates(run, parent["stage"]))
-    return next((place for place in committed if artifact_digest(place) == parent["artifact_sha256"]), None)
+    for place in filter(storage.is_committed, _candidates(run, parent["stage"])):
+        with suppress(storage.CorruptError):  # its own stage tells of it
+            if artifact_digest(place) == parent["artifact_sha256"]:
+                return place
+    return None
 
 
 def _candidates(run: Run, name: str) -> Iterator[str]:

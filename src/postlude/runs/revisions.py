@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from postlude import storage
+from postlude.runs.account import EVENTS
 from postlude.runs.find import list_runs
 from postlude.runs.identity import Identity
 from postlude.runs.run import Run
 from postlude.runs.stage import Stage
-from postlude.storage import exact_json
 from postlude.storage.errors import writing
 
 _WHOLE = "revision.json"
@@ -39,10 +40,19 @@ def revisions(run: Run, name: str) -> list[Stage]:
 def revision_of(run: Run, name: str) -> int:
     """The number of what stands in a stage; of what it is going to make, if it has not begun. Counted from 1."""
     stage = run.stage(name)
-    identity = stage.identity() if stage.has_begun() else None
-    if identity is not None:
-        return identity.revision
+    if stage.has_begun():
+        identity, details = known_identity(stage), stage.status().details
+        if identity is not None or "revision" in details:
+            return identity.revision if identity else details["revision"]
     return 1 + max((int(storage.name(earlier.uri)) for earlier in revisions(run, name)), default=0)
+
+
+def known_identity(stage: Stage) -> Identity | None:
+    """What a stage was begun with; None also where the file that says it is damaged."""
+    try:
+        return stage.identity()
+    except storage.CorruptError:
+        return None
 
 
 def set_aside(run: Run, name: str) -> int:
@@ -72,7 +82,7 @@ def _rename(stage: Stage, place: str, number: int) -> None:
 
 
 def _finish(place: str, number: int) -> None:
-    storage.write_text(storage.join(place, _WHOLE), exact_json.dump({"revision": number}) + "\n")
+    storage.write_document(storage.join(place, _WHOLE), {"revision": number})
 
 
 def _copy(stage: Stage, place: str) -> None:
@@ -108,11 +118,12 @@ def find_finished_elsewhere(run: Run) -> Mapping[str, Stage]:
     finished: dict[str, Stage] = {}
     others = [other for other in list_runs(storage.parent(run.uri)) if other.name != run.name]
     for stage in (stage for other in others for stage in other.stages() if stage.is_done()):
-        identity = stage.identity()
-        if identity is not None:
-            result = identity.result_fingerprint(stage.applied_amendments())
-            if result not in finished or identity.taken_over_from is None:
-                finished[result] = stage
+        identity = known_identity(stage)
+        with suppress(storage.CorruptError):  # one that is damaged is of no use here; its own run tells of it
+            if identity is not None:
+                result = identity.result_fingerprint(stage.applied_amendments())
+                if result not in finished or identity.taken_over_from is None:
+                    finished[result] = stage
     return finished
 
 
@@ -128,8 +139,9 @@ def take_over(stage: Stage, source: Stage, identity: Identity) -> None:
     for below in _files_kept(source):
         bring = storage.copy_file if below.endswith((".jsonl", ".json")) else storage.link_file  # journals are added to
         bring(storage.join(source.uri, below), storage.join(stage.uri, below))
-    made_by = source.identity()
+    made_by = known_identity(source)
     origin = (made_by.taken_over_from if made_by else None) or source.run_name
     replace(identity, taken_over_from=origin).write(stage.identity_uri)
     details = source.status().details
-    stage.enter("done", **{**details, "revision": identity.revision, "taken_over_from": origin})
+    account = {name: part for name, part in details.get("account", {}).items() if name != EVENTS}  # those of its run
+    stage.enter("done", **{**details, "account": account, "revision": identity.revision, "taken_over_from": origin})

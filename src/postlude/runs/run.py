@@ -6,6 +6,7 @@ import hashlib
 import os
 
 from postlude import storage
+from postlude.manifest.lock import ANEW
 from postlude.runs.stage import Stage
 
 
@@ -15,7 +16,7 @@ class Run:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.name = storage.name(uri)
-        self.events = storage.Journal(storage.join(uri, "events.jsonl"))
+        self.events = storage.Journal(storage.join(uri, "events.jsonl"), {"kind": str, "time": str})
         self.manifest_lock = storage.join(uri, "manifest.lock.yaml")
         """The URI of the manifest lock, the file that makes a folder a run."""
         self.output = storage.join(uri, "output.log")
@@ -29,12 +30,12 @@ class Run:
         return storage.exists(self.manifest_lock)
 
     def read_manifest_lock(self) -> str | None:
-        """The text of the manifest lock; None if the run has not begun."""
-        return storage.read_text(self.manifest_lock) if self.exists() else None
+        """The text of the manifest lock; None if the run has not begun. CorruptError if it is damaged."""
+        return storage.read_sealed_text(self.manifest_lock, ANEW) if self.exists() else None
 
     def write_manifest_lock(self, text: str) -> None:
         """Replace the manifest lock, atomically. Only the holder of the run may."""
-        storage.write_text(self.manifest_lock, text)
+        storage.write_sealed_text(self.manifest_lock, text)
 
     # --- one process at a time ------------------------------------------------------------------------------
 

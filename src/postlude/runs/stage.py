@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from postlude import storage
+from postlude.manifest.lock import ANEW
 from postlude.runs import examples
 from postlude.runs.identity import Identity
 from postlude.secrecy import told
-from postlude.storage import exact_json
 
 if TYPE_CHECKING:
     import pyarrow
 
 State = Literal["pending", "running", "interrupted", "failed", "done"]
+
+_OF_READINGS = {"rank": int, "time": str, "step": int, "host": str, "resident_bytes": int, "round_trip_seconds": float}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Status:
     """When it entered this state."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What was written together with the state: why it failed, its fingerprint, ..."""
+    damage: str | None = field(default=None, compare=False)
+    """What is wrong with the file that says this: then the state is what the stage's other files show."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,17 @@ class Stage:
     def __init__(self, uri: str, name: str, is_held: Callable[[], bool] = lambda: False) -> None:
         self.uri, self.name = uri, name
         self._is_held = is_held
-        self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"))
+        self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"), {"step": int})
         """One entry for each optimiser step."""
-        self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"))
+        self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"), {"step": int})
         """What a policy answered, and what became of it, by the optimiser step that it was trained in."""
-        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"))
+        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"), _OF_READINGS, sealed=True)
         """What was read of each rank, at intervals."""
-        self.amendments = storage.Journal(storage.join(uri, "amendments.jsonl"))
+        self.amendments = storage.Journal(
+            storage.join(uri, "amendments.jsonl"),
+            remedy=f"It says what was changed while the stage ran: put it back, or run with --from {name}.",
+            sealed=True,
+        )
         """Requests for changes to the running stage, and the steps from which they hold."""
         self.identity_uri = storage.join(uri, "identity.json")
         """Where it stands what the stage was begun with."""
@@ -72,7 +80,9 @@ class Stage:
         """Where the stage's artifact stands or will stand: a Hugging Face directory with its lineage."""
         self.tokenizer = storage.join(uri, "tokenizer")
         """Where a tokenizer that was trained for the stage stands."""
-        self._state, self._examples = storage.join(uri, "state.json"), storage.join(uri, "examples")
+        self.examples = storage.join(uri, "examples")
+        """Where the losses by example stand."""
+        self._state = storage.join(uri, "state.json")
         self._checkpoints = storage.join(uri, "checkpoints")
 
     @property
@@ -83,22 +93,30 @@ class Stage:
     # --- state ----------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        """The stage's state, with what was written beside it."""
+        """The stage's state, with what was written beside it. Of a file that is damaged, what the others show."""
         try:
-            state_file = exact_json.load(storage.read_text(self._state))
+            body = storage.read_document(self._state, ANEW)
+            if body["state"] not in get_args(State):
+                raise storage.damaged(self._state, f"'{body['state']}' is no state", ANEW)
+            if body["state"] == "running" and not self._is_held():
+                body["state"] = "interrupted"
+            return Status(**body)
         except storage.NotFound:
             return Status()
-        if state_file["state"] == "running" and not self._is_held():
-            state_file["state"] = "interrupted"
-        return Status(**state_file)
+        except (KeyError, TypeError) as error:
+            damage = str(storage.damaged(self._state, f"it is not what was written ({error})", ANEW))
+        except storage.CorruptError as error:
+            damage = str(error)
+        return Status("done" if self.has_artifact() else "interrupted", damage=damage)
 
     def enter(self, state: State, **details: Any) -> None:
         """Note that the stage is in this state from now on. ``details`` replace those of the state before."""
         if state not in get_args(State):
             raise ValueError(f"'{state}' is no state of a stage: {', '.join(get_args(State))}.")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        status = Status(state, self.status().begun_at or now, now, told(details))
-        storage.write_text(self._state, exact_json.dump(asdict(status), indent=2) + "\n")
+        begun_at = self.status().begun_at or now
+        body = {"state": state, "begun_at": begun_at, "changed_at": now, "details": told(details)}
+        storage.write_document(self._state, body)
 
     def committed(self) -> tuple[int, int]:
         """How far the stage is for good: the step of its newest checkpoint, and how many portions of other work or
@@ -143,9 +161,22 @@ class Stage:
 
     def applied_amendments(self) -> list[list[Any]]:
         """The changes made to the running stage, each with the step from which it holds."""
-        entries = self.amendments.read()
-        assignments = {entry["id"]: entry["assignment"] for entry in entries if "assignment" in entry}
-        return [[entry["from_step"], assignments[entry["applied"]]] for entry in entries if "applied" in entry]
+        requests, from_step = self.read_amendments()
+        return [[step, requests[number]] for number, step in from_step.items()]
+
+    def read_amendments(self) -> tuple[dict[int, str], dict[int, int]]:
+        """The requests by number, and the steps from which they hold. CorruptError if one is lost."""
+        requests: dict[int, str] = {}
+        from_step: dict[int, int] = {}
+        for entry in self.amendments.read():
+            match entry:
+                case {"id": int(number), "assignment": str(assignment)}:
+                    requests[number] = assignment
+                case {"applied": int(number), "from_step": int(step)} if number in requests:
+                    from_step[number] = step
+                case _:
+                    raise storage.damaged(self.amendments.uri, f"it says {entry}", self.amendments.remedy)
+        return requests, from_step
 
     def result_fingerprint(self) -> str | None:
         """What the result of the stage follows from; None if that is not known."""
@@ -156,11 +187,11 @@ class Stage:
 
     def examples_writer(self, rank: int = 0) -> examples.ExamplesWriter:
         """A writer of the losses that one rank measures."""
-        return examples.ExamplesWriter(self._examples, rank)
+        return examples.ExamplesWriter(self.examples, rank)
 
     def read_examples(self) -> pyarrow.Table:
         """The losses by example, in the order of steps: step, epoch, example_id, source, loss, tokens."""
-        return examples.read_examples(self._examples)
+        return examples.read_examples(self.examples)
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -176,6 +207,18 @@ class Stage:
         """Remove every checkpoint."""
         for checkpoint in self._all_checkpoints():
             storage.discard(checkpoint.uri)
+
+    def set_state_aside(self) -> str | None:
+        """Keep a damaged state beside, and write what the stage's other files show. What was wrong, or None."""
+        status = self.status()
+        if status.damage is not None:
+            storage.set_aside(self._state)
+            details: dict[str, Any] = {}
+            with suppress(storage.CorruptError):
+                if identity := self.identity():
+                    details = {"fingerprint": identity.fingerprint, "revision": identity.revision}
+            self.enter(status.state, **details)
+        return status.damage
 
     def prune(self, keep: int) -> None:
         """Remove all committed checkpoints but the ``keep`` newest, and what never was committed before those.
@@ -198,14 +241,21 @@ class Stage:
         ]
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.step, reverse=True)
 
-    def cut_back(self, step: int) -> None:
-        """Remove what was written after ``step`` steps, so that a resume from there writes every step once."""
+    def cut_back(self, step: int) -> tuple[int, list[str]]:
+        """Remove what was written after ``step`` steps, so that a resume from there writes every step once. How many
+        losses by example are left, and what was damaged, which is kept beside."""
         for checkpoint in self._all_checkpoints():
             if checkpoint.step > step:
                 storage.discard(checkpoint.uri)
-        examples.cut_back(self._examples, step)
-        self.metrics.cut(lambda line: line["step"] <= step)
-        self.rollouts.cut(lambda line: line["step"] <= step)
+        told = []
+        for journal in (self.metrics, self.rollouts):
+            try:
+                journal.cut(lambda line: line["step"] <= step)
+            except storage.CorruptError:
+                told += [damage] if (damage := journal.drop_damaged()) else []
+                journal.cut(lambda line: line["step"] <= step)
+        left, damages = examples.cut_back(self.examples, step)
+        return left, told + damages
 
     # --- what frozen models said of the data ----------------------------------------------------------------
 

@@ -119,8 +119,7 @@ class _Pass:
         if done is None:
             return True
         missing = [number for number in range(len(self._spans)) if number not in done]
-        own = [number for number in done if number % workers.world == workers.rank]
-        digests = {number: self.parts.digest(number) for number in own}
+        digests = self.parts.digests(number for number in done if number % workers.world == workers.rank)
         model = _frozen(self._models, self._annotation) if missing else None
         for first in range(0, len(missing), workers.world):
             recorder.preparing(f"the {self._name} reads the data", 1 - (len(missing) - first) / len(self._spans))
@@ -129,14 +128,14 @@ class _Pass:
             for number in missing[first : first + workers.world][workers.rank :][:1]:
                 assert model is not None
                 self._compute(number, model)
-                digests[number] = self.parts.digest(number)
+                digests |= self.parts.digests([number])
         del model
         gc.collect()
         if workers.device.type == "cuda":
             torch.cuda.empty_cache()
         gathered = workers.gather(digests)
         if workers.leads:
-            self.parts.commit({number: found for part in gathered for number, found in part.items()})
+            self.parts.commit({name: found for part in gathered for name, found in part.items()})
             recorder.event("streams_stored", name=self._name, parts=len(self._spans), computed=len(missing))
         workers.barrier()
         return True

@@ -68,6 +68,13 @@ class _LastLine:
 
     def flush(self) -> None: ...
 
+    @property
+    def examples_told(self) -> int:
+        return 0
+
+    def account(self, examples: int) -> dict[str, Any]:
+        return {}
+
 
 def _one_step(small: TrainingModels, steps: Callable[[], Steps]) -> dict[str, Any]:
     """The metrics of one step on the first block."""

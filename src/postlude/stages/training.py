@@ -18,6 +18,7 @@ from postlude.errors import DataError
 from postlude.model.export import send_model, write_model
 from postlude.model.flops import packed_flops
 from postlude.recipes.recipe import TrainingRecipe
+from postlude.runs import settle
 from postlude.stages.annotate import annotate, forget_annotations
 from postlude.stages.boundaries import remark_on_boundaries
 from postlude.stages.memory import check_memory
@@ -68,11 +69,8 @@ class Training:
     ) -> Summary:
         """Go on from the newest sound checkpoint with what ``supply`` gives, and write the artifact. What frozen models
         say of the data beforehand is handed to ``supply``."""
-        workers, stage = self.parts.workers, self.parts.stage
-        checkpoint = workers.from_lead(self._newest_sound(recorder) if workers.leads else None)
-        if workers.leads:
-            stage.cut_back(checkpoint[0] if checkpoint else 0)
-        workers.barrier()
+        workers = self.parts.workers
+        checkpoint = workers.from_lead(self._go_back(recorder) if workers.leads else None)
         stored = annotate(self.models, recorder, stop)
         if stored is None:
             return Summary(0, interrupted=True)
@@ -92,16 +90,40 @@ class Training:
         workers.barrier()
         return summary
 
-    def _newest_sound(self, recorder: Recorder) -> tuple[int, str] | None:
-        """The newest checkpoint whose files are what was written, as step and URI; damaged ones are told and passed."""
-        for checkpoint in self.parts.stage.checkpoints():
+    def _go_back(self, recorder: Recorder) -> tuple[int, str] | None:
+        """To where training goes on from, as step and URI: what stands in the stage is of that moment then."""
+        stage = self.parts.stage
+        newest = self._newest_sound(recorder)
+        step, account = (newest[0], newest[2]) if newest else (0, {})
+        rows, damages = stage.cut_back(step)
+        if (known := account.get("examples", rows)) != rows:
+            damages.append(f"'{stage.examples}' holds {rows:,} losses by example where {known:,} were written.")
+        for damage in damages:
+            recorder.event("alarm", what="set aside", reason=damage, step=step)
+        recorder.begin_account(rows)
+        return newest[:2] if newest else None
+
+    def _newest_sound(self, recorder: Recorder) -> tuple[int, str, Mapping[str, Any]] | None:
+        """The newest checkpoint whose files are what was written, and for which the lines are there that it stands for:
+        step, URI and account. Damaged ones are told and passed; where lines are lost for all, the newest is taken."""
+        stage, newest = self.parts.stage, None
+        for checkpoint in stage.checkpoints():
             try:
-                storage.verify(checkpoint.uri)
+                account = storage.verify(checkpoint.uri).extra.get("account", {})
             except storage.CorruptError as error:
                 recorder.event("checkpoint_skipped", step=checkpoint.step, reason=str(error))
                 continue
-            return checkpoint.step, checkpoint.uri
-        return None
+            restored, lost = settle(stage, checkpoint.step, account)
+            for reason in restored:
+                recorder.event("alarm", what="lines written again", reason=reason, step=checkpoint.step)
+            if not lost:
+                return checkpoint.step, checkpoint.uri, account
+            for reason in lost:
+                recorder.event("checkpoint_skipped", step=checkpoint.step, reason=reason)
+            newest = newest or (checkpoint.step, checkpoint.uri, account)
+        if newest is not None:
+            recorder.event("alarm", what="lines are lost", reason="No checkpoint has them.", step=newest[0])
+        return newest
 
     def _trainer(self, recorder: Recorder, stop: Interruption, supply: Callable[[], Supply]) -> Trainer:
         """The trainer, at step 0."""

@@ -171,7 +171,7 @@ class TrainingData:
             parts.trust(choice, choice.path or "")
             return load_tokenizer(choice)
         kept = parts.stage.tokenizer
-        if parts.workers.leads and not storage.is_committed(kept):
+        if parts.workers.leads and not _is_whole(kept):
             with storage.new_folder(kept) as folder, waiting("the tokenizer to be trained"):
                 train_tokenizer(choice.train, self._texts()).save_pretrained(folder)
         parts.workers.barrier()
@@ -231,3 +231,11 @@ class TrainingData:
         if place is None or (storage.is_local(place) and not has_tokenizer(place) and storage.exists(place)):
             return  # nothing says what its ids mean
         check_same_ids(self.tokenizer, load_tokenizer(place), f"stages.{self.parts.task.stage}.{name} ({place})")
+
+
+def _is_whole(uri: str) -> bool:
+    try:
+        storage.verify(uri)
+    except (storage.CorruptError, storage.NotFound):
+        return False
+    return True

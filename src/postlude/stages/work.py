@@ -4,8 +4,9 @@ Their work is cut into portions, which are a pure function of manifest and data.
 committed when it is done, and a resume does those that are missing; so the artifact is the same however often the
 stage was stopped.
 
-A portion is a file of JSON lines that is there whole or not at all. Its line of metrics follows from it, so a
-resume writes those that a kill cut off. Ranks take turns in rounds: after each the lead tells how far it is.
+A portion is a file of JSON lines that is there whole or not at all, with its digest in its name: one that is damaged is
+done anew. Its line of metrics follows from it, so a resume writes those that a kill cut off. Ranks take turns in
+rounds: after each the lead tells how far it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from postlude.stages.models import Models, TooLarge
 from postlude.stages.parts import Parts
 from postlude.stages.prompts import Row, no_preview, rows_of, tell_unprinted
 from postlude.stages.report import StageReport, Trial
-from postlude.storage import exact_json
 from postlude.telemetry.progress import console
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
@@ -64,6 +64,8 @@ class Work(ABC):
         """UserError for what cannot be worked on."""
         self.parts, self.models = parts, Models(parts)
         self._folder = storage.join(parts.stage.uri, "portions")
+        self._done: dict[int, str] = {}
+        """The files of the portions, by their numbers."""
 
     # --- what a kind of work says ---------------------------------------------------------------------------
 
@@ -135,12 +137,13 @@ class Work(ABC):
         DataError if the data changed since the stage began.
         """
         workers, count, measured = self.parts.workers, self.portions, 0
+        done: dict[int, str] = {}
         if workers.leads:
-            self._hold_to_plan()
-            measured = self.parts.stage.metrics.cut(lambda line: line["step"] <= count)
-        workers.barrier()
-        done = {int(name.partition(".")[0]) for name in storage.list_directory(self._folder) if name[0].isdigit()}
-        done = set(workers.from_lead(done))
+            self._hold_to_plan(recorder)
+            whole = storage.whole_files(self._folder, ".jsonl")
+            done = {int(name.partition(".")[0]): uri for name, uri in whole.items()}
+            measured = self._hold_to_metrics(recorder, done)
+        done = workers.from_lead(done)
         recorder.event("stage_started", from_step=next(n for n in range(count + 1) if n not in done))
         for first in range(0, count, workers.world):
             if workers.sum_numbers({"stop": float(stop())})["stop"]:
@@ -148,9 +151,11 @@ class Work(ABC):
             own = first + workers.rank
             begin = time.monotonic()
             if own < count and own not in done:
-                self._write(own, self.do(own, recorder.event))
-            seconds = dict(workers.gather((own, time.monotonic() - begin)))
+                done[own] = self._write(own, self.do(own, recorder.event))
+            rounds = workers.gather((own, time.monotonic() - begin, done.get(own, "")))
+            self._done.update({portion: uri for portion, _, uri in rounds})
             if workers.leads:
+                seconds = {portion: spent for portion, spent, _ in rounds}
                 for portion in range(max(first, measured), min(first + workers.world, count)):
                     recorder.metrics(self._line(portion, seconds[portion]))
         recorder.flush()
@@ -168,29 +173,51 @@ class Work(ABC):
     # --- portions -------------------------------------------------------------------------------------------
 
     def _line(self, portion: int, seconds: float) -> dict[str, Any]:
-        measured = dict(self.measure(self._read(portion)))
+        measured = self._measured(portion)
         rate = {"tokens_per_second": measured["tokens"] / seconds} if measured.get("tokens") and seconds else {}
-        progress = (portion + 1) / self.portions
-        return {"step": portion + 1, "progress": progress, **measured, "seconds": seconds, **rate}
+        return {**measured, "seconds": seconds, **rate}
 
-    def _uri(self, portion: int) -> str:
-        return storage.join(self._folder, f"{portion:08d}.jsonl")
+    def _measured(self, portion: int) -> dict[str, Any]:
+        """A line of metrics, without what it took."""
+        return {"step": portion + 1, "progress": (portion + 1) / self.portions, **self.measure(self._read(portion))}
 
-    def _write(self, portion: int, entries: Sequence[Entry]) -> None:
+    def _hold_to_metrics(self, recorder: Recorder, done: Mapping[int, str]) -> int:
+        """Keep the lines of metrics that say what the portions do, and are in order; the others are written anew. How
+        many are kept."""
+        metrics, numbers = self.parts.stage.metrics, iter(range(self.portions))
+        self._done.update(done)
+        if damage := metrics.drop_damaged():
+            recorder.event("alarm", what="metrics written anew", reason=damage)
+
+        def is_so(line: Mapping[str, Any]) -> bool:
+            portion = next(numbers, None)
+            if portion is None or line["step"] != portion + 1:
+                return False
+            return portion not in done or line.items() >= self._measured(portion).items()
+
+        return metrics.cut(is_so)
+
+    def _write(self, portion: int, entries: Sequence[Entry]) -> str:
         # Not the exact JSON of metrics: that takes a text such as "NaN" for a number, and a model may well say it.
-        storage.write_text(self._uri(portion), "".join(record_json(entry) + "\n" for entry in entries))
+        lines = "".join(record_json(entry) + "\n" for entry in entries)
+        return storage.write_once(storage.join(self._folder, f"{portion:08d}.jsonl"), lines.encode())
 
     def _read(self, portion: int) -> list[Entry]:
-        return [json.loads(line) for line in storage.read_text(self._uri(portion)).splitlines()]
+        return [json.loads(line) for line in storage.read_text(self._done[portion]).splitlines()]
 
-    def _hold_to_plan(self) -> None:
+    def _hold_to_plan(self, recorder: Recorder) -> None:
         """Write down what the portions are made of, or refuse to mix them with others."""
         uri = storage.join(self._folder, "plan.json")
         plan: dict[str, Any] = {"portions": self.portions, "data": dict(self.reads)}
-        if not storage.exists(uri):
-            storage.write_text(uri, exact_json.dump(plan))
+        try:
+            before = storage.read_document(uri)
+        except storage.NotFound:
+            storage.write_document(uri, plan)
             return
-        before = exact_json.load(storage.read_text(uri))
+        except storage.CorruptError as error:  # that the stage itself is the same is told by its identity
+            recorder.event("alarm", what="plan written anew", reason=str(error))
+            storage.write_document(uri, plan)
+            return
         if before != plan:
             changed = [name for name, fingerprint in plan["data"].items() if before["data"].get(name) != fingerprint]
             raise DataError(

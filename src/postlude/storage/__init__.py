@@ -22,6 +22,7 @@ from postlude.storage.errors import (
     StorageFull,
     explain,
 )
+from postlude.storage.extent import Extent, Follower, extent_of, read_extent, restore
 from postlude.storage.files import (
     create,
     exists,
@@ -43,4 +44,18 @@ from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
 from postlude.storage.scratch import Scratch, scratch_folder
+from postlude.storage.sealed import (
+    damaged,
+    is_as_named,
+    name_with_digest,
+    plain_name,
+    read_committed,
+    read_document,
+    read_sealed_text,
+    set_aside,
+    whole_files,
+    write_document,
+    write_once,
+    write_sealed_text,
+)
 from postlude.storage.uris import is_local, join, local_path, name, parent

@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
@@ -23,6 +24,9 @@ from postlude.storage import exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
+
+_READERS = min(8, os.cpu_count() or 1)
+"""So many files of a folder are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | N
     guard = guards.guard_of(uri)
     if guard is not None and guard.number is not None:
         body["number"] = guard.number
-    _put_marker(uri, exact_json.dump({**body, "sha256": _checksum(body)}).encode(), guard)
+    _put_marker(uri, exact_json.dump({**body, "sha256": checksum(body)}).encode(), guard)
 
 
 def _put_marker(uri: str, content: bytes, guard: guards.Guard | None) -> None:
@@ -181,9 +185,9 @@ def _read_marker(uri: str) -> Marker:
         raise NotFound(f"'{uri}' was never committed: it has no file {MARKER}.") from error
     try:
         body = exact_json.load(text)
-        checksum = body.pop("sha256")
-        sound = checksum == _checksum(body)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        digest = body.pop("sha256")
+        sound = digest == checksum(body)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorruptError(f"'{place}' is damaged: it is not what was written ({error}).") from error
     if not sound:
         raise CorruptError(f"'{place}' is damaged: its checksum does not fit its content.")
@@ -192,25 +196,30 @@ def _read_marker(uri: str) -> Marker:
     )
 
 
-def verify(uri: str) -> Marker:
-    """Read every file again. CorruptError, naming the file, if one is missing or is not what was written."""
+def verify(uri: str, endings: tuple[str, ...] = ("",)) -> Marker:
+    """Read every file with one of these endings again. CorruptError, naming the file, if one is missing or is not what
+    was written."""
     marker = read_marker(uri)
-    check(uri, marker)
+    check(uri, marker, endings)
     return marker
 
 
-def check(uri: str, marker: Marker) -> None:
-    """Read every file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
-    for path, digest in marker.files.items():
-        place = files.join(uri, path)
-        try:
-            size = files.size_bytes(place)
-        except NotFound as error:
-            raise CorruptError(f"'{place}' is missing, but was committed with {digest.size_bytes} bytes.") from error
-        if size != digest.size_bytes:
-            raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
-        if sha256_of(place) != digest.sha256:
-            raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
+def check(uri: str, marker: Marker, endings: tuple[str, ...] = ("",)) -> None:
+    """Read every such file that ``marker`` speaks of below ``uri``. CorruptError as for :func:`verify`."""
+    wanted = {files.join(uri, path): digest for path, digest in marker.files.items() if path.endswith(endings)}
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(_check, wanted, wanted.values()))
+
+
+def _check(place: str, digest: Digest) -> None:
+    try:
+        size = files.size_bytes(place)
+    except NotFound as error:
+        raise CorruptError(f"'{place}' is missing, but was committed with {digest.size_bytes} bytes.") from error
+    if size != digest.size_bytes:
+        raise CorruptError(f"'{place}' is damaged: it has {size} bytes, but {digest.size_bytes} were committed.")
+    if sha256_of(place) != digest.sha256:
+        raise CorruptError(f"'{place}' is damaged: its content is not what was committed.")
 
 
 def sha256_of(uri: str) -> str:
@@ -219,5 +228,6 @@ def sha256_of(uri: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
+def checksum(body: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON can hold, as it is written, hexadecimal."""
     return hashlib.sha256(exact_json.dump(body).encode()).hexdigest()

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from postlude.nearest import nearest
 from postlude.storage import guards
-from postlude.storage.errors import StorageError, reading, writing
+from postlude.storage.errors import NotReadable, StorageError, reading, writing
 from postlude.storage.uris import is_local, local_path, name
 from postlude.storage.uris import join as join  # names of files are files' as well
 from postlude.storage.uris import parent as parent
@@ -77,8 +77,11 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_text(uri: str) -> str:
-    """The content of a file, as UTF-8."""
-    return read_bytes(uri).decode()
+    """The content of a file, as UTF-8. :class:`~postlude.storage.errors.NotReadable` if it is none."""
+    try:
+        return read_bytes(uri).decode()
+    except UnicodeDecodeError as error:
+        raise NotReadable(f"'{uri}' is not text in UTF-8 ({error}). Write it anew, or check the path.") from error
 
 
 def write_text(uri: str, text: str) -> None:
@@ -183,6 +186,13 @@ def remove(uri: str) -> None:
     with writing(uri):
         if filesystem.exists(path):
             filesystem.rm(path, recursive=True)
+
+
+def free_place(uri: str) -> str:
+    """A URI beside a damaged file, for keeping it under a name that nothing reads."""
+    base = f"{name(uri)}.damaged-"
+    number = 1 + sum(entry.startswith(base) for entry in list_directory(parent(uri)))
+    return join(parent(uri), f"{base}{number}")
 
 
 def size_bytes(uri: str) -> int:

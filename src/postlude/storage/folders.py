@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from postlude.storage import commits, files, guards
-from postlude.storage.errors import writing, writing_below
+from postlude.storage.errors import CorruptError, NotFound, writing, writing_below
 from postlude.storage.scratch import scratch_folder
 
 
@@ -51,15 +51,23 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
 
 
 def fetch(uri: str, into: str) -> str:
-    """The local path of a folder: its own, or ``into``, where a committed remote folder is copied unless it is there.
+    """The local path of a folder: its own, or ``into``, where a committed remote folder is copied unless it is there
+    as it was committed.
 
     CorruptError if what arrives is not what was committed.
     """
     if files.is_local(uri):
         return files.local_path(uri)
-    if not (commits.is_committed(into) and commits.read_marker(into) == commits.read_marker(uri)):
+    if not _is_copy(into, commits.read_marker(uri)):
         copy_folder(uri, into)
     return into
+
+
+def _is_copy(uri: str, marker: commits.Marker) -> bool:
+    try:
+        return commits.verify(uri) == marker
+    except (CorruptError, NotFound):
+        return False
 
 
 def copy_file(uri: str, target: str) -> None:

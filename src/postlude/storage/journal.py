@@ -12,12 +12,13 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from postlude.storage import exact_json, files, guards
+from postlude.storage.commits import checksum
 from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
 from postlude.storage.locks import NoFlock, flock
 
@@ -28,18 +29,26 @@ PUT_SECONDS = 5.0
 """Remote lines are held back so long, unless they must be durable at once."""
 
 _TAIL_BYTES = 2**16
+_KEY = "sha256"
 
 
 class Journal:
-    """JSON objects in the order in which they were added, behind a local or a remote URI."""
+    """JSON objects in the order in which they were added, behind a local or a remote URI.
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    ``fields`` are what every entry must have, by name with the types of each; ``remedy`` ends the error of a damaged
+    line. In a ``sealed`` journal each line has a digest of its own, under the key ``sha256``, which is not told.
+    """
+
+    def __init__(
+        self, uri: str, fields: Mapping[str, type] | None = None, remedy: str = "", sealed: bool = False
+    ) -> None:
+        self.uri, self._fields, self.remedy, self._sealed = uri, fields or {}, remedy, sealed
         self._storage: _LocalLines | _RemoteLines = _LocalLines(uri) if files.is_local(uri) else _RemoteLines(uri)
 
     def append(self, entry: Mapping[str, Any], *, sync: bool = False) -> None:
         """Add an entry. With ``sync`` it is on the disk, or in the bucket, when the call returns."""
-        self._storage.append(exact_json.dump(dict(entry)).encode() + b"\n", sync)
+        sealed = {**entry, _KEY: checksum(entry)} if self._sealed else dict(entry)
+        self._storage.append(exact_json.dump(sealed).encode() + b"\n", sync)
 
     def flush(self) -> None:
         """Return when all that was added is on the disk, or in the bucket."""
@@ -67,15 +76,71 @@ class Journal:
             kept.append(line)
         return len(kept)
 
-    def _entries(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    # --- lines as they stand --------------------------------------------------------------------------------
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines as they stand, whether they can be read or not."""
+        return (line for _, _, line in self._storage.lines())
+
+    def rewrite(self, lines: Sequence[bytes]) -> None:
+        """Hold these lines; what stood there is kept beside. For the only writer."""
+        before = list(self.lines())
+        if before:
+            files.write_bytes(files.free_place(self.uri), b"".join(before))
+        if files.is_local(self.uri):
+            files.write_bytes(self.uri, b"".join(lines))
+            return
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, lines, strict=False)))
+        self._storage.replace(before[:shared])
+        for line in lines[shared:]:
+            self._storage.append(line, False)
+        self.flush()
+
+    def drop_damaged(self, is_known: Callable[[dict[str, Any]], bool] = lambda entry: True) -> str | None:
+        """Drop the lines that cannot be read, or hold what is not known; what stood there is kept beside. What was
+        wrong, or None. For the only writer."""
+        sound, damages = [], []
         for place, number, line in self._storage.lines():
             try:
-                entry = exact_json.load(line)
-            except ValueError as error:
-                raise CorruptError(f"'{place}', line {number}, is damaged: it is not JSON ({error}).") from error
-            if not isinstance(entry, dict):
-                raise CorruptError(f"'{place}', line {number}, is damaged: it is not a JSON object.")
-            yield line, entry
+                if not is_known(self._entry(place, number, line)):
+                    raise self._damage(place, number, "nothing like it is known")
+            except CorruptError as error:
+                damages.append(str(error))
+            else:
+                sound.append(line)
+        if damages:
+            self.rewrite(sound)
+        return damages[0] if damages else None
+
+    def _entries(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        for place, number, line in self._storage.lines():
+            yield line, self._entry(place, number, line)
+
+    def _entry(self, place: str, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            entry = exact_json.load(line)
+        except (ValueError, RecursionError) as error:
+            raise self._damage(place, number, f"it is not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise self._damage(place, number, "it is not a JSON object")
+        digest = entry.pop(_KEY, None) if self._sealed else None
+        if digest is not None and digest != checksum(entry):
+            raise self._damage(place, number, "its digest does not fit its content")
+        for name, kind in self._fields.items():
+            if not isinstance(entry.get(name), kind):
+                raise self._damage(place, number, f"it has no '{name}' as it was written")
+        return entry
+
+    def _damage(self, place: str, number: int, why: str) -> CorruptError:
+        return CorruptError(f"'{place}', line {number}, is damaged: {why}. {self.remedy}".rstrip())
+
+
+def is_entry(line: bytes) -> bool:
+    """Whether a line can be read at all."""
+    try:
+        return isinstance(exact_json.load(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _number_lines(place: str, content: bytes) -> Iterator[tuple[str, int, bytes]]:
@@ -130,8 +195,10 @@ class _LocalLines:
             return 0
 
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
-        with suppress(NotFound):
-            yield from _number_lines(self.uri, files.read_bytes(self.uri))
+        with suppress(NotFound), files.open_file(self.uri) as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield self.uri, number, line
 
     def replace(self, lines: list[bytes]) -> None:
         content = b"".join(lines)

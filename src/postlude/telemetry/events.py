@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postlude.secrecy import told
-from postlude.storage import Journal
+from postlude.storage import Journal, damaged
 
 _KINDS: dict[str, type[Event]] = {}
 
@@ -211,5 +211,25 @@ def record(journal: Journal, kind: str, stage: str | None = None, **fields: Any)
 
 
 def read(journal: Journal) -> list[Event]:
-    """All events of a run, in order."""
-    return [_KINDS[line["kind"]].model_validate(line) for line in journal.read()]
+    """All events of a run, in order. CorruptError if one is damaged."""
+    return [_event(journal, number, line) for number, line in enumerate(journal.read(), 1)]
+
+
+def drop_damaged(journal: Journal) -> str | None:
+    """Drop the lines that are no events; what stood there is kept beside. What was wrong, or None."""
+    return journal.drop_damaged(_is_event)
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+    try:
+        return bool(_KINDS[line["kind"]].model_validate(line))
+    except (KeyError, ValidationError):
+        return False
+
+
+def _event(journal: Journal, number: int, line: Mapping[str, Any]) -> Event:
+    try:
+        return _KINDS[line["kind"]].model_validate(line)
+    except (KeyError, ValidationError) as error:
+        why = f"entry {number} is no event of this version ({str(error).splitlines()[0]})"
+        raise damaged(journal.uri, why) from error

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from postlude.runs import Run
+from postlude.runs import Account, Run
 from postlude.telemetry import events
 from postlude.telemetry.progress import Display, say
 from postlude.telemetry.pulse import beat
@@ -39,6 +39,7 @@ class Recorder:
                 name = sink.component_name or type(sink).__name__
                 self._sinks[f"{name} {len(self._sinks)}" if name in self._sinks else name] = sink.open(run.uri, stage)
         self._turn = threading.RLock()
+        self._account: Account | None = None
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One line for each optimiser step."""
@@ -87,6 +88,20 @@ class Recorder:
                 self._stage.metrics.flush()
                 self._stage.rollouts.flush()
                 self._run.events.flush()
+
+    def begin_account(self, examples: int) -> None:
+        """Note what stands in the stage, on the leading rank: so many losses by example among it."""
+        self._account = Account(self._stage, self._run.events, examples)
+
+    @property
+    def examples_told(self) -> int:
+        """How many losses by example this rank has told."""
+        return self._examples.told
+
+    def account(self, examples: int) -> dict[str, Any]:
+        """What a checkpoint of this moment stands for, when all is flushed: so many losses by example, of all ranks."""
+        with self._turn:
+            return self._account.take(examples) if self._account else {}
 
     def close(self) -> None:
         """Flush, and close the sinks."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from postlude.runs import Run, State
+from postlude.runs import Run, State, missing
+from postlude.storage import CorruptError
 from postlude.telemetry import events
 
 
@@ -24,6 +26,8 @@ class StageSummary:
     """The first and the last mean reward on each held-out data set whose prompts are answered."""
     tokens: int = 0
     seconds: float = 0.0
+    damages: tuple[str, ...] = ()
+    """What of its files is not what was written: no number is told of that."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -32,14 +36,24 @@ class StageSummary:
 
 def summarize(run: Run, names: Sequence[str] | None = None) -> list[StageSummary]:
     """The summary of each stage; of those that have begun if no names are given."""
-    happened = events.read(run.events)
+    try:
+        happened = events.read(run.events)
+    except CorruptError:  # who shows events tells it
+        happened = []
     return [_summary(run, name, happened) for name in names or [stage.name for stage in run.stages()]]
 
 
 def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSummary:
     stage = run.stage(name)
-    lines = stage.metrics.read()
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    status = stage.status()
+    damages = [status.damage] if status.damage else []
+    damages += missing(stage, deep=False)
+    try:
+        lines = stage.metrics.read()
+    except CorruptError as error:
+        damages.append(str(error))
+        lines = []
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), int | float)]
     held_out: dict[str, tuple[float, float]] = {}
     rewards: dict[str, tuple[float, float]] = {}
     for event in happened:
@@ -49,12 +63,17 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
                 curves[event.name] = (curves.get(event.name, (value,))[0], value)
     return StageSummary(
         stage=name,
-        state=stage.status().state,
+        state=status.state,
         steps=lines[-1]["step"] if lines else 0,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         held_out_losses=held_out,
         held_out_rewards=rewards,
-        tokens=sum(line.get("tokens", 0) for line in lines),
-        seconds=sum(line.get("seconds", 0.0) for line in lines),
+        tokens=sum(_numbers(lines, "tokens")),
+        seconds=sum(_numbers(lines, "seconds")),
+        damages=tuple(damages),
     )
+
+
+def _numbers(lines: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    return [line[name] for line in lines if isinstance(line.get(name), int | float)]

@@ -40,8 +40,4 @@ class Amendments:
         if size == self._size:
             return
         self._size = size
-        for entry in self._stage.amendments.read():
-            if "applied" in entry:
-                self._from_step[entry["applied"]] = entry["from_step"]
-            else:
-                self._requests[entry["id"]] = entry["assignment"]
+        self._requests, self._from_step = self._stage.read_amendments()

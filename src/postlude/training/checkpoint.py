@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,6 +30,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils._pytree import tree_map_only
 
 from postlude import storage
+from postlude.model import checkpoint_reader
+from postlude.model.checkpoint_reader import PLAN_FILE, StorageFiles
 from postlude.model.mesh import own_part
 from postlude.training.program import Role
 from postlude.training.workers import COLLECTIVE_DEADLINE, Workers
@@ -41,59 +42,18 @@ State = dict[str, Any]
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-class _StorageFiles(FileSystemBase):
-    """What torch's checkpoint reader and writer need of a file system, over :mod:`postlude.storage`.
-
-    Folders need no making there, and nothing is renamed or removed: :class:`_Writer` sees to that.
-    """
-
-    def __init__(self) -> None:
-        self.digests: dict[str, storage.Digest] = {}
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        if mode == "rb":
-            with storage.open_file(str(path), "rb") as stream:
-                yield stream
-            return
-        with storage.open_hashed(str(path)) as file:
-            yield file
-        self.digests[storage.name(str(path))] = file.digest
-
-    def concat_path(self, path: Any, suffix: str) -> str:
-        return storage.join(str(path), suffix)
-
-    def init_path(self, path: Any) -> str:
-        return str(path)
-
-    def mkdir(self, path: Any) -> None: ...
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-    def exists(self, path: Any) -> bool:
-        return storage.exists(str(path))
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        raise AssertionError("a committed folder is not renamed into")
-
-    def rm_file(self, path: Any) -> None:
-        raise AssertionError("a committed folder is not removed from")
-
-
 class _Writer(FileSystemWriter):
     """Writes the metadata straight to its place: the marker, not a rename, is what makes a checkpoint real."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri, sync_files=False)
-        self.fs = self.files = _StorageFiles()  # type: ignore[assignment]
+        self.fs = self.files = StorageFiles()  # type: ignore[assignment]
         self.path = uri
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         metadata.storage_meta = self.storage_meta()
-        with self.files.create_stream(storage.join(self.path, ".metadata"), "wb") as stream:  # type: ignore[arg-type]
+        with self.files.create_stream(storage.join(self.path, PLAN_FILE), "wb") as stream:  # type: ignore[arg-type]
             pickle.dump(metadata, stream)
 
 
@@ -171,13 +131,8 @@ class Checkpointer:
 
 
 def load(uri: str, tensors: State, workers: Workers) -> dict[str, Any]:
-    """Read a committed checkpoint into ``tensors``, in place, and return the small state.
-
-    :class:`postlude.storage.CorruptError` if a file does not match its digest.
-    """
-    reader = FileSystemReader(uri)
-    reader.fs, reader.path = _StorageFiles(), uri  # type: ignore[assignment]
-    dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
+    """Read a committed checkpoint, which was verified, into ``tensors``, in place, and return the small state."""
+    checkpoint_reader.load(uri, tensors, alone=workers.world == 1)
     return dict(storage.read_marker(uri).extra)
 
 

@@ -51,6 +51,13 @@ class Journal(Protocol):
     def flush(self) -> None:
         """Return when all of the above is on the disk."""
 
+    @property
+    def examples_told(self) -> int:
+        """How many losses by example this rank has told."""
+
+    def account(self, examples: int) -> dict[str, Any]:
+        """What a checkpoint of this moment stands for; so many losses by example were told on all ranks."""
+
 
 class Steps(Protocol):
     """What is trained on: an iterator over steps that can be stopped and continued."""
@@ -278,7 +285,9 @@ class Trainer:
         if self.step == self._saved_step:
             return
         self.journal.flush()
+        examples = sum(self.workers.gather(self.journal.examples_told))
         small = {
+            "account": self.journal.account(examples),
             "progress": self.progress,
             "loader": self.loader.state(),
             "scale": self.scale.state(),

@@ -31,7 +31,7 @@ from postlude.manifest.graph import datasets_used, needs
 from postlude.manifest.load import Resolved
 from postlude.manifest.lock import bearing
 from postlude.manifest.schema import ModelPlace, StageConfig, TokenizerFrom, TokensFrom
-from postlude.runs import LINEAGE, Identity, Run, artifact_of
+from postlude.runs import LINEAGE, Identity, Run, artifact_of, known_identity
 from postlude.secrecy import stripped_all
 
 _WRITES_DATE = "strftime_now"
@@ -52,7 +52,7 @@ class Identifier:
 
     def __post_init__(self) -> None:
         for stage in self.run.stages():
-            identity = stage.identity()
+            identity = known_identity(stage)
             if identity is not None:
                 contents = {uri: content for files in identity.files.values() for uri, content in files.items()}
                 stamps = identity.stamps
@@ -106,7 +106,7 @@ class Identifier:
         """What day the stage's templates are told: the manifest's, that of the stage where it has begun, or today;
         None where none of them writes the date."""
         standing = self.run.stage(stage)
-        identity = standing.identity() if standing.has_begun() else None
+        identity = known_identity(standing) if standing.has_begun() else None
         # A version that did not look at templates of the hub began stages without a day, which go on so.
         hub = identity is None or identity.day is not None
         if not any(_WRITES_DATE in template for template in self._templates(stage, hub)):

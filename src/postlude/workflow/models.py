@@ -14,12 +14,10 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import ModelFrom
 from postlude.runs import LINEAGE, artifact_of
 from postlude.telemetry import openmp
+from postlude.workflow.begin import ADAPTER_CONFIG, base_of, verify_model
 
 if TYPE_CHECKING:
     from postlude.model.verify import Verification
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""Only an adapter has this file."""
 
 
 def generate(
@@ -29,6 +27,7 @@ def generate(
     conversation, as they are made."""
     from postlude.rollout.talk import talk
 
+    verify_model(model)
     openmp.give_way()
     yield from talk(artifact_of(model) or model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
@@ -42,6 +41,7 @@ def export(place: str, out: str, merge: bool = False) -> None:
     artifact = artifact_of(place)
     if artifact is None:
         raise UserError(f"'{place}' is not a run or a stage of one. Give RUN or RUN/STAGE.")
+    verify_model(artifact)
     adapter = storage.exists(storage.join(artifact, ADAPTER_CONFIG))
     if merge and not adapter:
         raise UserError(f"The model of '{place}' is whole: there is no adapter to merge. Leave --merge out.")
@@ -94,6 +94,8 @@ def verify(model: str) -> Verification:
 
     openmp.give_way()
     place = artifact_of(model) or model
+    if base := base_of(place):
+        verify_model(base)
     source = compare_with_source(place)
     try:
         report = compare(load_model(ModelFrom(path=model), place, None, seed=0))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from postlude.manifest.graph import ancestors, needs, order
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
-from postlude.runs import Identity, Run, Stage, find_finished_elsewhere, revision_of
+from postlude.runs import Identity, Run, Stage, find_finished_elsewhere, known_identity, revision_of
 from postlude.telemetry.screen import Listing
 from postlude.workflow.compute import pools_of
 from postlude.workflow.fingerprint import Identifier
@@ -39,6 +39,8 @@ class Standing:
     revision: int = 1
     """Of what stands; of what it is going to make, where it has not begun."""
     amendments: Sequence[Sequence[Any]] = ()
+    fingerprint: str | None = None
+    """Of what it was begun with, as its state has it: enough where the identity itself is lost."""
 
     @staticmethod
     def at(run: Run, name: str) -> Standing:
@@ -48,7 +50,13 @@ class Standing:
         if not stage.has_begun():
             return Standing(revision=number)
         newest = next((checkpoint.step for checkpoint in stage.checkpoints()), 0)
-        return Standing(stage.identity(), True, stage.is_done(), newest, number, stage.applied_amendments())
+        fingerprint = stage.status().details.get("fingerprint")
+        amendments = stage.applied_amendments()
+        return Standing(known_identity(stage), True, stage.is_done(), newest, number, amendments, fingerprint)
+
+    def begun_with(self, wanted: Identity) -> Identity | None:
+        """What it was begun with, where that is known, or known to be what is ``wanted`` now."""
+        return wanted if self.identity is None and self.fingerprint == wanted.fingerprint else self.identity
 
 
 @dataclass(frozen=True)
@@ -200,11 +208,12 @@ def _decide(
     is_forced: bool,
 ) -> Decision:
     reasons, inputs = [], []
-    if standing.begun and standing.identity is None:
+    before = standing.begun_with(wanted)
+    if standing.begun and before is None:
         reasons = ["what it was begun with is not known"]
-    elif standing.begun and standing.identity is not None:
-        inputs = standing.identity.changed_inputs(wanted)
-        reasons = standing.identity.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
+    elif standing.begun and before is not None:
+        inputs = before.changed_inputs(wanted)
+        reasons = before.changes(wanted) + [f"the input {need} is a new revision" for need in inputs]
     if standing.begun and not reasons and not is_forced:
         action: Action = "keep" if standing.done else "resume"
         return Decision(name, action, replace(wanted, revision=standing.revision), needed, step=standing.step)

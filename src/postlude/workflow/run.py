@@ -17,15 +17,16 @@ from postlude.cluster.keeper import Stopped, keep
 from postlude.cluster.providers.base import Provider, open_cluster, provider_of
 from postlude.manifest.assignments import handed_on
 from postlude.manifest.load import Resolved, load
-from postlude.manifest.lock import dump_lock, read_lock
+from postlude.manifest.lock import LockedStage, dump_lock, read_lock
 from postlude.manifest.lock import lock as manifest_lock
+from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
 from postlude.manifest.value import without_value
 from postlude.runs import Run, revision_of
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, console, say, stage_table
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import verify_inputs
+from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
 from postlude.workflow.compute import check_compute, threads_of
 from postlude.workflow.holding import hold, looking_after, must_leave
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
@@ -54,11 +55,10 @@ def run(
     check_compute(resolved.manifest)
     run = run_of(resolved)
     with hold(run, wait_seconds) as lock:
+        mend_records(run)
         plan = make_plan(resolved, run, Selection(stage, begin, until))
         console().print(plan.render())
-        made_anew = {decision.stage for decision in plan.work}
-        for decision in plan.work:
-            verify_inputs(run, decision.stage, [need for need in decision.needs if need not in made_anew])
+        check_what_stands(run, plan)
         needs_workers = bool(plan.work) and not inline
         if needs_workers and provider_of(resolved.manifest.compute).starts_ray and "ray" not in sys.modules:
             interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until), lock)
@@ -127,6 +127,19 @@ def what_is_left(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> 
             for decision in plan.decisions
         ],
     )
+
+
+def check_what_stands(run: Run, plan: Plan) -> None:
+    """Read what a plan builds upon or keeps. :class:`UserError` if an artifact is not what was committed."""
+    made_anew, inputs = {decision.stage for decision in plan.work}, set()
+    for decision in plan.work:
+        needed = [need for need in decision.needs if need not in made_anew]
+        verify_inputs(run, decision.stage, needed)
+        inputs.update(needed)
+    for decision in plan.decisions:
+        if decision.action in ("keep", "resume"):
+            mend_identity(run, decision)
+    verify_kept(run, [name for name in (each.stage for each in plan.decisions) if name not in made_anew | inputs])
 
 
 def what_holds(run: Run, plan: Plan) -> str:
@@ -215,8 +228,13 @@ def write_lock(run: Run, resolved: Resolved, plan: Plan) -> None:
     """Write what the run is about to do as its manifest lock; stages outside the plan keep their fingerprints."""
     manifest = resolved.manifest
     threads = {name: threads_of(manifest, name) for name in manifest.stages}
-    before = run.read_manifest_lock()
-    known = read_lock(before, run.manifest_lock).stages if before is not None else {}
+    known: Mapping[str, LockedStage] = {}
+    try:
+        before = run.read_manifest_lock()
+        known = read_lock(before, run.manifest_lock).stages if before is not None else {}
+    except (storage.CorruptError, ManifestError) as error:
+        say(f"{run.name}: the manifest lock is written anew: {error}")
+        events.record(run.events, "alarm", what="manifest lock written anew", reason=str(error))
     fingerprints = {name: stage.fingerprint for name, stage in known.items() if stage.fingerprint is not None}
     fingerprints |= {decision.stage: decision.identity.fingerprint for decision in plan.decisions}
     run.write_manifest_lock(dump_lock(manifest_lock(resolved, threads, fingerprints)))

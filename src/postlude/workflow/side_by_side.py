@@ -14,13 +14,13 @@ from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
-from postlude.runs import Run
+from postlude.runs import Run, final_account
 from postlude.secrecy import stripped_all
 from postlude.stages.parts import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
-from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs
+from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs, verify_paths
 from postlude.workflow.compute import engines_of, pool_of, threads_of
 from postlude.workflow.plan import Decision
 
@@ -56,7 +56,7 @@ class StagesAtWork:
         """Run one stage to its end in this process."""
         from postlude.stages.stage import run_stage_here
 
-        verify_inputs(self.run, decision.stage, decision.needs)
+        self._verify(decision)
         if self._needs_no_work(decision):
             return
         try:
@@ -69,7 +69,7 @@ class StagesAtWork:
     def start(self, decision: Decision, alone: bool) -> None:
         """Start a stage on a group of workers; only one that is ``alone`` draws a live line."""
         try:
-            verify_inputs(self.run, decision.stage, decision.needs)
+            self._verify(decision)
             if self._needs_no_work(decision):
                 return
         except UserError as error:
@@ -105,6 +105,11 @@ class StagesAtWork:
         for supervisor, _ in self._at_work.values():
             supervisor.abandon()
         self._threads.shutdown()
+
+    def _verify(self, decision: Decision) -> None:
+        """Read what the stage is made of. :class:`UserError` if an artifact is not what was committed."""
+        verify_inputs(self.run, decision.stage, decision.needs)
+        verify_paths(self.resolved.manifest, decision.stage)
 
     def _needs_no_work(self, decision: Decision) -> bool:
         """Prepare the stage; whether it is done with that, because another run made it."""
@@ -195,7 +200,7 @@ class StagesAtWork:
             if error is not None:
                 raise error
         else:
-            stage.enter("done", steps=summary.steps, **details)
+            stage.enter("done", steps=summary.steps, account=final_account(stage, self.run.events), **details)
 
 
 def _identity_details(run: Run, decision: Decision) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from postlude.manifest.lock import read_lock
+from postlude.manifest.problem import ManifestError
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
+from postlude.storage import CorruptError, StorageError
 from postlude.telemetry import events
 from postlude.telemetry.screen import Kind, Listing
 from postlude.telemetry.summary import StageSummary, summarize
 from postlude.workflow.drawing import draw
 
 ALARMS_SHOWN = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class StageStatus:
     """Its artifact, with all that it comes from."""
     readings: list[dict[str, Any]] = field(default_factory=list)
     """The newest of each worker, while it is running."""
+    damages: tuple[str, ...] = ()
+    """What of its files is not what was written."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +60,7 @@ class StageStatus:
             "taken_over_from": self.taken_over_from,
             "lineage": asdict(self.lineage) if self.lineage else None,
             "readings": self.readings,
+            "damages": list(self.damages),
         }
 
 
@@ -65,10 +72,19 @@ class RunStatus:
     stages: list[StageStatus]
     holder: str | None
     alarms: list[events.Event]
+    damage: str | None = None
+    """What is wrong with a file of the run as a whole."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something of it is not what was written."""
+        return bool(self.damage or any(stage.damages for stage in self.stages))
 
     @property
     def state(self) -> str:
         """The state of the run as a whole: that of the first stage that is not done."""
+        if self.damage and not self.stages:
+            return "damaged"
         return next((stage.summary.state for stage in self.stages if stage.summary.state != "done"), "done")
 
     def to_json(self) -> dict[str, Any]:
@@ -77,6 +93,7 @@ class RunStatus:
             "state": self.state,
             "held_by": self.holder,
             "stages": [stage.to_json() for stage in self.stages],
+            "damage": self.damage,
             "alarms": [alarm.model_dump(mode="json") for alarm in self.alarms],
         }
 
@@ -96,6 +113,8 @@ class RunStatus:
                 "" if stage.checkpoint is None else f"step {stage.checkpoint:,}",
             )
         notes = [f"held by {self.holder}"] if self.holder else []
+        notes += [self.damage] if self.damage else []
+        notes += [f"{stage.summary.stage}: {damage}" for stage in self.stages for damage in stage.damages]
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
         notes += [f"{alarm.time} {alarm.kind}: {_describe(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
@@ -117,45 +136,68 @@ class Runs:
             done = sum(stage.summary.state == "done" for stage in run.stages)
             losses = [stage.summary.last_loss for stage in run.stages if stage.summary.last_loss is not None]
             shown = f"{losses[-1]:z.4f}" if losses else ""
-            listing.add_row(run.run.name, run.state, f"{done} of {len(run.stages)}", shown)
+            state = run.state + (", damaged" if run.is_damaged and run.stages else "")
+            listing.add_row(run.run.name, state, f"{done} of {len(run.stages)}", shown)
         return listing
 
 
 def status(place: str) -> RunStatus:
-    """The state of a run. UserError if there is none at ``place``."""
+    """The state of a run. UserError if there is none at ``place``, CorruptError if its manifest lock is damaged."""
     return _status(open_run(place))
 
 
 def runs(folder: str) -> Runs:
     """The state of every run directly in a folder."""
-    return Runs([_status(run) for run in list_runs(folder)])
+    states = []
+    for run in list_runs(folder):
+        try:
+            states.append(_status(run))
+        except (StorageError, ManifestError) as error:
+            states.append(RunStatus(run, [], None, [], str(error)))
+    return Runs(states)
 
 
 def _status(run: Run) -> RunStatus:
     locked = read_lock(run.read_manifest_lock() or "", run.manifest_lock).stages
-    holder = run.holder()
+    holder, damage, happened = run.holder(), None, []
+    try:
+        happened = events.read(run.events)
+    except CorruptError as error:
+        damage = str(error)
     return RunStatus(
         run,
         [_stage(run, summary, locked[summary.stage].needs) for summary in summarize(run, list(locked))],
         str(holder) if holder else None,
-        [event for event in events.read(run.events) if event.kind in ("alarm", "failure", "checkpoint_skipped")],
+        [event for event in happened if event.kind in ("alarm", "failure", "checkpoint_skipped")],
+        damage,
     )
 
 
 def _stage(run: Run, summary: StageSummary, needs: list[str]) -> StageStatus:
-    stage = run.stage(summary.stage)
-    checkpoints, identity = stage.checkpoints(), stage.identity()
+    stage, damages = run.stage(summary.stage), list(summary.damages)
+    checkpoints, details = stage.checkpoints(), stage.status().details
+    identity = _read(stage.identity, damages)
     return StageStatus(
         summary,
         checkpoints[0].step if checkpoints else None,
-        stage.status().details.get("error"),
+        details.get("error"),
         needs,
         revision_of(run, summary.stage),
         identity.fingerprint if identity else None,
         identity.taken_over_from if identity else None,
-        walk(run, summary.stage),
-        _newest_readings(stage) if summary.state == "running" else [],
+        _read(lambda: walk(run, summary.stage), damages),
+        (_read(lambda: _newest_readings(stage), damages) or []) if summary.state == "running" else [],
+        tuple(damages),
     )
+
+
+def _read(read: Callable[[], T], damages: list[str]) -> T | None:
+    """What can be read; None, and noted, if it is damaged."""
+    try:
+        return read()
+    except CorruptError as error:
+        damages.append(str(error))
+        return None
 
 
 def _newest_readings(stage: Stage) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from postlude.stages.report import StageReport
 from postlude.stages.stage import open_stage
 from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
+from postlude.workflow.begin import verify_paths
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
 from postlude.workflow.fingerprint import places
 from postlude.workflow.run import run_of, workers_for
@@ -95,6 +96,7 @@ def validate(
 
 def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synthetic: int | None) -> StageReport:
     config = resolved.manifest.stages[name]
+    verify_paths(resolved.manifest, name)
     task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=cores())
     stage = open_stage(task, Workers(), Mode(sample=sample, preflight=True))
     report = StageReport(name, ranks_of(resolved.manifest, config), threads_of(resolved.manifest, name))

@@ -71,7 +71,10 @@ class ArrowRows(Records):
 
     def _open(self) -> None:
         with pa.memory_map(self._path) as file:
-            self._batches = pa.ipc.open_file(file).read_all().to_batches()
+            try:
+                self._batches = pa.ipc.open_file(file).read_all().to_batches()
+            except pa.ArrowInvalid as error:  # of an earlier version, before it had a digest
+                raise DataError(f"'{self._path}' is damaged: {error}. Remove it, and it is made anew.") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_batches"}
