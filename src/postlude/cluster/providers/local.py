@@ -54,6 +54,8 @@ class Local(Provider):
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "10000",
         "RAY_health_check_failure_threshold": "3",
+        # So long a GCS that died as it started is waited for, in a call that lets no other thread run.
+        "RAY_gcs_server_port_wait_time_s": "15",
         # Workers are no less than what else runs here, and none is started before it is asked for.
         "RAY_worker_niceness": "0",
         "RAY_prestart_worker_first_driver": "0",
