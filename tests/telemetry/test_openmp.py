@@ -21,8 +21,12 @@ def watch():
         pytest.skip("torch computes with another OpenMP here")
     watch = openmp.Watch(libraries[0], threads=1)
     yield watch
-    for _ in range(openmp.LOOKS_UNTIL_QUIET):
-        watch.judge(0.0)
+    see(watch, 0.0)
+
+
+def see(watch, share):
+    for _ in range(openmp.LOOKS):
+        watch.judge(share)
 
 
 def test_programs_that_are_not_ours_wait_as_the_user_says_else_shortly():
@@ -42,18 +46,24 @@ def test_nothing_is_watched_where_the_user_has_said_how_threads_wait(monkeypatch
 
 def test_a_team_stands_idle_for_as_long_as_others_want_the_cores(watch):
     before = psutil.Process().num_threads()
-    watch.judge(0.5)
+    see(watch, 0.4)
     assert watch.gives_way
     assert until(lambda: psutil.Process().num_threads() == before + 1 + len(os.sched_getaffinity(0)))
-    for _ in range(openmp.LOOKS_UNTIL_QUIET - 1):
-        watch.judge(0.0)
-    watch.judge(0.05)  # not quiet, so the counting begins anew
-    watch.judge(0.0)
+    see(watch, 0.1)  # neither
     assert watch.gives_way
-    for _ in range(openmp.LOOKS_UNTIL_QUIET):
-        watch.judge(0.0)
+    see(watch, 0.0)
     assert not watch.gives_way
     assert until(lambda: psutil.Process().num_threads() <= before)
+
+
+def test_what_a_process_takes_from_itself_now_and_then_is_not_taken_for_others(watch):
+    for share in [0.03, 0.4, 0.02, 0.05, 0.3, 0.01, 0.02] * openmp.LOOKS:
+        watch.judge(share)
+        assert not watch.gives_way
+    see(watch, 0.4)
+    for share in [0.3, 0.02, 0.4, 0.05, 0.3] * openmp.LOOKS:
+        watch.judge(share)
+        assert watch.gives_way
 
 
 def test_how_threads_wait_changes_no_bit(watch):
@@ -62,7 +72,7 @@ def test_how_threads_wait_changes_no_bit(watch):
     try:
         numbers = torch.randn(300, 300, generator=torch.Generator().manual_seed(1))
         alone = (numbers @ numbers).softmax(0).sum(1)
-        watch.judge(0.5)
+        see(watch, 0.5)
         assert until(lambda: any(thread.name == "idle team" for thread in threading.enumerate()))
         assert torch.equal((numbers @ numbers).softmax(0).sum(1), alone)
     finally:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,10 +22,11 @@ SHORT_WAIT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """How long threads spin in programs that are not ours: turns of a loop (libgomp), milliseconds (Intel's and LLVM's)."""
 
 _LOOK_SECONDS = 0.5
-_CROWDED, _QUIET = 0.1, 0.03
+_CROWDED, _QUIET = 0.15, 0.08
 """The share of time in which a thread could have run but had no core: above the first others are at work, below the
-second they are not."""
-LOOKS_UNTIL_QUIET = 6
+second they are not. Between and below them is what threads of this process take from each other."""
+LOOKS = 5
+"""How many looks are judged together: a single one may meet the second in which this process wrote a checkpoint."""
 
 
 def wait_shortly() -> None:
@@ -67,7 +70,7 @@ class Watch:
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._library, self._threads = library, threads
         self._leave: threading.Event | None = None
-        self._quiet_looks = 0
+        self._shares: deque[float] = deque(maxlen=LOOKS)
 
     @property
     def gives_way(self) -> bool:
@@ -87,13 +90,16 @@ class Watch:
             before, since = after, now
 
     def judge(self, share: float) -> None:
-        """Begin to give way, end it, or leave it so. ``share`` is that of the time in which the thread that waited most
-        for a core waited for one."""
-        self._quiet_looks = self._quiet_looks + 1 if share < _QUIET else 0
-        if share > _CROWDED and self._leave is None:
+        """Begin to give way, end it, or leave it so. ``share`` is that of the time since the last look in which the
+        thread that waited most for a core waited for one."""
+        self._shares.append(share)
+        if len(self._shares) < LOOKS:
+            return
+        usual = statistics.median(self._shares)
+        if usual > _CROWDED and self._leave is None:
             self._leave = threading.Event()
             threading.Thread(target=self._crowd, args=(self._leave,), name="idle team", daemon=True).start()
-        elif self._quiet_looks >= LOOKS_UNTIL_QUIET and self._leave is not None:
+        elif usual < _QUIET and self._leave is not None:
             self._leave.set()  # the thread ends, and its team with it
             self._leave = None
 
