@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from cluster.hosts import PATIENCE_SECONDS
@@ -13,19 +16,33 @@ from cluster.hosts import PATIENCE_SECONDS
 pytestmark = pytest.mark.long
 
 
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "postlude", *arguments]
+
+
 def postlude(project, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "postlude", *arguments]
-    return subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    return subprocess.run(
+        command(*arguments), cwd=project.folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+
+
+@contextmanager
+def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
+    """Stop processes for the time of the context."""
+    assert processes
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 @pytest.mark.capability("A detached run is followed, stopped with a checkpoint and gone on with, bitwise")
-def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, new_project, tmp_path_factory):
-    calm_project = new_project(tmp_path_factory.mktemp("calm"))
-    for one in (project, calm_project):
-        one.stage |= {"steps": 400, "batch": {"tokens": 4096, "block": 128}}  # longer than a few commands take
-    calm = calm_project.finished()
+def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, calm):
+    project.manifest["compute"]["supervision"] = {"silence_seconds": PATIENCE_SECONDS}
     path = project.write()
-
     started = postlude(project, "run", path, "--detach")
     assert started.returncode == 0, started.stderr
     assert project.run.uri in started.stdout
@@ -34,13 +51,16 @@ def test_a_detached_run_is_followed_stopped_and_gone_on_with(project, new_projec
     assert "is in use by" in again.stderr
     deadline = time.monotonic() + PATIENCE_SECONDS
     while project.step() < 20 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert postlude(project, "status", project.run.uri).stdout.count("running")
-    stopped = postlude(project, "stop", project.run.uri)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "has stopped" in stopped.stdout
+        time.sleep(0.01)
+    with standing_still(project.ranks(above=[project.run.holder().pid])):  # commands take longer than the steps
+        assert postlude(project, "status", project.run.uri).stdout.count("running")
+        stopping = subprocess.Popen(command("stop", project.run.uri), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert b"to stop with a checkpoint" in stopping.stderr.readline()
+    out, _ = stopping.communicate(timeout=PATIENCE_SECONDS)
+    assert stopping.returncode == 0
+    assert b"has stopped" in out
     reached = project.step()
-    assert 20 <= reached < 400
+    assert 20 <= reached < len(calm)
     assert project.run.stage("sft").checkpoints()[0].step == reached
     assert "nothing to stop" in postlude(project, "stop", project.run.uri).stderr
 

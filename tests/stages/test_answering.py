@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ def generated(project: Project, name: str, **keys: Any) -> list[dict[str, Any]]:
     return project.records("answers")
 
 
-def evaluated(project: Project, name: str, **keys: Any) -> dict[str, Any]:
+def evaluated(project: Project, name: str, models: Sequence[str] = ("one", "two"), **keys: Any) -> dict[str, Any]:
     """The report of an evaluation by generation with these keys, in a run of its own."""
     project.manifest |= {"name": name, "run_dir": str(project.folder / name)}
     generation = {"data": {"asked": 1.0}, "max_tokens": 6, "reward": [{"function": "number"}], **keys}
-    models = {"one": {"path": project.models["one"]}, "two": {"path": project.models["two"]}}
-    project.stages["answers"] = {"recipe": "evaluate", "models": models, "generation": generation, "threads": 1}
+    places = {model: {"path": project.models[model]} for model in models}
+    project.stages["answers"] = {"recipe": "evaluate", "models": places, "generation": generation, "threads": 1}
     assert project.run() == 0
     return project.report("answers")["models"]
 
@@ -157,26 +158,24 @@ def told(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 @pytest.mark.long
 @pytest.mark.capability("generate and evaluate by vLLM")
 def test_vllm_answers_with_the_tokens_of_the_native_engine(project, shared_data, vllm):
-    """A published model, its likeliest tokens: plainly, over several turns, and with a reward model."""
+    """A published model, its likeliest tokens: over two turns and with a reward model, and plainly where it is
+    evaluated."""
     published = shared_data / "models/stories260K_hf"
     stories = with_wide_heads(published, project.folder / "stories")
-    project.models = {**project.models, "one": str(published), "two": str(stories)}
+    project.models = {**project.models, "two": str(stories)}
     openings = ["Once upon a time", "The dog", "Lily was", "One day a boy named Tim", "There was a little"]
     project.data["asked"] = project.written("asked", [{"text": text} for text in openings], "text")
     judge = {"model": {"path": project.models["judge"]}}
     keys = {"temperature": 0.0, "max_tokens": 40, "reward": [judge], "environment": {**AGAIN, "times": 1}}
-    plain = {"temperature": 0.0, "max_tokens": 40}
     wide, engine = {"model": {"path": str(stories)}}, {"name": "vllm", "options": vllm.options}
-    for number, settings in enumerate((plain, keys)):
-        published_says = generated(project, f"published-{number}", **settings)
-        native = generated(project, f"native-{number}", **wide, **settings)
-        served = generated(project, f"vllm-{number}", **wide, engine=engine, **settings)
-        assert told(native) == told(served) == told(published_says)
-        assert len(native) == len(openings)
-    project.models["one"] = project.models["two"]
+    published_says = generated(project, "published", model={"path": str(published)}, **keys)
+    native = generated(project, "native", **wide, **keys)
+    served = generated(project, "vllm", **wide, engine=engine, **keys)
+    assert told(native) == told(served) == told(published_says)
+    assert len(native) == len(openings)
     word = {"function": {"name": "regex", "pattern": "[a-m]"}}
     reports = [
-        evaluated(project, f"report-{engine}", engine=engine, temperature=0.0, max_tokens=24, reward=[word])
-        for engine in ("native", "vllm")
+        evaluated(project, f"report-{n}", ["two"], engine=each, temperature=0.0, max_tokens=24, reward=[word])
+        for n, each in enumerate(("native", engine))
     ]
     assert reports[0] == reports[1]
