@@ -147,7 +147,7 @@ class Project:
             for one in below:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-        if self.process is not None and not self.process.stdout.closed:
+        if self.process is not None and self.process.stdout is not None and not self.process.stdout.closed:
             self.process.communicate()
 
 

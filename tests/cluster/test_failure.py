@@ -12,7 +12,8 @@ from postlude.errors import DataError
 
 def test_mistakes_are_not_recovered_from_and_preemptions_have_a_budget_of_their_own():
     assert {kind for kind in Kind if not kind.recovers} == {Kind.USER, Kind.PROGRAM}
-    assert {kind for kind in Kind if kind.budget != Kind.PROCESS.budget} == {Kind.PREEMPTION}
+    assert {kind for kind in Kind if kind.budget != Kind.PROCESS.budget} == {Kind.PREEMPTION, Kind.STANDSTILL}
+    assert Kind.STANDSTILL.budget is None
 
 
 @given(st.lists(st.sampled_from([None, *Kind]), min_size=1).filter(any))

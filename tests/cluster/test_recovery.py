@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import select
 import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -106,3 +115,62 @@ def test_a_failure_that_comes_back_exhausts_its_budget(project):
     said = project.ended(1)
     assert "compute.supervision.failures allows 1" in said
     assert len(project.told("recovery")) == 1
+
+
+@pytest.mark.capability("A controller that was stopped itself says so, and spends no budget on it")
+def test_a_controller_that_was_stopped_goes_on_without_spending_its_budget(project):
+    """For longer than the ranks wait until they end themselves, which they would not live to see with few steps."""
+    project.manifest["compute"]["supervision"] = {"silence_seconds": 4, "failures": 0}
+    project.stage |= {"steps": 500, "checkpoint": {"every": 50}}
+    calm = project.called("calm").finished()
+    project.called("stopped").start()
+    project.until(lambda: project.step() > 12)
+    command = psutil.Process(project.process.pid)
+    (controller,) = [child for child in command.children() if child.cmdline() == command.cmdline()]
+    for process in (command, controller):
+        process.suspend()
+    time.sleep(9)
+    for process in (controller, command):
+        process.resume()
+    said = project.ended()
+    assert {failure["what"] for failure in project.told("worker_failure")} == {"standstill"}
+    assert project.told("stood_still")[0]["seconds"] > 8
+    assert "it was stopped" in " ".join(said.split())
+    assert project.lines() == calm
+
+
+@pytest.mark.capability("A terminal that is closed stops a run with a checkpoint")
+def test_a_run_whose_terminal_is_closed_stops_with_a_checkpoint(project, calm):
+    ours, theirs = pty.openpty()
+    project.process = subprocess.Popen(
+        [sys.executable, "-m", "postlude", "run", project.write()],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        cwd=project.folder,
+        preexec_fn=_take_terminal,
+    )
+    os.close(theirs)
+    reader = threading.Thread(target=_read_on, args=(ours, stop := threading.Event()))
+    reader.start()
+    project.until(lambda: project.step() > 12)
+    stop.set()
+    reader.join()
+    os.close(ours)
+    assert project.process.wait(60) == 130
+    saved = project.told("checkpoint_saved")[-1]["step"]
+    assert saved == project.step() < 60
+    assert project.lines() == calm[:saved]
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever runs the tests
+
+
+def _read_on(descriptor: int, stop: threading.Event) -> None:
+    """Have somebody at a terminal, until it is closed."""
+    while not stop.is_set():
+        if select.select([descriptor], [], [], 0.05)[0]:
+            os.read(descriptor, 4096)

@@ -119,6 +119,88 @@ def test_any_history_of_resumes_leaves_every_step_once(history: list[tuple[int, 
         assert stage.metrics.read() == [{"step": step, "loss": step / 3} for step in range(1, done + 1)]
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 2), st.integers(2, 5), st.integers(1, 30), st.data())
+def test_merged_parts_have_the_same_rows_wherever_a_merge_or_a_cut_ends(
+    flushes: int, ranks: int, most: int, rows: int, data: st.DataObject
+) -> None:
+    """Killed before any of its removals, each leaves what reads and is cut as before, or as after."""
+    stage = Run(f"memory://{os.urandom(4).hex()}").stage("sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "MOST_SMALL_PARTS", most)
+        patch.setattr(examples, "ROWS_OF_A_PART", rows)
+        left = data.draw(st.integers(0, 40), label="removals before the kill")
+        remove = storage.remove
+
+        def fragile(uri: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            remove(uri)
+
+        patch.setattr(storage, "remove", fragile)
+        done = 0
+        try:
+            for _ in range(flushes):
+                writers = [stage.examples_writer(rank) for rank in range(ranks)]
+                for step in (done + 1, done + 2):
+                    for rank, writer in enumerate(writers):
+                        writer.write(step, step // 10, _rows(step, rank))
+                for writer in writers:
+                    writer.flush()
+                done += 2
+            last = data.draw(st.integers(0, done), label="cut back to")
+            stage.cut_back(last)
+        except KeyboardInterrupt:
+            patch.setattr(storage, "remove", remove)
+            last = data.draw(st.integers(0, done), label="gone on from")
+            stage.cut_back(last)
+        patch.setattr(storage, "remove", remove)
+        assert stage.read_examples().to_pylist() == _expected(last, ranks)
+        for writer in [stage.examples_writer(rank) for rank in range(ranks)]:
+            for step in range(last + 1, last + 4):
+                writer.write(step, step // 10, _rows(step, writer._rank))
+            writer.flush()
+        assert stage.read_examples().to_pylist() == _expected(last + 3, ranks)
+
+
+def test_few_parts_are_left_of_many_and_a_cut_reads_one_of_each_rank(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = run.stage("sft")
+    folder = storage.join(stage.uri, "examples")
+    for rank in range(2):
+        writer = stage.examples_writer(rank)
+        for step in range(1, 101):
+            writer.write(step, step // 10, _rows(step, rank))
+            writer.flush()
+    assert len(storage.list_directory(folder)) <= 2 * (examples.MOST_SMALL_PARTS + 1)
+    assert stage.read_examples().to_pylist() == _expected(100, 2)
+    read, reads = storage.read_bytes, []
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: reads.append(uri) or read(uri))
+    stage.cut_back(95)
+    assert len(reads) <= 2 * (examples.MOST_SMALL_PARTS + 1)
+
+
+def test_the_parts_of_an_earlier_version_are_read_and_merged_by_and_by(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = run.stage("sft")
+    writer = stage.examples_writer()
+    with monkeypatch.context() as patch:
+        patch.setattr(examples, "MOST_SMALL_PARTS", 10**6)
+        for step in range(1, 201):
+            writer.write(step, step // 10, _rows(step))
+            writer.flush()
+    folder = storage.join(stage.uri, "examples")
+    before = len(storage.list_directory(folder))
+    assert before > 100
+    for step in range(201, 221):
+        writer.write(step, step // 10, _rows(step))
+        writer.flush()
+    assert len(storage.list_directory(folder)) <= examples.MOST_SMALL_PARTS + 1
+    assert stage.read_examples().to_pylist() == _expected(220)
+
+
 def test_a_stage_without_losses_has_an_empty_table(run: Run) -> None:
     table = run.stage("sft").read_examples()
     assert isinstance(table, pa.Table)
@@ -131,6 +213,7 @@ def test_a_stage_without_losses_has_an_empty_table(run: Run) -> None:
 def _train(uri: str) -> None:
     """A training without a model: resume, then steps without end and a checkpoint at every fifth."""
     run = Run(uri)
+    examples.MOST_SMALL_PARTS = 3
     with run.hold():
         stage = run.stage("sft")
         stage.enter("running")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -196,3 +197,70 @@ def test_storage_is_quick_to_import() -> None:
     heavy = "import sys, postlude.storage; print([m for m in ('fsspec', 'torch', 'pyarrow') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+# --- limits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """No file of this process may be larger than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield 10_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _streams(uri: str, content: bytes) -> None:
+    with storage.open_hashed(uri) as file:
+        file.write(content)
+
+
+def _appends(uri: str, content: bytes) -> None:
+    storage.Journal(uri).append({"text": content.decode()})
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.create, _streams, _appends])
+def test_a_file_that_may_not_grow_so_large_is_told(
+    tmp_path: Path, small_files: int, write: Callable[..., None]
+) -> None:
+    with pytest.raises(storage.StorageFull, match=r"ulimit -f"):
+        write(str(tmp_path / "file"), b"x" * 2 * small_files)
+    storage.write_text(str(tmp_path / "other"), "small")
+
+
+TOO_LONG = ["x" * 256, "/".join(["y" * 200] * 30)]
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_name_that_is_too_long_is_told(tmp_path: Path, name: str) -> None:
+    place = storage.join(str(tmp_path), name)
+    for write in (
+        lambda: storage.write_text(place, "x"),
+        lambda: storage.create(place, b"x"),
+        lambda: storage.open_file(place, "wb"),
+        lambda: storage.begin(place),
+        lambda: storage.lock(storage.join(place, "run.lock")),
+        lambda: storage.Journal(storage.join(place, "events.jsonl")).append({}),
+    ):
+        with pytest.raises(storage.NotWritable, match="too long"):
+            write()
+    with pytest.raises(storage.NotWritable, match="too long"), storage.new_folder(place):
+        pass
+    for read in (storage.read_bytes, storage.size_bytes, storage.modified_fingerprint, storage.read_marker):
+        with pytest.raises(storage.NotFound):
+            read(place)
+    assert not storage.exists(place)
+    assert not storage.is_committed(place)
+    assert storage.list_directory(place) == []
+    assert storage.holder(place) is None
+
+
+def test_a_name_of_the_greatest_length_is_written(tmp_path: Path) -> None:
+    """Though a file is written beside its place, under a longer name."""
+    place = str(tmp_path / ("x" * 255))
+    storage.write_text(place, "whole")
+    assert storage.read_text(place) == "whole"
+    with storage.new_folder(str(tmp_path / ("y" * 255))) as folder:
+        Path(folder, "file").write_text("x")
+    assert storage.is_committed(str(tmp_path / ("y" * 255)))

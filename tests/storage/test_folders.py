@@ -75,6 +75,38 @@ def test_after_an_error_the_old_folder_stands(place: str) -> None:
     assert storage.list_directory(place) == ["model"]
 
 
+@pytest.mark.parametrize("how", ["safetensors", "tokenizers", "pyarrow", "python"])
+def test_a_full_disk_is_told_whichever_library_writes(small_disk: Path, how: str) -> None:
+    """Those that are not written in Python have errors of their own."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    from pyarrow import parquet
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    chance = np.random.default_rng(0)
+    values = chance.standard_normal(100_000)
+    words = Tokenizer(models.WordLevel({f"word {number}": number for number in range(30_000)}, unk_token="word 0"))
+    writers: dict[str, Callable[[str], object]] = {
+        "safetensors": lambda path: save_file({"values": torch.from_numpy(values)}, path),
+        "tokenizers": words.save,
+        "pyarrow": lambda path: parquet.write_table(pa.table({"values": values}), path),
+        "python": lambda path: Path(path).write_bytes(values.tobytes()),
+    }
+    uri = str(small_disk / "model")
+    with pytest.raises(storage.StorageFull, match="room"), storage.new_folder(uri) as folder:
+        writers[how](f"{folder}/file.npy")
+    assert os.listdir(small_disk) == []
+
+
+def test_what_is_raised_for_another_reason_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), storage.new_folder(str(tmp_path / "model")):
+        (tmp_path / "not there").read_text()
+    with pytest.raises(RuntimeError, match="code 28"), storage.new_folder(str(tmp_path / "model")):
+        raise RuntimeError("the server answered with code 28")
+
+
 def test_damage_on_the_way_is_found(tmp_path: Path) -> None:
     uri = f"memory://{os.urandom(4).hex()}/model"
     with storage.new_folder(uri) as folder:

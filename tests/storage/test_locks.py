@@ -304,6 +304,36 @@ def test_a_worker_of_an_earlier_holder_is_refused(folder: Path) -> None:
         worker.check()
 
 
+def _write_when_asked(folder: Path, held: storage.Lock, asked: Connection) -> None:
+    storage.set_guard(str(folder), held.shared())
+    while True:
+        asked.recv()
+        try:
+            storage.write_text(str(folder / "state.json"), "{}")
+        except storage.LockedError as error:
+            asked.send(str(error))
+        else:
+            asked.send("written")
+
+
+def test_a_forked_child_of_the_holder_works_for_it(folder: Path, start: Start) -> None:
+    here, there = multiprocessing.Pipe()
+
+    def child_writes() -> str:
+        here.send(None)
+        return here.recv()
+
+    with _hold_folder(folder) as held:
+        start(_write_when_asked, folder, held, there)
+        assert child_writes() == "written"
+        (folder / "run.lock").unlink()
+        held.check()
+        assert held.leaving
+        assert child_writes() == "written", "its holder has put the lock file back"
+        _move(folder)
+        assert "is no longer this process's" in child_writes()
+
+
 def test_a_folder_is_guarded_under_every_name_by_which_it_is_written_to(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

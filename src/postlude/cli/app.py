@@ -61,6 +61,14 @@ def main() -> NoReturn:
         except UserError as error:
             tell(error, as_json="--json" in sys.argv)
             code = error.exit_code
+        except OSError as error:
+            from postlude.storage import explain
+
+            explained = explain(error)
+            if explained is None:
+                raise
+            tell(explained, as_json="--json" in sys.argv)
+            code = explained.exit_code
         except SystemExit as done:
             code = done.code
         sys.stdout.flush()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from postlude import storage
 from postlude.errors import UserError
 from postlude.secrecy import without_secrets
 
@@ -26,6 +27,10 @@ class Kind(Enum):
     """Code raised: the project's, or a user's."""
     PREEMPTION = "preemption"
     """The machine will be taken away, and said so; the ranks have left, with a checkpoint."""
+    STANDSTILL = "standstill"
+    """The controlling process stood still itself, and the ranks, at which nobody looked, have ended."""
+    CLUSTER = "cluster"
+    """A process of Ray's own on this machine is gone, or the one that controls the workers."""
     NODE = "node"
     """A machine is gone, or cut off."""
     PROCESS = "process"
@@ -41,8 +46,10 @@ class Kind(Enum):
         return self not in (Kind.USER, Kind.PROGRAM)
 
     @property
-    def budget(self) -> str:
-        """Out of which key of ``compute.supervision`` that is paid."""
+    def budget(self) -> str | None:
+        """Out of which key of ``compute.supervision`` that is paid, if it is."""
+        if self is Kind.STANDSTILL:
+            return None
         return "preemptions" if self is Kind.PREEMPTION else "failures"
 
 
@@ -86,6 +93,7 @@ class ProgramError(UserError):
 def outcome_of(rank: int, host: str, error: BaseException) -> Outcome:
     """What an exception says of the work of a rank. For the process in which it was raised."""
     trace = without_secrets("".join(traceback.format_exception(error)))
+    error = storage.explain(error) or error
     if isinstance(error, UserError):
         return Outcome(rank, error=error, kind=Kind.USER, reason=str(error), trace=trace, host=host)
     reason = without_secrets(f"{type(error).__name__}: {str(error) or 'without a message'}".splitlines()[0])

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from postlude.cluster import placement
+from postlude.cluster.budget import Budget
 from postlude.cluster.failure import Failure, Kind, ProgramError
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.placement import Demand
+from postlude.cluster.standstill import LIMIT_SECONDS, Standstill
 from postlude.cluster.watch import Observer, Watch
 from postlude.cluster.worker import Look, WorkerSetup
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Supervision
 from postlude.telemetry.progress import waiting
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 LOOK_AROUND_SECONDS = 1.0
 """Between two looks for nodes that go away, and for room in which an elastic group could grow."""
 PLACE_SECONDS = 3.0
 CONTENT_SECONDS = 60.0
 """How long a group that found no more room than before does not ask again."""
+EXCUSED_SECONDS = 60.0
+"""How long after this process stood still a loss of ranks is laid to that."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,10 @@ class Supervisor:
         show: Callable[[Look], None],
         observer: Observer,
     ) -> None:
-        self._job, self._progress, self._tell, self._show, self._observer = job, progress, tell, show, observer
+        self._job, self._tell, self._show, self._observer = job, tell, show, observer
+        self._budget = Budget(job.limits, progress)
         self._stop, self._abandon = threading.Event(), threading.Event()
-        self._spent: Counter[str] = Counter()
-        self._reached: Any = None
+        self._standstill = Standstill(min(LIMIT_SECONDS, job.limits.silence_seconds / 2))
         self._group: WorkerGroup | None = None
         self._told_to_stop = self._told_to_yield = self._told_to_leave = False
         self._size_before = 0
@@ -96,17 +98,17 @@ class Supervisor:
         UserError as a rank raised it, :class:`ProgramError` for what is not recovered from, ComputeError if there is
         no room.
         """
-        while True:
-            began = time.monotonic()
-            try:
-                with self._form() as group:
-                    if group is None:
-                        return None
-                    results = self._watch(group)
-                    if results is not None:
-                        return results
-            except Failure as failure:
-                self._recover(failure, time.monotonic() - began)
+        with self._standstill:
+            while True:
+                try:
+                    with self._form() as group:
+                        if group is None:
+                            return None
+                        results = self._watch(group)
+                        if results is not None:
+                            return results
+                except Failure as failure:
+                    self._recover(failure)
 
     # --- one group ------------------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class Supervisor:
 
     def _watch(self, group: WorkerGroup) -> list[Any] | None:
         """What the ranks return; None if they left so that the group can grow. :class:`Failure`."""
-        watch = Watch(group, self._job.limits, self._show, self._observer)
+        watch = Watch(group, self._job.limits, self._show, self._observer, self._standstill)
         try:
             results = watch.until_over(self._job.function, self._job.task, lambda: self._attend(group))
         except Failure as failure:
@@ -166,6 +168,8 @@ class Supervisor:
         if self._stop.is_set() and not self._told_to_stop:
             self._told_to_stop = True
             group.stop()
+        for stand in self._standstill.look():
+            self._tell("stood_still", seconds=stand.seconds, reason=str(stand))
         now = time.monotonic()
         if now < self._look_around_at:
             return
@@ -180,28 +184,17 @@ class Supervisor:
 
     # --- recovery -------------------------------------------------------------------------------------------
 
-    def _recover(self, failure: Failure, seconds: float) -> None:
+    def _recover(self, failure: Failure) -> None:
         """Charge a failure to its budget and wait a little; raise what cannot be recovered from."""
         if not failure.kind.recovers:
             raise failure.error or ProgramError(f"{failure}\n\n{failure.trace}".rstrip())
-        reached = self._progress()
-        if reached != self._reached:
-            self._reached = reached
-            self._spent.clear()
-        budget = failure.kind.budget
-        self._spent[budget] += 1
-        attempt, allowed = self._spent[budget], getattr(self._job.limits, budget)
+        if failure.kind is not Kind.PREEMPTION and self._standstill.ended_within(EXCUSED_SECONDS):
+            failure = replace(failure, kind=Kind.STANDSTILL, reason=f"{failure.reason}, while nobody looked at it")
         where = {"what": failure.kind.value, "rank": failure.rank, "host": failure.host or None}
         self._tell("worker_failure", reason=failure.reason, trace=failure.trace or None, **where)
         if self._stop.is_set() and failure.kind is not Kind.PREEMPTION:
             return  # the next group is not formed
-        if attempt > allowed:
-            raise ProgramError(
-                f"{failure} This was the {attempt}. of the {budget} since the last checkpoint, and "
-                f"compute.supervision.{budget} allows {allowed}. Run again to go on from that checkpoint."
-                + (f"\n\n{failure.trace}" if failure.trace else "")
-            )
-        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 2)) if attempt > 1 else 0.0
+        attempt, pause = self._budget.charge(failure)
         self._tell("recovery", attempt=attempt, pause_seconds=pause)
         self._stop.wait(max(pause, self._safe_at - time.monotonic()))
 

@@ -19,6 +19,7 @@ import ray
 from postlude.cluster import placement
 from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
+from postlude.cluster.standstill import Standstill
 from postlude.cluster.worker import Address, Look
 from postlude.manifest.compute import Supervision
 from postlude.storage import Journal
@@ -66,9 +67,15 @@ class Watch:
     every look at any."""
 
     def __init__(
-        self, group: WorkerGroup, limits: Supervision, show: Callable[[Look], None], observer: Observer
+        self,
+        group: WorkerGroup,
+        limits: Supervision,
+        show: Callable[[Look], None],
+        observer: Observer,
+        standstill: Standstill,
     ) -> None:
         self._group, self._limits, self._show, self._observer = group, limits, show, observer
+        self._standstill = standstill
         observer.begin(group.size)
         self._works: dict[Any, int] = {}
         self._looks: dict[Any, int] = {}
@@ -182,6 +189,9 @@ class Watch:
         if self._failed_at is not None:
             return
         now, limits = time.monotonic(), self._limits
+        if self._standstill.ended_within(limits.silence_seconds):  # it is this process that was silent
+            self._pulses = {rank: (beats, doing, now) for rank, (beats, doing, _) in self._pulses.items()}
+            return
         for rank in set(self._works.values()):
             silent = now - self._answered[rank]
             if silent > limits.silence_seconds:

@@ -12,7 +12,6 @@ Notable:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 import ray
 
+from postlude.cluster.descendants import die_with_parent
 from postlude.cluster.failure import Outcome, outcome_of
 from postlude.secrecy import name_to_children
 from postlude.telemetry import openmp
@@ -190,12 +190,6 @@ class Lease:
         while not self._over.wait(min(0.5, seconds / 4)):
             if time.monotonic() - self._renewed > seconds:
                 os._exit(1)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when Ray's process on the node dies, however it dies."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _on_terminate(notice: Callable[[], None]) -> None:

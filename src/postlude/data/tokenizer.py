@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +151,7 @@ def _load(where: str) -> PreTrainedTokenizerBase:
 def _load_remote(where: str) -> PreTrainedTokenizerBase:
     if not storage.exists(where):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.scratch_folder("tokenizer") as folder:
         for name in storage.list_directory(where):
             uri = storage.join(where, name)
             # Weights may stand beside the tokenizer's files, all of which are text.

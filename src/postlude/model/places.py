@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +43,7 @@ def local_files(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[str]:
         path = storage.local_path(place)
         yield path if Path(path).exists() else place
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.scratch_folder("model") as folder:
         for name in storage.list_directory(place):
             if name.endswith(endings):
                 with storage.open_file(storage.join(place, name), "rb") as source, Path(folder, name).open("wb") as out:

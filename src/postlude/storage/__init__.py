@@ -20,6 +20,7 @@ from postlude.storage.errors import (
     NotWritable,
     StorageError,
     StorageFull,
+    explain,
 )
 from postlude.storage.extent import Extent, Follower, extent_of, read_extent, restore
 from postlude.storage.files import (
@@ -38,10 +39,11 @@ from postlude.storage.files import (
     write_text,
 )
 from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
-from postlude.storage.guards import Guard, Lock, guarded, make_folders, shared_guard
+from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guard, shared_guard
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
+from postlude.storage.scratch import Scratch, scratch_folder
 from postlude.storage.sealed import (
     damaged,
     is_as_named,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +39,14 @@ class LockedError(StorageError):
     """Another process holds the lock."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_OF_WRITING = (*_NO_ROOM, errno.EFBIG, errno.EROFS)
+"""What only a write can meet with."""
+_OF_THE_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE)
+_IN_WORDS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
+"""How libraries that are written in Rust tell of an error of the system."""
+
+
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
     """Tell what prevents a read from ``uri`` as a :class:`StorageError`."""
@@ -50,6 +60,12 @@ def reading(uri: str) -> Iterator[None]:
         raise NotReadable(f"'{uri}' may not be read ({_reason(error)}). Check its permissions.") from error
     except (IsADirectoryError, NotADirectoryError) as error:
         raise NotReadable(f"'{uri}' cannot be read as a file ({_reason(error)}). Check the path.") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise NotFound(f"There can be nothing at '{uri}' ({_reason(error)}). Check the path.") from error
+        if error.errno in _OF_THE_DISK and "://" not in uri:
+            raise NotReadable(f"'{uri}' cannot be read ({_reason(error)}). Look after its disk.") from error
+        raise
 
 
 @contextmanager
@@ -65,15 +81,62 @@ def writing(uri: str) -> Iterator[None]:
             "Choose another place or remove what stands there."
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(
-                f"There is no room left to write '{uri}' ({_reason(error)}). Free some space there and run again."
-            ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        if (explained := explain(error, uri)) is not None:
+            raise explained from error
+        if isinstance(error, PermissionError):
             raise NotWritable(
                 f"'{uri}' may not be written ({_reason(error)}). Choose another place or change its permissions."
             ) from error
+        if error.errno in _OF_THE_DISK and "://" not in uri:
+            raise NotWritable(f"'{uri}' cannot be written ({_reason(error)}). Look after its disk.") from error
         raise
+
+
+@contextmanager
+def writing_below(uri: str) -> Iterator[None]:
+    """Tell what prevents other libraries from writing below ``uri``, in a block that may do other things, too."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if (explained := explain(error, uri)) is not None:
+            raise explained from error
+        raise
+
+
+def explain(error: BaseException, uri: str | None = None) -> StorageError | None:
+    """What a full disk, a limit on files, a disk that is read-only or a name that is too long has raised, by whatever
+    library, as an error that a user can act on; None for everything else."""
+    number = _number(error)
+    place = uri or getattr(error, "filename", None)
+    where = f"'{place}'" if place else "what was to be written"
+    if number in _NO_ROOM:
+        reason = os.strerror(number).lower()
+        return StorageFull(f"There is no room left to write {where} ({reason}). Free some space there and run again.")
+    if number == errno.EFBIG:
+        return StorageFull(
+            f"No file may be as large as {where} has to be (file too large): the file system, or a limit of this "
+            "process (`ulimit -f`), forbids it. Raise the limit or choose another place, and run again."
+        )
+    if number == errno.EROFS:
+        return NotWritable(
+            f"{where} may not be written (read-only file system). Choose another place or change its permissions."
+        )
+    if number == errno.ENAMETOOLONG:
+        return NotWritable(f"{where} has a name or a path that is too long for the file system. Choose a shorter one.")
+    return None
+
+
+def _number(error: BaseException) -> int | None:
+    """That of the operating system's error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    said = _IN_WORDS.search(str(error))
+    if said is None:
+        return None
+    number = int(said[1] or said[2])
+    return number if number in _OF_WRITING else None
 
 
 def _reason(error: OSError) -> str:

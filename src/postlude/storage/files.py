@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import io
 import os
 import secrets
@@ -36,7 +37,17 @@ UNFINISHED = ".unfinished"
 NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 """What a file system says that gives no file a second name, or not this one."""
 
+_LONGEST_NAME_BYTES = 255
+"""What file systems take."""
 _TRIES, _PAUSE_SECONDS = 5, 0.2
+
+
+def unfinished_name(base: str, mark: str) -> str:
+    """The name under which ``base`` is written beside its place."""
+    name = f".{base}.{mark}{UNFINISHED}"
+    if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(base)).hexdigest()}.{mark}{UNFINISHED}"
+    return name
 
 
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
@@ -223,7 +234,7 @@ def expand(pattern: str) -> list[str]:
 def _durable_file(uri: str, content: bytes) -> Iterator[str]:
     """The path of a durable file with this content, beside the place where it is going to be put in the block."""
     folder, base = os.path.split(os.path.abspath(local_path(uri)))
-    path = os.path.join(folder, f".{base}.{secrets.token_hex(4)}{UNFINISHED}")
+    path = os.path.join(folder, unfinished_name(base, secrets.token_hex(4)))
     try:
         with _open_for_writing(uri, path) as file:
             file.write(content)
@@ -329,6 +340,9 @@ def _filesystem(protocol: str) -> Any:
         near = nearest(protocol, fsspec.available_protocols())
         hint = f" Did you mean '{near}://'?" if near else ""
         raise StorageError(f"'{protocol}://' is not a kind of storage that is known here.{hint}") from error
+
+
+os.register_at_fork(after_in_child=_filesystem.cache_clear)  # what it holds serves one process
 
 
 def _remote_info(uri: str) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from postlude.storage import commits, files, guards
-from postlude.storage.errors import CorruptError, NotFound, writing
+from postlude.storage.errors import CorruptError, NotFound, writing, writing_below
+from postlude.storage.scratch import scratch_folder
 
 
 @contextmanager
@@ -24,10 +24,11 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
     if files.is_local(uri):
         path = files.local_path(uri)
         above, base = files.parent(path), files.name(path)
-        work, retired = (os.path.join(above, f".{base}.{role}{files.UNFINISHED}") for role in ("new", "old"))
+        work, retired = (os.path.join(above, files.unfinished_name(base, role)) for role in ("new", "old"))
         commits.begin(work)
         try:
-            yield work
+            with writing_below(uri):
+                yield work
             commits.commit(work, {below: _settle(work, below) for below in files.files_below(work)}, extra)
             guards.check(uri, now=True)
             with writing(uri):
@@ -40,8 +41,11 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
             files.remove(work)
             files.remove(retired)
     else:
-        with TemporaryDirectory(prefix="postlude-") as work:
-            yield work
+        with scratch_folder("new") as folder:
+            work = os.path.join(folder, "content")
+            os.mkdir(work)
+            with writing_below(work):
+                yield work
             commits.begin(uri)
             commits.commit(uri, {below: _upload(work, uri, below) for below in files.files_below(work)}, extra)
 

@@ -88,7 +88,7 @@ _guards: dict[str, Guard] = {}
 
 
 def set_guard(folder: str, guard: Guard) -> None:
-    """Have a folder guarded, until :func:`lift`."""
+    """Have a folder guarded by this and nothing else, until :func:`lift`."""
     _guards.update(dict.fromkeys(_names(folder), guard))
 
 

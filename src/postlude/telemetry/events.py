@@ -162,6 +162,13 @@ class WorkerFailure(Event, kind="worker_failure"):
     trace: str | None = None
 
 
+class StoodStill(Event, kind="stood_still"):
+    """The process that controls the workers was stopped, or its machine slept. What came of it costs no budget."""
+
+    seconds: float
+    reason: str
+
+
 class Recovery(Event, kind="recovery"):
     """The workers are started again, and go on from the last committed checkpoint."""
 

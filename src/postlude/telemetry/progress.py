@@ -162,6 +162,8 @@ def _worth_telling(event: events.Event) -> str | None:
             host = f" on {event.host}" if event.host else ""
             who = "" if event.rank is None else f"rank {event.rank}{host}: "
             return f"{event.what} failure: {who}{event.reason}"
+        case events.StoodStill():
+            return event.reason
         case events.Recovery():
             return "the workers are started again" + (f" in {event.pause_seconds:.0f}s" if event.pause_seconds else "")
         case events.EngineDied():

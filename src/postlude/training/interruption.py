@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,8 @@ from types import FrameType
 class Interruption:
     """Whether this process was asked to stop, soon or when it has a checkpoint anyway.
 
-    Asked in a thread, told from any. While it listens, SIGTERM and SIGINT are such a request, and a second SIGINT stops
-    at once, with KeyboardInterrupt.
+    Asked in a thread, told from any. While it listens, SIGTERM, SIGHUP and SIGINT are such a request, and a second
+    SIGINT stops at once, with KeyboardInterrupt. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -38,8 +41,8 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
-        """Take the two signals over for the time of the context (main thread only)."""
-        before = {number: signal.signal(number, self._heard) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Take the signals over for the time of the context (main thread only)."""
+        before = {number: signal.signal(number, self._heard) for number in stop_signals()}
         try:
             yield self
         finally:
@@ -49,4 +52,24 @@ class Interruption:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.requested = True
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask this process to stop."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangs_up]
+
+
+def leave_terminal() -> None:
+    """Print nowhere from now on where the terminal that was printed to has gone: it would be an error."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

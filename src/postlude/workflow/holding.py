@@ -39,6 +39,17 @@ def hold(run: Run, wait_seconds: float = 0.0) -> storage.Lock:
                 time.sleep(_POLL_SECONDS)
 
 
+def must_leave(lock: storage.Lock) -> bool:
+    """Whether the run is held only for a checkpoint. LockedError if it is not held any more."""
+    try:
+        lock.check()
+    except storage.LockedError:
+        raise
+    except Exception:  # of a store that cannot be reached: those that write to it say so
+        return False
+    return lock.leaving is not None
+
+
 @contextmanager
 def looking_after(lock: storage.Lock, stop: Interruption) -> Iterator[None]:
     """Look in the block whether the lock is still held, however long a step takes. Once it is lost the main thread
@@ -48,14 +59,11 @@ def looking_after(lock: storage.Lock, stop: Interruption) -> Iterator[None]:
     def look() -> None:
         while not over.wait(LOOK_SECONDS):
             try:
-                lock.check()
+                if must_leave(lock):
+                    stop.request()
             except storage.LockedError:
                 stop.abandon()
                 return
-            except Exception:  # of a store that cannot be reached: those that write to it say so
-                continue
-            if lock.leaving:
-                stop.request()
 
     thread = threading.Thread(target=look, name="lock", daemon=True)
     thread.start()

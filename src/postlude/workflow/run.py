@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 from postlude import storage
-from postlude.cluster.providers.base import Provider, open_cluster
+from postlude.cluster.budget import Budget
+from postlude.cluster.keeper import Stopped, keep
+from postlude.cluster.providers.base import Provider, open_cluster, provider_of
 from postlude.manifest.assignments import handed_on
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import LockedStage, dump_lock, read_lock
@@ -17,13 +22,13 @@ from postlude.manifest.lock import lock as manifest_lock
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
 from postlude.manifest.value import without_value
-from postlude.runs import Run
+from postlude.runs import Run, revision_of
 from postlude.telemetry import events
-from postlude.telemetry.progress import console, say, stage_table
+from postlude.telemetry.progress import StageProgress, console, say, stage_table
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
 from postlude.workflow.compute import check_compute, threads_of
-from postlude.workflow.holding import hold, looking_after
+from postlude.workflow.holding import hold, looking_after, must_leave
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import StagesAtWork
@@ -55,10 +60,10 @@ def run(
         console().print(plan.render())
         check_what_stands(run, plan)
         needs_workers = bool(plan.work) and not inline
-        with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
-            write_lock(run, resolved, plan)
-            events.record(run.events, "run_started", host=socket.gethostname(), pid=os.getpid())
-            interrupted = execute(run, resolved, plan, cluster, lock)
+        if needs_workers and provider_of(resolved.manifest.compute).starts_ray and "ray" not in sys.modules:
+            interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until), lock)
+        else:
+            interrupted = work(run, resolved, plan, needs_workers, lock)
         if interrupted is not None:
             reason = lock.leaving or f"asked to stop in stage {interrupted}"
             events.record(run.events, "run_interrupted", reason=reason)
@@ -76,6 +81,52 @@ def run(
         events.record(run.events, "run_finished")
         stage_table(run, [decision.stage for decision in plan.decisions])
     return 0
+
+
+def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool, lock: storage.Lock | None) -> str | None:
+    """Take a plan to its end in this process; the name of the stage that was asked to stop, if one was. Without a
+    ``lock`` the process above this one looks after it."""
+    with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
+        write_lock(run, resolved, plan)
+        holder = run.holder()  # the parent of this process, where that keeps it at work
+        events.record(run.events, "run_started", host=socket.gethostname(), pid=holder.pid if holder else os.getpid())
+        return execute(run, resolved, plan, cluster, lock)
+
+
+def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection, lock: storage.Lock) -> str | None:
+    """:func:`work` in a process below this one, and in another that goes on with what ``go_on`` selects when that, or a
+    process of Ray's own, has died."""
+
+    def do(lost: int) -> str | None:
+        storage.set_guard(run.uri, lock.shared())
+        mine = Run(run.uri)  # a journal far away has a writer of its own in each process
+        now = what_is_left(mine, resolved, plan, go_on) if lost else plan
+        return work(mine, resolved, now, needs_workers=True, lock=None) if now.work else None
+
+    def tell(kind: str, **fields: Any) -> None:
+        shown.event(events.record(run.events, kind, **fields))
+
+    shown = StageProgress(run.name, live=False)
+    stages = [run.stage(decision.stage) for decision in plan.work]
+    budget = Budget(resolved.manifest.compute.supervision, lambda: [stage.committed() for stage in stages])
+    try:
+        return keep(do, budget, tell, partial(must_leave, lock))
+    except Stopped:
+        return next((stage.name for stage in stages if not stage.is_done()), None)
+
+
+def what_is_left(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> Plan:
+    """A plan that was begun as it is now: what was to be moved aside and is not yet still is."""
+    now = {decision.stage: decision for decision in make_plan(resolved, run, go_on).decisions}
+    return Plan(
+        run,
+        [
+            decision
+            if decision.replaces and revision_of(run, decision.stage) < decision.identity.revision
+            else now[decision.stage]
+            for decision in plan.decisions
+        ],
+    )
 
 
 def check_what_stands(run: Run, plan: Plan) -> None:
@@ -114,7 +165,9 @@ def dry_run(
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 
-def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None, lock: storage.Lock) -> str | None:
+def execute(
+    run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None, lock: storage.Lock | None
+) -> str | None:
     """Take every decision of a plan to its end; the name of the stage that was asked to stop, if one was.
 
     A stage begins when all that it needs is done and its pool is free, on a group of workers of the cluster; without
@@ -124,7 +177,7 @@ def execute(run: Run, resolved: Resolved, plan: Plan, cluster: Provider | None, 
     left = {decision.stage: decision for decision in plan.work}
     with (
         Interruption().listening() as stop,
-        looking_after(lock, stop),
+        looking_after(lock, stop) if lock else nullcontext(),
         closing(StagesAtWork(run, resolved, cluster, stop)) as at_work,
     ):
         while (left and not at_work.stopping) or at_work.decisions:

@@ -7,7 +7,6 @@ for the stages that read those.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +86,7 @@ def validate(
         if probe:
             with workers_for(resolved.manifest):
                 pass
-        with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
+        with storage.scratch_folder("validate") as scratch:
             for name in Selection().stages(resolved.manifest):
                 report.stages.append(_stage(resolved, name, scratch, sample, synthetic))
     except UserError as error:
@@ -120,6 +119,6 @@ def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = No
     """
     resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
     name = Selection(stage).stages(resolved.manifest)[-1 if stage else 0]
-    with tempfile.TemporaryDirectory(prefix="postlude-") as scratch:
+    with storage.scratch_folder("validate") as scratch:
         task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=1)
         return open_stage(task, Workers(), Mode(artifacts=run_of(resolved))).preview(blocks)

@@ -21,6 +21,8 @@ from postlude.runs import Run
 class Provider(ProviderConfig):
     """Where nodes come from. Its fields are keys of ``compute.provider``."""
 
+    starts_ray: ClassVar[bool] = False
+    """Whether Ray's own processes belong to the command, which starts them and can start them anew."""
     interface: ClassVar[str | None] = None
     """The network interface by which ranks meet, where it is the same on every node."""
     defaults: ClassVar[Mapping[str, str]] = {}
@@ -76,11 +78,11 @@ def open_cluster(compute: Compute) -> Iterator[Provider]:
         if ray.is_initialized():
             yield provider
             return
-        with provider.open(compute):
-            try:
+        try:
+            with provider.open(compute):
                 yield provider
-            finally:
-                ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def job_without_folder() -> Any:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import resource
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 
 from postlude import storage
+from postlude.cluster import keeper
 from postlude.cluster.providers.base import Provider, job_without_folder
+from postlude.cluster.ray_processes import watched
 from postlude.errors import ComputeError
 from postlude.manifest.compute import Compute
 from postlude.runs import Run
 from postlude.telemetry import hardware
-from postlude.telemetry.progress import waiting
+from postlude.telemetry.progress import say, waiting
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of shared memory for what ranks and controller hand each other on this machine."""
 START_SECONDS = 30.0
 """How long a detached run may take to take the run up."""
 
-_FOLDER = "postlude-ray-"
-"""Begin of the names of the folders for Ray's sockets and logs."""
 _LONGEST_PLACE = 30
 """Characters of the path of the folder that holds them: with more, the paths of sockets are too long for Linux."""
 _POLL_SECONDS = 0.2
@@ -39,6 +37,7 @@ class Local(Provider):
     """This machine: Ray is started inside the command, and ends with it."""
 
     is_remote = False
+    starts_ray = True
     unused = {
         "address": "'address' belongs to 'provider: ray'",
         "code": "'code' is for nodes that have another disk; 'provider: local' reads what is here",
@@ -55,6 +54,8 @@ class Local(Provider):
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "10000",
         "RAY_health_check_failure_threshold": "3",
+        # So long a GCS that died as it started is waited for, in a call that lets no other thread run.
+        "RAY_gcs_server_port_wait_time_s": "15",
         # Workers are no less than what else runs here, and none is started before it is asked for.
         "RAY_worker_niceness": "0",
         "RAY_prestart_worker_first_driver": "0",
@@ -76,30 +77,28 @@ class Local(Provider):
     def open(self, compute: Compute) -> Iterator[None]:
         import ray
 
+        _check_file_size()
         above = tempfile.gettempdir()
         above = above if len(above) <= _LONGEST_PLACE else "/tmp"
-        _sweep(above)
-        folder = tempfile.mkdtemp(prefix=_FOLDER, dir=above)
-        with open(os.path.join(folder, "held"), "w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            workers = sum(pool.most * (pool.cpus_per_worker or 0) for pool in compute.pools.values())
+        workers = sum(pool.most * (pool.cpus_per_worker or 0) for pool in compute.pools.values())
+        with storage.scratch_folder("ray", above) as folder:
             try:
-                with waiting("Ray to start"):
-                    ray.init(
-                        address="local",
-                        num_cpus=max(workers, hardware.cores()),
-                        include_dashboard=False,
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        # Ray opens its own folder to everybody, and the one round it is ours alone.
-                        _temp_dir=os.path.join(folder, "r"),
-                        _node_ip_address="127.0.0.1",
-                        job_config=job_without_folder(),
-                        configure_logging=False,
-                    )
-                yield
+                with watched(float(compute.supervision.silence_seconds), _lost):
+                    with waiting("Ray to start"):
+                        ray.init(
+                            address="local",
+                            num_cpus=max(workers, hardware.cores()),
+                            include_dashboard=False,
+                            object_store_memory=OBJECT_STORE_BYTES,
+                            # Ray opens its own folder to everybody, and the one round it is ours alone.
+                            _temp_dir=os.path.join(folder, "r"),
+                            _node_ip_address="127.0.0.1",
+                            job_config=job_without_folder(),
+                            configure_logging=False,
+                        )
+                    yield
             finally:
                 ray.shutdown()
-                shutil.rmtree(folder, ignore_errors=True)
 
     def check_pools(self, compute: Compute) -> None:
         for what, count, per_worker in (
@@ -156,9 +155,16 @@ def _own_token() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _sweep(above: str) -> None:
-    """Remove the folders of processes that were killed."""
-    for path in Path(above).glob(f"{_FOLDER}*/held"):
-        with suppress(OSError), path.open() as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.parent, ignore_errors=True)
+def _lost(reason: str) -> None:
+    keeper.give_up(reason)
+    say(f"{reason}. Run again.")
+
+
+def _check_file_size() -> None:
+    """ComputeError if Ray's processes could not make the file that they share memory by."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and limit < OBJECT_STORE_BYTES:
+        raise ComputeError(
+            f"This process may write files of {limit:,} bytes at most (`ulimit -f`), and Ray needs one of "
+            f"{OBJECT_STORE_BYTES:,}. Raise the limit, or run with --inline."
+        )

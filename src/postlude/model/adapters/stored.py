@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +108,7 @@ def open_model(place: str, endings: tuple[str, ...] = ("",), above: tuple[str, .
 @contextmanager
 def _without_adapter(folder: str) -> Iterator[str]:
     """A folder without the adapter in it, which transformers would load beside the model."""
-    with tempfile.TemporaryDirectory() as rest:
+    with storage.scratch_folder("model") as rest:
         for path in Path(folder).absolute().iterdir():
             if not path.name.startswith("adapter_"):
                 Path(rest, path.name).symlink_to(path)

@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -81,11 +80,15 @@ class Room:
     """A folder that is gone once it is closed, or this process has ended, in whatever way."""
 
     def __init__(self, parent: Path) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"postlude-engine-{os.getpid()}-", dir=parent))
+        from postlude.storage import Scratch  # not for the script
+
+        self._scratch = Scratch("engine", str(parent))  # where the guardian is killed, too, the next one removes it
+        self.path = self._scratch.path
         self._process = Process(self.path, ["sleep", "infinity"], os.environ)
 
     def close(self) -> None:
         self._process.close()
+        self._scratch.close()
 
 
 # --- in the guardian's process ------------------------------------------------------------------------------

@@ -190,8 +190,7 @@ class VllmServer:
         if self._serving.gpus:
             options["enable-sleep-mode"] = launch.sleeps
         else:
-            # A prompt that is read in two steps ends vLLM on a CPU: it would set the offset of the request's generator,
-            # and those of a CPU have none.
+            # vLLM on a CPU needs both; servers that others start are told in docs/online.md.
             most = max(self._serving.context, BATCHED_TOKENS)
             options |= {"no-enable-chunked-prefill": True, "max-num-batched-tokens": most}
         command = [launch.interpreter, "-m", "vllm.entrypoints.openai.api_server"]
