@@ -29,6 +29,11 @@ from rich.table import Table
 OURS = str(Path(sys.executable).parent / "postlude")
 SIZE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 ROUNDS, SECONDS, WARM_STEPS, PATIENCE_SECONDS, LONGEST_SECONDS = 5, 12.0, 20, 180.0, 420.0
+QUERY = """
+    SELECT [{'role': 'user', 'content': 'What comes after ' || n || '?'},
+            {'role': 'assistant', 'content': 'It is ' || (n + 1) || '.'}] AS messages FROM range(9999) AS t(n)
+"""
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
 EVERY = 50
 """Steps between two checkpoints: each is one of the costs."""
 GOAL = 1.02
@@ -41,18 +46,17 @@ MEASURES = {
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    source = {"query": "SELECT 'What comes after ' || n || '? It is ' || (n + 1) AS text FROM range(9999) AS t(n)"}
     stage = {
         "recipe": "sft",
         "model": {"new": {"architecture": "llama", "config": SIZE}},
         "tokenizer": {"bytes": True},
-        "data": {"texts": 1.0},
+        "data": {"chats": 1.0},
         "steps": 10**6,
         "schedule": {"name": "constant"},
         "batch": {"tokens": 2048, "block": 256},
         "checkpoint": {"every": EVERY},
     }
-    data = {"texts": {"source": source, "format": "text"}}
+    data = {"chats": {"source": {"query": QUERY}, "format": "messages", "template": TEMPLATE}}
     return {"name": "run", "run_dir": str(folder), "data": data, "stages": {"sft": stage}}
 
 
