@@ -15,6 +15,7 @@ from postlude.cluster.failure import Failure, Kind
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.placement import Demand, check_topology
 from postlude.cluster.providers.base import open_cluster
+from postlude.cluster.standstill import Standstill
 from postlude.cluster.watch import Observer, Watch
 from postlude.cluster.worker import WorkerSetup
 from postlude.errors import ComputeError, DataError
@@ -43,7 +44,7 @@ def watched(group: WorkerGroup, function: Callable[..., Any], task: Any) -> list
     """What every rank returns."""
     name = f"cluster.test_group:{function.__name__}"
     observer = Observer(Journal("memory://readings.jsonl"), print, seconds=60.0)
-    return Watch(group, Supervision(), lambda look: None, observer).until_over(name, task, lambda: None)
+    return Watch(group, Supervision(), lambda look: None, observer, Standstill()).until_over(name, task, lambda: None)
 
 
 @pytest.fixture(scope="module")

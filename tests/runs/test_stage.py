@@ -140,7 +140,7 @@ def test_merged_parts_have_the_same_rows_wherever_a_merge_or_a_cut_ends(
             remove(uri)
 
         patch.setattr(storage, "remove", fragile)
-        done = 0
+        done = newest = 0
         try:
             for _ in range(flushes):
                 writers = [stage.examples_writer(rank) for rank in range(ranks)]
@@ -149,12 +149,12 @@ def test_merged_parts_have_the_same_rows_wherever_a_merge_or_a_cut_ends(
                         writer.write(step, step // 10, _rows(step, rank))
                 for writer in writers:
                     writer.flush()
-                done += 2
-            last = data.draw(st.integers(0, done), label="cut back to")
+                done = newest = done + 2
+            last = newest = data.draw(st.integers(0, done), label="cut back to")
             stage.cut_back(last)
         except KeyboardInterrupt:
             patch.setattr(storage, "remove", remove)
-            last = data.draw(st.integers(0, done), label="gone on from")
+            last = data.draw(st.integers(0, newest), label="gone on from")
             stage.cut_back(last)
         patch.setattr(storage, "remove", remove)
         assert stage.read_examples().to_pylist() == _expected(last, ranks)

@@ -33,13 +33,16 @@ CHATML = Path(__file__).with_name("chatml.jinja").read_text("utf-8")
 """The chat template of tokenizers made here."""
 
 
-def load_tokenizer(where: TokenizerFrom | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(where: TokenizerFrom | str, as_found: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that a manifest asks for, or the one in a directory (also a remote one) or of a hub name.
 
-    ManifestError if it is not there or cannot be read; ValueError if it has to be trained first.
+    ManifestError if it is not there or cannot be read; CorruptError if it was committed and has changed, which is not
+    looked at where it is taken ``as_found``; ValueError if it has to be trained first.
     """
     path = where if isinstance(where, str) else where.path
     if path is not None:
+        if not as_found and storage.is_committed(path):
+            storage.verify(path, _ENDINGS)
         return _load(path)
     if not isinstance(where, str) and where.bytes:
         return _bytes_tokenizer()
@@ -125,8 +128,6 @@ def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedT
 def _load(where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if storage.is_committed(where):
-        storage.verify(where, _ENDINGS)
     if not storage.is_local(where):
         return _load_remote(where)
     local = Path(where).expanduser()

@@ -307,7 +307,7 @@ def _stops(lineage: Mapping[str, Any], place: str, begun: GenerationConfig | Non
     """The tokens at which generation must stop; None where it is not known what was trained."""
     if "stop_ids" not in lineage:
         return None
-    return {*lineage["stop_ids"], *_ends(begun), *_listed(load_tokenizer(place).eos_token_id)}
+    return {*lineage["stop_ids"], *_ends(begun), *_listed(load_tokenizer(place, as_found=True).eos_token_id)}
 
 
 # --- what is there ------------------------------------------------------------------------------------------

@@ -197,8 +197,9 @@ class _LocalLines:
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
         with suppress(NotFound), files.open_file(self.uri) as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield self.uri, number, line
+                if not line.endswith(b"\n"):  # the end, though a writer may have added the rest of it meanwhile
+                    break
+                yield self.uri, number, line
 
     def replace(self, lines: list[bytes]) -> None:
         content = b"".join(lines)

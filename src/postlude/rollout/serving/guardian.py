@@ -82,7 +82,7 @@ class Room:
     def __init__(self, parent: Path) -> None:
         from postlude.storage import Scratch  # not for the script
 
-        self._scratch = Scratch("engine", str(parent))  # where the guardian is killed, too, the next one removes it
+        self._scratch = Scratch(f"engine-{os.getpid()}", str(parent))  # the next one removes it where all were killed
         self.path = self._scratch.path
         self._process = Process(self.path, ["sleep", "infinity"], os.environ)
 
