@@ -13,7 +13,7 @@ from postlude.runs import artifact_digest
 from postlude.workflow.flow import Branches, take_apart
 
 
-def test_a_graph_istake_apart_into_chains_and_branches() -> None:
+def test_a_graph_is_taken_apart_into_chains_and_branches() -> None:
     assert take_apart({"a": [], "b": ["a"], "c": ["b"]}) == ["a", "b", "c"]
     assert take_apart({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": ["d"]}) == [
         "a",
@@ -27,6 +27,7 @@ def test_a_graph_istake_apart_into_chains_and_branches() -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.capability("The graph of stages as a Metaflow flow")
 def test_a_flow_runs_to_the_same_artifacts(project, tmp_path: Path) -> None:
     pytest.importorskip("metaflow")
