@@ -48,6 +48,10 @@ def raised(error):
     return does
 
 
+def test_its_process_is_not_taken_for_what_it_is_a_copy_of():
+    assert psutil.Process(Room(process_of, "this")(0)).name() == room.NAME
+
+
 @pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
 @pytest.mark.parametrize(
     ("does", "said"),

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
 
+from postlude.data import room
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
 from postlude.training.trainer import Trainer
@@ -407,7 +409,12 @@ def start(project, name: str) -> subprocess.Popen:
 def of_kind(kind: str, processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those of a run's processes that do one of its works."""
     marks = {"rank": "ray::Worker", "reward": "spawn_main", "engine": "postlude.rollout.serving.native_server"}
-    return [process for process in processes if marks[kind] in " ".join(_command(process))]
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if marks[kind] in " ".join(_command(process)) and process.name() != room.NAME:
+                found.append(process)
+    return found
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,11 @@ def _put_an_empty_one(run: Path) -> None:
 
 def _turn_a_link(run: Path) -> None:
     target = run.parent.parent / "target"
-    shutil.copytree(target, target.with_name("other"))
-    run.symlink_to(target.with_name("other")) if not run.is_symlink() else None
+    while not target.with_name("other").exists():
+        with suppress(shutil.Error):  # an old checkpoint was removed meanwhile
+            shutil.copytree(target, target.with_name("copy"))
+            target.with_name("copy").rename(target.with_name("other"))
+        shutil.rmtree(target.with_name("copy"), ignore_errors=True)
     link = run.with_name("link")
     link.symlink_to(target.with_name("other"))
     link.replace(run)

@@ -35,6 +35,8 @@ MEMORY_BYTES = 2**30
 """How much memory it may need for one record, beside what this process has."""
 TASKS = 256
 """That are given to the process at a time."""
+NAME = "postlude room"
+"""Of the process, as ``top`` and ``ps`` show it."""
 TRIES = 2
 """How many processes may die under one record: a kill from outside changes nothing."""
 
@@ -205,8 +207,9 @@ def _serve(
     functions: Mapping[int, Callable[[Any], Any]], reads: int, writes: int, parent: int, marked: mmap.mmap
 ) -> None:
     """Call the functions until nobody asks any more."""
-    set_parent_death_signal = 1
+    set_parent_death_signal, set_name = 1, 15
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(set_name, NAME.encode())  # else it would be taken for what it is a copy of
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
