@@ -17,7 +17,8 @@ import pytest
 PROGRAM = """
 import os, psutil, signal, subprocess, sys, threading, time
 from pathlib import Path
-from postlude.cluster import descendants, keeper
+from postlude import processes
+from postlude.cluster import keeper
 from postlude.cluster.budget import Budget
 from postlude.errors import DataError
 from postlude.storage import LockedError
@@ -25,7 +26,7 @@ from postlude.manifest.compute import Supervision
 from postlude.training.interruption import Interruption
 
 place = Path(sys.argv[1])
-descendants.LEAVE_SECONDS = 1.0
+processes.LEAVE_SECONDS = 1.0
 keeper.Standstill.__init__.__defaults__ = ({limit},)
 
 def reached():

@@ -109,6 +109,16 @@ class Project:
         return [json.loads(line) for line in (self.artifact(stage) / "data.jsonl").open()]
 
 
+def unending_template(question: str) -> str:
+    """A chat template of ours that does not come to its end where a message is this question."""
+    stays = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    return (
+        f"{{%- for message in messages %}}{{% if message.content == {question!r} %}}{stays}{{% endif %}}"
+        "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 def chat(question: str, answer: str) -> dict[str, Any]:
     """A record of the format ``messages``."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

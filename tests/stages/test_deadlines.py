@@ -10,18 +10,11 @@ import pytest
 from postlude.data import masks, room
 from postlude.data.filters import predicate
 from postlude.errors import DataError
-from stages.conftest import chat
+from stages.conftest import chat, unending_template
 from stages.test_online import online
 
 UNENDING = pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
 TOOK = "took longer than 0.5 seconds"
-
-TEMPLATE = """
-{%- for message in messages %}{% if message.content == "7+7?" %}{% for a in range(9999) %}{% for b in range(99999) %}
-{%- endfor %}{% endfor %}{% endif %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +39,7 @@ def test_a_template_that_does_not_end_at_one_record(asked):
     ]
     asked.data["pairs"] = {**asked.written("pairs", pairs, "preference"), "key": "n"}
     for data in asked.data.values():
-        data |= {"template": TEMPLATE, "on_bad_record": "skip"}
+        data |= {"template": unending_template("7+7?"), "on_bad_record": "skip"}
     model, once = {"path": asked.models["one"]}, {"epochs": 1, "steps": None}
     generation = {"data": {"asked": 1.0}, "max_tokens": 4, "reward": [{"function": "stages.scores:digits"}]}
     held_out = {"held_out": {"data": {"asked": 1.0}}, "generation": generation}

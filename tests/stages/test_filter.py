@@ -7,6 +7,7 @@ import pytest
 from postlude.data import room
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
+from stages.conftest import unending_template
 
 RIGHT = {"function": {"name": "number", "answer": "sum"}}
 
@@ -121,18 +122,10 @@ def test_a_reward_that_does_not_end_at_one_record_leaves_it_out(filtering):
     assert counted["count"] == 1
 
 
-STAYS = """
-{%- for message in messages %}{% if message.content == "7+1?" %}{% for a in range(9999) %}{% for b in range(99999) %}
-{%- endfor %}{% endfor %}{% endif %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
 @pytest.mark.capability("Deadlines for rewards, templates and expressions that are not ours")
 def test_a_template_that_does_not_end_at_one_record_leaves_it_out(filtering, monkeypatch):
     monkeypatch.setattr(room, "SECONDS", 2.0)
-    filtering.data["asked"] |= {"template": STAYS, "on_bad_record": "skip", "key": "n"}
+    filtering.data["asked"] |= {"template": unending_template("7+1?"), "on_bad_record": "skip", "key": "n"}
     del filtering.stages["kept"]
     filtering.stages["answers"] = filtering.generate()
     assert filtering.run() == 0

@@ -27,11 +27,11 @@ import ray
 
 from postlude import storage
 from postlude.cluster import placement
-from postlude.cluster.descendants import die_with_parent
 from postlude.cluster.group import GONE_SECONDS, NAMESPACE, actor_name, actor_options, remove_left_behind
 from postlude.cluster.placement import Demand
 from postlude.cluster.worker import WorkerSetup
 from postlude.errors import ComputeError, UserError
+from postlude.processes import die_with_parent
 from postlude.rollout.engine import Completion, Enough, Request, Sampling
 from postlude.rollout.serving.guardian import Room
 from postlude.rollout.serving.server import ADAPTER, EngineChoice, EngineDied, Server, Serving

@@ -29,11 +29,11 @@ from types import FrameType
 from typing import Any
 
 from postlude.cluster.budget import Budget
-from postlude.cluster.descendants import LEAVE_SECONDS, adopting_orphans, descendants, die_with_parent, end_all
 from postlude.cluster.failure import Failure, Kind, ProgramError
 from postlude.cluster.standstill import Standstill
 from postlude.errors import UserError
-from postlude.training.interruption import leave_terminal, stop_signals
+from postlude.processes import LEAVE_SECONDS, adopting_orphans, descendants, die_with_parent, end_all
+from postlude.training.interruption import heard_by, leave_terminal, stop_signals
 
 TICK_SECONDS = 1.0
 _LOST = 75
@@ -163,12 +163,8 @@ class _Requests:
     @contextmanager
     def listening(self) -> Iterator[_Requests]:
         """Hear them for as long as the context lasts."""
-        before = {number: signal.signal(number, self._hear) for number in stop_signals()}
-        try:
+        with heard_by(self._hear):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self.asked:

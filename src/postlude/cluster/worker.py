@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import ray
 
-from postlude.cluster.descendants import die_with_parent
 from postlude.cluster.failure import Outcome, outcome_of
+from postlude.processes import die_with_parent
 from postlude.secrecy import name_to_children
 from postlude.telemetry import openmp
 from postlude.telemetry.guard import guard_streams

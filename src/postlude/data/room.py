@@ -9,7 +9,6 @@ call, again when it is needed and gone, and ends with this one.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import mmap
@@ -28,6 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from postlude.data.example import BadRecord
 from postlude.errors import UserError
+from postlude.processes import die_with_parent, take_name
 
 SECONDS = 20.0
 """How long it may take for one record."""
@@ -207,11 +207,8 @@ def _serve(
     functions: Mapping[int, Callable[[Any], Any]], reads: int, writes: int, parent: int, marked: mmap.mmap
 ) -> None:
     """Call the functions until nobody asks any more."""
-    set_parent_death_signal, set_name = 1, 15
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    ctypes.CDLL(None).prctl(set_name, NAME.encode())  # else it would be taken for what it is a copy of
-    if os.getppid() != parent:
-        return
+    die_with_parent(parent)
+    take_name(NAME)  # else it would be taken for what it is a copy of
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what this process shares with the other is not touched

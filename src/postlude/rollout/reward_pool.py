@@ -9,7 +9,6 @@ process has a pipe of its own, so that none can die with a lock that others need
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import resource
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from postlude.errors import UserError
 from postlude.manifest.component import Component
+from postlude.processes import die_with_parent
 from postlude.rollout.reward import RewardFunction, call
 from postlude.telemetry.guard import guard_streams
 from postlude.telemetry.hardware import machine_bytes
@@ -169,10 +169,7 @@ def _unscored(reason: str, task: Task) -> Unscored:
 
 def _serve(connection: Connection, parent: int, memory: int) -> None:
     """Compute rewards until nobody asks any more."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     guard_streams()
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

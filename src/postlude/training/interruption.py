@@ -7,7 +7,7 @@ import os
 import signal
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,12 +42,8 @@ class Interruption:
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
         """Take the signals over for the time of the context (main thread only)."""
-        before = {number: signal.signal(number, self._heard) for number in stop_signals()}
-        try:
+        with heard_by(self._heard):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -55,6 +51,17 @@ class Interruption:
         if number == signal.SIGHUP:
             leave_terminal()
         self.requested = True
+
+
+@contextmanager
+def heard_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have a handler take the signals that ask this process to stop, for the time of the context (main thread only)."""
+    before = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -1,4 +1,4 @@
-"""Processes below this one: that none outlives what it was started for."""
+"""Processes: that none outlives what it was started for, or is taken for another. Linux alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 LEAVE_SECONDS = 10.0
 """How long a process that lost its parent may take to clear away what it shares: engines have a guardian that does."""
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
+_SET_PARENT_DEATH_SIGNAL, _SET_NAME, _SET_CHILD_SUBREAPER = 1, 15, 36
 
 
 def descendants() -> set[psutil.Process]:
@@ -26,6 +26,11 @@ def die_with_parent(parent: int | None = None) -> None:
     _control(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_name(name: str) -> None:
+    """Have this process shown as ``name``, of 15 bytes at most, by ``ps`` and ``top``."""
+    _control(_SET_NAME, name.encode())
 
 
 @contextmanager
@@ -57,5 +62,5 @@ def _is_of_ray(process: psutil.Process) -> bool:
     return command.startswith("ray::") or any(f"/ray/{part}/" in command for part in ("core", "_private", "dashboard"))
 
 
-def _control(option: int, value: int) -> None:
+def _control(option: int, value: int | bytes) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
