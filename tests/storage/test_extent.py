@@ -13,6 +13,10 @@ from postlude.storage import extent as extents
 from postlude.storage import journal as journals
 
 
+class Stepped(storage.Line):
+    step: int
+
+
 def written(path: Path, *counts: int) -> tuple[storage.Journal, list[storage.Extent]]:
     """A journal to which so many lines were added at a time, and its extent after each, newest first."""
     journal, number = storage.Journal(str(path)), 0
@@ -97,7 +101,7 @@ def test_what_nobody_has_is_not_made_up(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_stood_there_is_kept_beside(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 30)
     monkeypatch.setattr(journals, "PUT_SECONDS", 0.0)
-    journal = storage.Journal(place, {"step": int})
+    journal = storage.Journal(place, Stepped)
     for entry in ({"step": 1}, {"stop": 2}, {"step": "3"}, {"step": 4}):
         journal.append(entry)
     damage = journal.drop_damaged()

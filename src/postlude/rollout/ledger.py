@@ -15,10 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from pydantic import ConfigDict
+
 from postlude.data.dataset import Dataset
 from postlude.data.mixture import Mixture
 from postlude.data.order import SourceOrder
 from postlude.errors import DataError
+from postlude.storage import Line
+from postlude.storage.schema import KEY
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,29 @@ class Issue:
     group: int
     position: int
     """Where in the data set it is."""
+
+
+class LedgerState(Line):
+    """The ledger in a checkpoint: where to continue. What became of each prompt before stands in the rollouts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    draws: int
+    """Prompts issued so far."""
+    epoch: int
+    """That the next draw belongs to."""
+    cursors: Mapping[str, int]
+    """Draws so far, by data set."""
+    again: Sequence[Sequence[Any]]
+    """What was open and is issued again: number, epoch, data set, group of files and position of each."""
+    open: Sequence[Sequence[Any]]
+    """What was open and is kept elsewhere in the checkpoint, alike."""
+    trained: int
+    """Prompts that were trained."""
+    dropped: Mapping[str, int]
+    """Prompts that were dropped, by the reason."""
+    rows: Mapping[str, int]
+    """Records, by data set."""
 
 
 class Ledger:
@@ -101,11 +128,11 @@ class Ledger:
             self.dropped[reason] += 1
 
     def state(self, but: Sequence[Issue] = ()) -> dict[str, Any]:
-        """Where to continue, as JSON: what is open will be issued again, except ``but`` those that are kept elsewhere
+        """Where to continue, as :class:`LedgerState`: what is open will be issued again, except ``but`` those that are kept elsewhere
         and count as settled when they are continued from."""
         kept = {issue.number for issue in but}
         again = [*self._open.values(), *self._again]
-        return {
+        state = {
             "draws": self.issued,
             "epoch": self._epoch,
             "cursors": dict(self._cursors),
@@ -115,9 +142,11 @@ class Ledger:
             "dropped": dict(self.dropped),
             "rows": self.rows,
         }
+        return LedgerState.stamp(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. DataError if the data sets hold other rows than then."""
+        """Continue from a state. DataError if the data sets hold other rows than then; NewerSchema."""
+        LedgerState.check_version(state.get(KEY, 1), "The ledger of prompts in the checkpoint")
         if state["rows"] != self.rows:
             raise DataError(
                 f"The data are not those that the run was stopped with: then records by data set were {state['rows']}, "

@@ -17,6 +17,7 @@ from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING
 
 from postlude import storage
+from postlude.runs.schemas import ExampleRow
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,7 +30,7 @@ MOST_AT_ONCE = 64
 """Of a run with many, as an earlier version left it, so many are merged at a time."""
 _ATTEMPTS = 10
 
-_DIGEST = b"postlude.sha256"
+_DIGEST, _VERSION = b"postlude.sha256", b"postlude.schema"
 _SET_ASIDE = "A run that goes on keeps it beside, and tells what is missing."
 
 _PART = re.compile(r"part-(\d+)-(\d+)(?:-(\d+))?\.parquet")
@@ -219,7 +220,8 @@ def _write(uri: str, part: _Part, table: pyarrow.Table) -> None:
     import pyarrow.parquet as pq
 
     content = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_DIGEST: _digest(table)}), content, compression="zstd")
+    metadata = {_DIGEST: _digest(table)} | ({_VERSION: str(ExampleRow.version)} if ExampleRow.version > 1 else {})
+    pq.write_table(table.replace_schema_metadata(metadata), content, compression="zstd")
     storage.write_bytes(storage.join(uri, part.name), content.getvalue())
 
 
@@ -240,7 +242,9 @@ def _read(uri: str, part: _Part) -> pyarrow.Table:
     content = storage.read_bytes(place)
     try:
         table = pq.read_table(io.BytesIO(content))
-        digest = (table.schema.metadata or {}).get(_DIGEST)
+        metadata = table.schema.metadata or {}
+        ExampleRow.check_version(int(metadata.get(_VERSION, 1)), f"'{place}'")
+        digest = metadata.get(_DIGEST)
         table = table.select(_schema().names).cast(_schema())
         if digest is not None and digest != _digest(table):
             raise storage.damaged(place, "its digest does not fit its content", _SET_ASIDE)

@@ -7,6 +7,7 @@ import os
 
 from postlude import storage
 from postlude.manifest.lock import ANEW
+from postlude.runs.schemas import EventLine
 from postlude.runs.stage import Stage
 
 
@@ -16,7 +17,7 @@ class Run:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.name = storage.name(uri)
-        self.events = storage.Journal(storage.join(uri, "events.jsonl"), {"kind": str, "time": str})
+        self.events = storage.Journal(storage.join(uri, "events.jsonl"), EventLine)
         self.manifest_lock = storage.join(uri, "manifest.lock.yaml")
         """The URI of the manifest lock, the file that makes a folder a run."""
         self.output = storage.join(uri, "output.log")

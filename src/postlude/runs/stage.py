@@ -18,14 +18,13 @@ from postlude import storage
 from postlude.manifest.lock import ANEW
 from postlude.runs import examples
 from postlude.runs.identity import Identity
+from postlude.runs.schemas import AmendmentLine, MetricsLine, ReadingLine, RolloutLine
 from postlude.secrecy import told
 
 if TYPE_CHECKING:
     import pyarrow
 
 State = Literal["pending", "running", "interrupted", "failed", "done"]
-
-_OF_READINGS = {"rank": int, "time": str, "step": int, "host": str, "resident_bytes": int, "round_trip_seconds": float}
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,15 @@ class Stage:
     def __init__(self, uri: str, name: str, is_held: Callable[[], bool] = lambda: False) -> None:
         self.uri, self.name = uri, name
         self._is_held = is_held
-        self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"), {"step": int})
+        self.metrics = storage.Journal(storage.join(uri, "metrics.jsonl"), MetricsLine)
         """One entry for each optimiser step."""
-        self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"), {"step": int})
+        self.rollouts = storage.Journal(storage.join(uri, "rollouts", "part-00000000.jsonl"), RolloutLine)
         """What a policy answered, and what became of it, by the optimiser step that it was trained in."""
-        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"), _OF_READINGS, sealed=True)
+        self.readings = storage.Journal(storage.join(uri, "readings.jsonl"), ReadingLine, sealed=True)
         """What was read of each rank, at intervals."""
         self.amendments = storage.Journal(
             storage.join(uri, "amendments.jsonl"),
+            AmendmentLine,
             remedy=f"It says what was changed while the stage ran: put it back, or run with --from {name}.",
             sealed=True,
         )

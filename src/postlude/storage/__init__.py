@@ -43,6 +43,8 @@ from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guar
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
+from postlude.storage.reader import Entries, Part, Reader
+from postlude.storage.schema import Line, NewerSchema
 from postlude.storage.scratch import Scratch, scratch_folder
 from postlude.storage.sealed import (
     damaged,

@@ -21,7 +21,12 @@ def dump(value: Any, *, indent: int | None = None) -> str:
 
 def load(text: str | bytes) -> Any:
     """The value of a JSON text. ValueError if it is none."""
-    return _map(lambda leaf: _SPECIAL.get(leaf, leaf), json.loads(text))
+    return _map(special, json.loads(text))
+
+
+def special(leaf: Any) -> Any:
+    """A leaf of a text as :func:`load` gives it."""
+    return _SPECIAL.get(leaf, leaf)
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:

@@ -76,6 +76,23 @@ def read_bytes(uri: str) -> bytes:
         return file.read()
 
 
+def read_range(uri: str, start: int, count: int) -> bytes:
+    """At most ``count`` bytes of a file from ``start`` on; none behind its end. NotFound if there is no file."""
+    if is_local(uri):
+        with reading(uri), io.FileIO(local_path(uri)) as file:
+            return os.pread(file.fileno(), count, start)  # a short count is as good as any
+    filesystem, path = _remote(uri)
+    with reading(uri):
+        try:
+            return filesystem.cat_file(path, start=start, end=start + count)
+        except FileNotFoundError:
+            raise
+        except OSError:  # what S3 says of a range behind the end
+            if start < filesystem.info(path)["size"]:
+                raise
+            return b""
+
+
 def read_text(uri: str) -> str:
     """The content of a file, as UTF-8. :class:`~postlude.storage.errors.NotReadable` if it is none."""
     try:
@@ -209,7 +226,22 @@ def modified_fingerprint(uri: str) -> str:
         with reading(uri):
             status = os.stat(local_path(uri))
         return f"{status.st_size}-{status.st_mtime_ns}"
-    info = _remote_info(uri)
+    return _fingerprint(_remote_info(uri))
+
+
+def modified_fingerprints(uri: str) -> dict[str, str]:
+    """:func:`modified_fingerprint` of every file in a remote folder that is not empty, by name, with one request for
+    all; none if there is no such folder."""
+    filesystem, path = _remote(uri)
+    try:
+        with reading(uri):
+            entries = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {name(entry["name"]): _fingerprint(entry) for entry in entries if entry["type"] == "file" and entry["size"]}
+
+
+def _fingerprint(info: dict[str, Any]) -> str:
     stamps = (info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if info.get(key))
     return f"{info['size']}-{next(stamps, 'unstamped')}"
 

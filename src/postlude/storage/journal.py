@@ -21,6 +21,7 @@ from postlude.storage import exact_json, files, guards
 from postlude.storage.commits import checksum
 from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
 from postlude.storage.locks import NoFlock, flock
+from postlude.storage.schema import Line
 
 SEGMENT_BYTES = 2**18
 """A remote segment that has grown to this size is left alone."""
@@ -35,19 +36,20 @@ _KEY = "sha256"
 class Journal:
     """JSON objects in the order in which they were added, behind a local or a remote URI.
 
-    ``fields`` are what every entry must have, by name with the types of each; ``remedy`` ends the error of a damaged
-    line. In a ``sealed`` journal each line has a digest of its own, under the key ``sha256``, which is not told.
+    ``schema`` is that of its lines, whose version is not told; ``remedy`` ends the error of a damaged line. In a
+    ``sealed`` journal each line has a digest of its own, under the key ``sha256``, which is not told.
+
+    Whatever reads entries raises CorruptError, which names the line at fault, and NewerSchema.
     """
 
-    def __init__(
-        self, uri: str, fields: Mapping[str, type] | None = None, remedy: str = "", sealed: bool = False
-    ) -> None:
-        self.uri, self._fields, self.remedy, self._sealed = uri, fields or {}, remedy, sealed
+    def __init__(self, uri: str, schema: type[Line] = Line, remedy: str = "", sealed: bool = False) -> None:
+        self.uri, self.schema, self.remedy, self._sealed = uri, schema, remedy, sealed
         self._storage: _LocalLines | _RemoteLines = _LocalLines(uri) if files.is_local(uri) else _RemoteLines(uri)
 
     def append(self, entry: Mapping[str, Any], *, sync: bool = False) -> None:
         """Add an entry. With ``sync`` it is on the disk, or in the bucket, when the call returns."""
-        sealed = {**entry, _KEY: checksum(entry)} if self._sealed else dict(entry)
+        stamped = self.schema.stamp(entry)
+        sealed = {**stamped, _KEY: checksum(stamped)} if self._sealed else stamped
         self._storage.append(exact_json.dump(sealed).encode() + b"\n", sync)
 
     def flush(self) -> None:
@@ -59,7 +61,7 @@ class Journal:
         return self._storage.size_bytes()
 
     def read(self) -> list[dict[str, Any]]:
-        """All entries that arrived whole; none if there is no journal. CorruptError names the line at fault."""
+        """All entries that arrived whole; none if there is no journal."""
         return [entry for _, entry in self._entries()]
 
     def cut(self, keep: Callable[[dict[str, Any]], bool]) -> int:
@@ -75,6 +77,16 @@ class Journal:
                 break
             kept.append(line)
         return len(kept)
+
+    # --- for a reader that goes on (storage/reader.py) ------------------------------------------------------
+
+    def stamps(self) -> dict[str, str]:
+        """The files of the journal, in order, each with a text that changes with what it holds."""
+        return self._storage.stamps()
+
+    def entries(self, place: str, number: int, content: bytes) -> list[dict[str, Any]]:
+        """The entries of whole lines, the first of which is the line ``number``, from 1, of the file ``place``."""
+        return [self._entry(*line) for line in _number_lines(place, content, number)]
 
     # --- lines as they stand --------------------------------------------------------------------------------
 
@@ -126,9 +138,8 @@ class Journal:
         digest = entry.pop(_KEY, None) if self._sealed else None
         if digest is not None and digest != checksum(entry):
             raise self._damage(place, number, "its digest does not fit its content")
-        for name, kind in self._fields.items():
-            if not isinstance(entry.get(name), kind):
-                raise self._damage(place, number, f"it has no '{name}' as it was written")
+        if (wrong := self.schema.read(entry, f"'{place}', line {number},")) is not None:
+            raise self._damage(place, number, wrong)
         return entry
 
     def _damage(self, place: str, number: int, why: str) -> CorruptError:
@@ -143,10 +154,10 @@ def is_entry(line: bytes) -> bool:
         return False
 
 
-def _number_lines(place: str, content: bytes) -> Iterator[tuple[str, int, bytes]]:
+def _number_lines(place: str, content: bytes, first: int = 1) -> Iterator[tuple[str, int, bytes]]:
     """Place, line number and text of every line that ended."""
     *whole, _torn = content.split(b"\n")
-    for number, line in enumerate(whole, start=1):
+    for number, line in enumerate(whole, first):
         yield place, number, line + b"\n"
 
 
@@ -193,6 +204,12 @@ class _LocalLines:
             return files.size_bytes(self.uri)
         except NotFound:
             return 0
+
+    def stamps(self) -> dict[str, str]:
+        try:
+            return {self.uri: files.modified_fingerprint(self.uri)}
+        except NotFound:
+            return {}
 
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
         with suppress(NotFound), files.open_file(self.uri) as file:
@@ -257,6 +274,11 @@ class _RemoteLines:
     def size_bytes(self) -> int:
         return sum(files.size_bytes(self._segment(number)) for number in self._numbers())
 
+    def stamps(self) -> dict[str, str]:
+        self.flush()
+        found = files.modified_fingerprints(self.uri)
+        return {self._segment(number): found[name] for number, name in sorted((_number(name), name) for name in found)}
+
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
         self.flush()
         for number in self._numbers():
@@ -280,4 +302,8 @@ class _RemoteLines:
         return files.join(self.uri, f"{number:08d}.jsonl")
 
     def _numbers(self) -> list[int]:
-        return sorted(int(entry.partition(".")[0]) for entry in files.list_directory(self.uri))
+        return sorted(map(_number, files.list_directory(self.uri)))
+
+
+def _number(segment: str) -> int:
+    return int(segment.partition(".")[0])

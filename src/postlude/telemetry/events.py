@@ -6,24 +6,19 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
+from postlude.runs.schemas import EventLine
 from postlude.secrecy import told
 from postlude.storage import Journal, damaged
 
 _KINDS: dict[str, type[Event]] = {}
 
 
-class Event(BaseModel):
+class Event(EventLine):
     """What every event tells. A class of its own for each kind says what that tells besides."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    time: str
-    """ISO 8601, UTC."""
-    kind: str
-    stage: str | None = None
-    """The stage it belongs to; None for the run as a whole."""
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=False)
 
     def __init_subclass__(cls, kind: str, **keys: Any) -> None:
         super().__init_subclass__(**keys)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from postlude.runs import Run, State, missing
+from postlude.runs.columns import Columns
 from postlude.storage import CorruptError
 from postlude.telemetry import events
 
@@ -48,12 +48,13 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
     status = stage.status()
     damages = [status.damage] if status.damage else []
     damages += missing(stage, deep=False)
+    columns = Columns(stage.metrics)
     try:
-        lines = stage.metrics.read()
+        columns.update()
     except CorruptError as error:
         damages.append(str(error))
-        lines = []
-    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), int | float)]
+        columns = Columns(stage.metrics)
+    steps, losses = columns.steps, columns.column("loss")[1].tolist()
     held_out: dict[str, tuple[float, float]] = {}
     rewards: dict[str, tuple[float, float]] = {}
     for event in happened:
@@ -64,16 +65,12 @@ def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSumm
     return StageSummary(
         stage=name,
         state=status.state,
-        steps=lines[-1]["step"] if lines else 0,
+        steps=int(steps[-1]) if len(steps) else 0,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         held_out_losses=held_out,
         held_out_rewards=rewards,
-        tokens=sum(_numbers(lines, "tokens")),
-        seconds=sum(_numbers(lines, "seconds")),
+        tokens=int(columns.column("tokens")[1].sum()),
+        seconds=float(columns.column("seconds")[1].sum()),
         damages=tuple(damages),
     )
-
-
-def _numbers(lines: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    return [line[name] for line in lines if isinstance(line.get(name), int | float)]

@@ -12,7 +12,7 @@ from rich.text import Text
 from postlude.manifest.lock import read_lock
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
-from postlude.storage import CorruptError, StorageError
+from postlude.storage import CorruptError, NewerSchema, StorageError
 from postlude.telemetry import events
 from postlude.telemetry.screen import Kind, Listing
 from postlude.telemetry.summary import StageSummary, summarize
@@ -74,6 +74,8 @@ class RunStatus:
     alarms: list[events.Event]
     damage: str | None = None
     """What is wrong with a file of the run as a whole."""
+    is_newer: bool = False
+    """Whether a newer version wrote it, so that this one cannot tell more of it."""
 
     @property
     def is_damaged(self) -> bool:
@@ -84,7 +86,7 @@ class RunStatus:
     def state(self) -> str:
         """The state of the run as a whole: that of the first stage that is not done."""
         if self.damage and not self.stages:
-            return "damaged"
+            return "newer" if self.is_newer else "damaged"
         return next((stage.summary.state for stage in self.stages if stage.summary.state != "done"), "done")
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +144,8 @@ class Runs:
 
 
 def status(place: str) -> RunStatus:
-    """The state of a run. UserError if there is none at ``place``, CorruptError if its manifest lock is damaged."""
+    """The state of a run. UserError if there is none at ``place``, CorruptError if its manifest lock is damaged,
+    NewerSchema if a newer version wrote what it tells."""
     return _status(open_run(place))
 
 
@@ -153,7 +156,7 @@ def runs(folder: str) -> Runs:
         try:
             states.append(_status(run))
         except (StorageError, ManifestError) as error:
-            states.append(RunStatus(run, [], None, [], str(error)))
+            states.append(RunStatus(run, [], None, [], str(error), isinstance(error, NewerSchema)))
     return Runs(states)
 
 
