@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_columns_have_what_the_lines_tell(few_bytes: int, lives: list, back: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_FEW_BYTES", few_bytes)
         patch.setattr(module, "BLOCK_ROWS", 8)
-        journal = storage.Journal("/dev/shm/postlude-columns-test.jsonl", MetricsLine)
+        journal = storage.Journal(f"/dev/shm/columns-{os.getpid()}.jsonl", MetricsLine)
         storage.remove(journal.uri)
         columns, step = Columns(journal), 0
         for number, life in enumerate(lives):

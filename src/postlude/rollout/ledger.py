@@ -128,8 +128,8 @@ class Ledger:
             self.dropped[reason] += 1
 
     def state(self, but: Sequence[Issue] = ()) -> dict[str, Any]:
-        """Where to continue, as :class:`LedgerState`: what is open will be issued again, except ``but`` those that are kept elsewhere
-        and count as settled when they are continued from."""
+        """Where to continue, as :class:`LedgerState` and JSON: what is open will be issued again, except ``but`` those
+        that are kept elsewhere and count as settled when they are continued from."""
         kept = {issue.number for issue in but}
         again = [*self._open.values(), *self._again]
         state = {

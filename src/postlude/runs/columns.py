@@ -1,8 +1,8 @@
 """The metrics of a stage as numpy columns, kept up while it runs, and curves of them for so many pixels.
 
 A line of metrics is a row; a column holds what is told of one name, at whichever steps it is. Where a resume has gone
-back and a step is told twice, the newer line stands, and of the older ones none that is at its step or behind it. Blocks of many lines are
-read by pyarrow, which knows no text among numbers: those, and few lines, are read as any journal is.
+back and a step is told twice, the newer line stands, and of the older ones none that is at its step or behind it. Many
+lines at once are read by pyarrow. It takes no text among numbers: such a block, and few lines, are read as any journal.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Curve:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, width: int, first: int, last: int) -> Curve:
-    """A curve in ``width`` pixel columns, from the step ``first`` to ``last``. ``steps`` rise. ValueError where there is
-    no column."""
+    """A curve in ``width`` pixel columns, from the step ``first`` to ``last``. ``steps`` rise. ValueError where there
+    is no column."""
     if width < 1:
         raise ValueError(f"A curve needs a column to stand in, not {width}.")
     shown = slice(*np.searchsorted(steps, [first, last + 1]))

@@ -70,7 +70,7 @@ class RolloutLine(Line):
     step: int
     """The optimiser step before which it was told."""
     issue: int | None = None
-    """The number of the draw that gave the prompt: what the ledger knows it by. None of held-out prompts."""
+    """The number of the draw that gave the prompt: what the ledger knows it by."""
     epoch: int | None = None
     prompt_id: str | None = None
     """``DATASET:DIGEST``, as in the losses by example."""
@@ -99,7 +99,7 @@ class RolloutLine(Line):
     advantage: float | None = None
     """The mean over its trained tokens."""
     outcome: str | None = None
-    """``trained`` or ``dropped``; None of a sample left out of a prompt of which others are trained."""
+    """``trained`` or ``dropped``; it lacks of a sample left out of a prompt of which others are trained."""
     reason: str | None = None
     """Why it was dropped."""
 
