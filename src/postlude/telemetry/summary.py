@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from postlude.runs import Run, State, missing
-from postlude.runs.columns import Columns
 from postlude.storage import CorruptError
 from postlude.telemetry import events
 
@@ -44,6 +43,8 @@ def summarize(run: Run, names: Sequence[str] | None = None) -> list[StageSummary
 
 
 def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSummary:
+    from postlude.runs.columns import Columns  # numpy, which who only shows progress does not need
+
     stage = run.stage(name)
     status = stage.status()
     damages = [status.damage] if status.damage else []
