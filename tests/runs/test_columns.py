@@ -16,6 +16,7 @@ from postlude import storage
 from postlude.runs import columns as module
 from postlude.runs.columns import Columns, thin
 from postlude.runs.schemas import MetricsLine
+from postlude.storage import reader
 
 told = st.one_of(
     st.floats(),
@@ -57,6 +58,8 @@ def test_columns_have_what_the_lines_tell(few_bytes: int, lives: list, back: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_FEW_BYTES", few_bytes)
         patch.setattr(module, "BLOCK_ROWS", 8)
+        patch.setattr(reader, "BLOCK_BYTES", 150)
+        patch.setattr(reader, "MARK_BYTES", 100)
         journal = storage.Journal(f"/dev/shm/columns-{os.getpid()}.jsonl", MetricsLine)
         storage.remove(journal.uri)
         columns, step = Columns(journal), 0
@@ -96,6 +99,21 @@ def test_a_line_that_cannot_be_read_is_named_in_a_long_file(tmp_path: Path, line
     file.write_text(f"{before}{line}\n{before}")
     with pytest.raises(error, match=r"metrics\.jsonl', line 5001,"):
         Columns(storage.Journal(str(file), MetricsLine)).update()
+
+
+def test_what_stands_before_a_damaged_line_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 30)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "loss": step / 2}) + "\n" for step in (1, 2, 3, 2)))
+    columns = Columns(storage.Journal(str(file), MetricsLine))
+    columns.update()
+    with file.open("a") as more:
+        more.write('{"step": 3, "loss": 7.5}\n{"step": 4, "loss": 8.5}\nno JSON\n')
+    for _ in range(2):
+        with pytest.raises(storage.CorruptError, match="line 7"):
+            columns.update()
+        assert columns.steps.tolist() == [1, 2, 3, 4]
+        assert columns.column("loss")[1].tolist() == [0.5, 1.0, 7.5, 8.5]
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -116,16 +116,18 @@ class Columns:
         """Which rows stand; None for all."""
 
     def update(self) -> bool:
-        """Read what came since the last call. Whether anything did."""
+        """Read what came since the last call. Whether anything did. An error leaves what stands before the fault."""
         changed = False
-        for part in self._reader.parts():
-            changed = True
-            self._cut(part.first)
-            if part.content:
-                self._blocks.append(_read(self._reader.journal, part))
-                self._merge()
-        if changed:
-            self._stands = _standing(self._all_steps())
+        try:
+            for part in self._reader.parts():
+                changed = True
+                self._cut(part.first)
+                if part.content:
+                    self._blocks.append(_read(self._reader.journal, part))
+                    self._merge()
+        finally:
+            if changed:
+                self._stands = _standing(self._all_steps())
         return changed
 
     @property
