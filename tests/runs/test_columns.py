@@ -52,7 +52,7 @@ def same(pairs: list[tuple[int, float]], others: list[tuple[int, float]]) -> boo
 
 
 @pytest.mark.parametrize("few_bytes", [0, 2**30], ids=["with pyarrow", "line by line"])
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(lives=st.lists(lines_of_a_run, max_size=4), back=st.integers(0, 5), cut=st.integers(0, 40))
 def test_columns_have_what_the_lines_tell(few_bytes: int, lives: list, back: int, cut: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -12,10 +13,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postlude import storage
+from postlude.storage import files
 
 Start = Callable[..., BaseProcess]
 
@@ -75,6 +78,30 @@ def test_a_fingerprint_changes_with_the_file(place: str) -> None:
     time.sleep(0.01)
     storage.write_text(uri, "SAME SIZE")
     assert storage.modified_fingerprint(uri) != before
+
+
+def refuse_behind_the_end(patch: pytest.MonkeyPatch) -> None:
+    """Have the store in memory say what S3 does of a range that begins behind the end."""
+    read = MemoryFileSystem.cat_file
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if start >= self.info(path)["size"]:
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+        return read(self, path, start, end, **options)
+
+    patch.setattr(MemoryFileSystem, "cat_file", cat_file)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_range_of_a_file_is_read(place: str, refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if refuses:
+        refuse_behind_the_end(monkeypatch)
+    uri = storage.join(place, "x")
+    storage.write_bytes(uri, b"0123456789")
+    ranges = {(0, 3): b"012", (4, 2): b"45", (8, 9): b"89", (10, 1): b"", (99, 1): b""}
+    assert {(start, count): files.read_range(uri, start, count) for start, count in ranges} == ranges
+    with pytest.raises(storage.NotFound, match="nothing at"):
+        files.read_range(storage.join(place, "y"), 0, 1)
 
 
 def test_create_leaves_what_is_there(place: str) -> None:

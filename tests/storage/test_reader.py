@@ -143,3 +143,16 @@ def test_a_line_of_any_length_is_read(place: str, monkeypatch: pytest.MonkeyPatc
     followed = storage.Entries(storage.Journal(place))
     followed.update()
     assert [len(entry["text"]) for entry in followed.entries] == [5000]
+
+
+def test_a_local_journal_that_was_copied_to_a_bucket_is_read(tmp_path: Path) -> None:
+    local, remote = storage.Journal(str(tmp_path / "x.jsonl")), f"memory://{uuid.uuid4().hex}/x.jsonl"
+    followed = storage.Entries(storage.Journal(remote))
+    for count in (3, 5, 2):
+        local.cut(lambda entry: False)
+        for step in range(count):
+            local.append({"step": step})
+        storage.copy_file(local.uri, remote)
+        followed.update()
+        assert followed.entries == local.read() == storage.Journal(remote).read()
+        assert local.size_bytes() == storage.Journal(remote).size_bytes()

@@ -272,18 +272,21 @@ class _RemoteLines:
         self._held_back, self._put_at = False, time.monotonic()
 
     def size_bytes(self) -> int:
-        return sum(files.size_bytes(self._segment(number)) for number in self._numbers())
+        return sum(map(files.size_bytes, self._files()))
 
     def stamps(self) -> dict[str, str]:
         self.flush()
+        return self._files()
+
+    def _files(self) -> dict[str, str]:
         found = files.modified_fingerprints(self.uri)
+        if (name := files.name(self.uri)) in found:  # one object: a local journal that was copied here
+            return {self.uri: found[name]}
         return {self._segment(number): found[name] for number, name in sorted((_number(name), name) for name in found)}
 
     def lines(self) -> Iterator[tuple[str, int, bytes]]:
-        self.flush()
-        for number in self._numbers():
-            segment = self._segment(number)
-            yield from _number_lines(segment, files.read_bytes(segment))
+        for place in self.stamps():
+            yield from _number_lines(place, files.read_bytes(place))
 
     def replace(self, lines: list[bytes]) -> None:
         """Take away segments from the last one on, then shorten the one at the border: always a prefix."""

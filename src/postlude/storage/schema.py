@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -57,6 +56,8 @@ class Line(BaseModel):
     def check_version(cls, number: int, where: str) -> None:
         """NewerSchema, which names ``where`` it was met, if this is not a version that can be read."""
         if number > cls.version:
+            from importlib.metadata import version  # slow to import, and seldom needed
+
             raise NewerSchema(
                 f"{where} is of version {number} of its schema, and this postlude, {version('postlude')}, knows none "
                 f"later than {cls.version}: a newer postlude wrote it, and it was left as it is. Use that postlude, or "
