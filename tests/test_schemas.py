@@ -23,6 +23,7 @@ from postlude.storage import Line, NewerSchema
 from postlude.telemetry import events
 from postlude.telemetry.readings import Reading
 from postlude.workflow import status
+from postlude.workflow.begin import mend_records
 
 PAGE = Path(__file__).parents[1] / "docs" / "run_directory.md"
 
@@ -125,6 +126,10 @@ def test_losses_by_example_have_the_columns_of_their_schema() -> None:
     assert {field.name: str(field.type) for field in _schema()} == fields
 
 
+def files_of(run: Run) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(run.uri).rglob("*") if path.is_file()}
+
+
 def test_a_run_of_a_newer_version_is_told_as_one(tmp_path: Path) -> None:
     run = Run(str(unpack("killed", tmp_path)))
     metrics = run.stage("sft").metrics
@@ -133,6 +138,10 @@ def test_a_run_of_a_newer_version_is_told_as_one(tmp_path: Path) -> None:
         file.write('{"step": 1000, "schema": 2}\n')
     with pytest.raises(NewerSchema, match=rf"metrics.jsonl', line {count + 1}, .* version 2 .* later than 1: .*pip"):
         status.status(run.uri)
+    before = files_of(run)
+    with pytest.raises(NewerSchema, match=r"The last line of '.*metrics.jsonl' is of version 2"):
+        mend_records(run)
+    assert files_of(run) == before
     [listed] = status.runs(str(tmp_path / "runs")).runs
     assert listed.state == "newer"
     assert "version 2" in listed.to_json()["damage"]

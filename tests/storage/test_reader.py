@@ -145,6 +145,25 @@ def test_a_line_of_any_length_is_read(place: str, monkeypatch: pytest.MonkeyPatc
     assert [len(entry["text"]) for entry in followed.entries] == [5000]
 
 
+@given(st.lists(st.integers(0, 300), max_size=8), st.integers(0, 30))
+@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_the_last_entry_is_read_from_the_end(where: str, lengths: list[int], torn: int) -> None:
+    name = f"last-{os.getpid()}-{uuid.uuid4().hex}.jsonl"
+    uri = f"/dev/shm/{name}" if where == "local" else f"memory://{name}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SEGMENT_BYTES", 200)
+        patch.setattr(journal, "_TAIL_BYTES", 20)
+        written = storage.Journal(uri)
+        for number, length in enumerate(lengths):
+            written.append({"number": number, "text": "x" * length}, sync=True)
+        if lengths and where == "local":
+            with open(uri, "ab") as file:
+                file.write(b"x" * torn)
+        assert storage.Journal(uri).last() == (storage.Journal(uri).read() or [None])[-1]
+        storage.remove(uri)
+
+
 def test_a_local_journal_that_was_copied_to_a_bucket_is_read(tmp_path: Path) -> None:
     local, remote = storage.Journal(str(tmp_path / "x.jsonl")), f"memory://{uuid.uuid4().hex}/x.jsonl"
     followed = storage.Entries(storage.Journal(remote))

@@ -72,6 +72,7 @@ class Stage:
             sealed=True,
         )
         """Requests for changes to the running stage, and the steps from which they hold."""
+        self.journals = (self.metrics, self.rollouts, self.readings, self.amendments)
         self.identity_uri = storage.join(uri, "identity.json")
         """Where it stands what the stage was begun with."""
         self.annotations = storage.join(uri, "annotations")

@@ -64,6 +64,20 @@ class Journal:
         """All entries that arrived whole; none if there is no journal."""
         return [entry for _, entry in self._entries()]
 
+    def last(self) -> dict[str, Any] | None:
+        """The last entry that arrived whole, read from the end, however long the journal is; None if there is none."""
+        for place in reversed(self._storage.stamps()):
+            size, count = files.size_bytes(place), _TAIL_BYTES
+            start = size
+            while start > 0:
+                start = max(0, size - count)
+                first, *lines = files.read_range(place, start, size - start).split(b"\n")
+                whole = [first, *lines][:-1] if start == 0 else lines[:-1]
+                if whole:
+                    return self._entry(place, None, whole[-1])
+                count *= 4
+        return None
+
     def cut(self, keep: Callable[[dict[str, Any]], bool]) -> int:
         """Drop the first entry that ``keep`` refuses and all that follow. Returns how many entries are left.
 
@@ -128,7 +142,7 @@ class Journal:
         for place, number, line in self._storage.lines():
             yield line, self._entry(place, number, line)
 
-    def _entry(self, place: str, number: int, line: bytes) -> dict[str, Any]:
+    def _entry(self, place: str, number: int | None, line: bytes) -> dict[str, Any]:
         try:
             entry = exact_json.load(line)
         except (ValueError, RecursionError) as error:
@@ -138,12 +152,16 @@ class Journal:
         digest = entry.pop(_KEY, None) if self._sealed else None
         if digest is not None and digest != checksum(entry):
             raise self._damage(place, number, "its digest does not fit its content")
-        if (wrong := self.schema.read(entry, f"'{place}', line {number},")) is not None:
+        if (wrong := self.schema.read(entry, _where(place, number))) is not None:
             raise self._damage(place, number, wrong)
         return entry
 
-    def _damage(self, place: str, number: int, why: str) -> CorruptError:
-        return CorruptError(f"'{place}', line {number}, is damaged: {why}. {self.remedy}".rstrip())
+    def _damage(self, place: str, number: int | None, why: str) -> CorruptError:
+        return CorruptError(f"{_where(place, number)} is damaged: {why}. {self.remedy}".rstrip())
+
+
+def _where(place: str, number: int | None) -> str:
+    return f"The last line of '{place}'" if number is None else f"'{place}', line {number},"
 
 
 def is_entry(line: bytes) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,8 +133,11 @@ def verify_kept(run: Run, stages: Iterable[str]) -> None:
 
 def mend_records(run: Run) -> None:
     """Before anything is planned: set aside what is damaged of what the run says of itself, write again what follows
-    from the rest, and tell it."""
+    from the rest, and tell it. NewerSchema where a newer version has written."""
     stages = run.stages()
+    for journal in (run.events, *(journal for stage in stages for journal in stage.journals)):
+        with suppress(storage.CorruptError):
+            journal.last()  # a newer version's: told before anything is changed
     for wrong in (settle_events(run.events, stages), events.drop_damaged(run.events)):
         if wrong is not None:
             _tell(run, None, "events", wrong)
