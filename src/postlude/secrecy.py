@@ -19,7 +19,7 @@ LEAST = 6
 """Characters of a secret. What is shorter stands in other words by chance."""
 
 _KEY = re.compile(
-    r"(^|_)(secrets?|passwords?|passwd|passphrase|credentials?|bearer|(api|access|private|secret|signing)_?key"
+    r"(^|_)(secrets?|passwords?|passwd|passphrase|credentials?|bearer|webhook|(api|access|private|secret|signing)_?key"
     r"|(access|api|auth|bearer|hf|hub|refresh|security|session)_?token)$|^token$",
     re.IGNORECASE,
 )

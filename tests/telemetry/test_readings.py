@@ -5,9 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postlude.manifest.alarms import MIB, rules_for
 from postlude.telemetry import readings
-from postlude.telemetry.readings import GROWTH_READINGS, MIB, Alarms, Reading, note_step, read
+from postlude.telemetry.alarms import Watch
+from postlude.telemetry.readings import Reading, measures, note_step, read
 
+GROWTH = 12
+"""Readings that the rule for growth looks at."""
 STEP = {"seconds": 1.0, "seconds_forward": 0.3, "seconds_data_wait": 0.01}
 
 
@@ -15,9 +19,11 @@ def reading(resident_mib: float = 1000.0, **seconds: float) -> Reading:
     return Reading(step=1, resident_bytes=int(resident_mib * MIB), seconds={**STEP, **seconds})
 
 
-def found(rounds: list[dict[int, Reading]]) -> list[tuple[str, int]]:
-    alarms = Alarms()
-    return [(one.what, one.rank) for each in rounds for one in alarms.look(each)]
+def found(rounds: list[dict[int, Reading]]) -> list[str]:
+    watch = Watch(rule for rule in rules_for(None, "sft") if rule.of_workers)
+    changes = [change for each in rounds for change in watch.take_all(measures(each))]
+    assert all(change.timed for change in changes)
+    return [change.what for change in changes if change.kind == "alarm"]
 
 
 @given(st.lists(st.lists(st.floats(900, 1100), min_size=3, max_size=3), min_size=1, max_size=30))
@@ -30,7 +36,7 @@ def test_a_spike_on_one_rank_is_told_once(rank, times):
     rounds = [{number: reading() for number in range(4)} for _ in range(6)]
     for each in rounds[4:]:
         each[rank] = reading(1000 * times)
-    assert found(rounds) == [("memory spike", rank)]
+    assert found(rounds) == [f"memory spike, rank {rank}"]
 
 
 def test_what_all_ranks_do_at_once_is_no_spike_of_one():
@@ -41,7 +47,12 @@ def test_what_all_ranks_do_at_once_is_no_spike_of_one():
 @given(st.integers(0, 2), st.sampled_from(["seconds_forward", "seconds_data_wait"]))
 def test_a_rank_that_the_others_wait_for_is_told_once(rank, phase):
     slow = {number: reading(**({phase: 0.9} if number == rank else {})) for number in range(3)}
-    assert found([slow] * 6) == [("straggler", rank)]
+    assert found([slow] * 6) == [f"straggler, rank {rank}"]
+
+
+def test_what_the_step_does_not_feel_makes_no_straggler():
+    short = {"seconds_forward": 0.01}
+    assert found([{0: reading(**short), 1: reading(seconds_forward=0.09), 2: reading(**short)}] * 6) == []
 
 
 def test_one_slow_step_makes_no_straggler():
@@ -51,10 +62,10 @@ def test_one_slow_step_makes_no_straggler():
 
 
 def test_memory_that_grows_with_each_reading_is_told():
-    grows = [{0: reading(1000 + 60 * number)} for number in range(GROWTH_READINGS + 3)]
-    assert found(grows) == [("growth of host memory", 0)]
-    assert found(grows[: GROWTH_READINGS - 1]) == []
-    pauses = [{0: reading(1000 + 60 * (number - number % 3))} for number in range(GROWTH_READINGS + 3)]
+    grows = [{0: reading(1000 + 60 * number)} for number in range(GROWTH + 3)]
+    assert found(grows) == ["growth of host memory, rank 0"]
+    assert found(grows[: GROWTH - 1]) == []
+    pauses = [{0: reading(1000 + 60 * (number - number % 3))} for number in range(GROWTH + 3)]
     assert found(pauses) == []
 
 

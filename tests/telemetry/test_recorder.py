@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from postlude.errors import UserError
+from postlude.manifest.alarms import AlarmRule
 from postlude.manifest.component import lookup
 from postlude.runs import Run
 from postlude.telemetry import events
@@ -108,6 +109,25 @@ def test_a_failing_sink_is_reported_once_and_switched_off(run: Run, capsys: pyte
     assert kept.events == [alarm]
     told = capsys.readouterr().err
     assert told.count("Traceback") == told.count("ConnectionError: the tracker is gone") == 1
+
+
+def test_a_stage_that_goes_back_tells_its_alarms_once(run: Run) -> None:
+    rules = [AlarmRule(name="spike", metric="loss", above=5.0, quiet=2)]
+    kept = _targets[Into] = Kept()
+
+    def live(*steps: int, rules: Sequence[AlarmRule] = rules) -> list[tuple[str, int | None]]:
+        with Recorder(run, "sft", [Into()], alarms=rules) as recorder:
+            for step in steps:
+                recorder.metrics({"step": step, "loss": 9.0 if step in (3, 8) else 1.0})
+        return [(event["kind"], event["step"]) for event in run.events.read()]
+
+    assert live(1, 2, 3, 4, 5, 6, rules=[]) == [], "a build without rules"
+    assert live(7) == [("alarm", 3), ("alarm_over", 5)], "told of what stands there"
+    told = live(8, 9, 10)
+    assert told == [("alarm", 3), ("alarm_over", 5), ("alarm", 8), ("alarm_over", 10)]
+    run.stage("sft").metrics.cut(lambda line: line["step"] <= 2)
+    assert live(*range(3, 11)) == told
+    assert [(event.kind, event.step) for event in kept.events] == told  # type: ignore[attr-defined]
 
 
 def test_a_wrong_event_is_an_error_where_it_is_made(run: Run) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,9 +21,11 @@ from postlude.cluster.failure import Kind, Outcome, first_cause
 from postlude.cluster.group import WorkerGroup
 from postlude.cluster.standstill import Standstill
 from postlude.cluster.worker import Address, Look
+from postlude.manifest.alarms import AlarmRule
 from postlude.manifest.compute import Supervision
 from postlude.storage import Journal
-from postlude.telemetry.readings import Alarms, Reading
+from postlude.telemetry import alarms
+from postlude.telemetry.readings import Reading, measures
 
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 1.0
@@ -36,16 +38,23 @@ LOST_SECONDS = 30.0
 
 
 class Observer:
-    """Keeps a reading of each rank in a journal, one line a rank, every so many seconds; ``tell`` records an alarm (its
-    kind and fields)."""
+    """Keeps a reading of each rank in a journal, one line a rank, every so many seconds; ``tell`` records an alarm that
+    one of the rules finds in them (its kind and fields)."""
 
-    def __init__(self, journal: Journal, tell: Callable[..., None], seconds: float) -> None:
+    def __init__(
+        self, journal: Journal, tell: Callable[..., None], seconds: float, rules: Sequence[AlarmRule] = ()
+    ) -> None:
         self._journal, self._tell, self._seconds = journal, tell, seconds
+        self._rules = [rule for rule in rules if rule.of_workers]
+        self._watch = alarms.Watch(self._rules)
         self.begin(0)
 
     def begin(self, size: int) -> None:
         """A group of this size was formed: what others did before it says nothing of it."""
-        self._alarms, self._size = Alarms(), size
+        for lasting in self._watch.open():
+            over = alarms.Change("alarm_over", lasting.what, "its workers are gone", lasting.rule.called, timed=True)
+            self._tell(over.kind, **over.fields(None))
+        self._watch, self._size = alarms.Watch(self._rules), size
         self._newest: dict[int, Reading] = {}
         self._due = time.monotonic() + self._seconds
 
@@ -57,8 +66,9 @@ class Observer:
             line |= {"host": address.host, "round_trip_seconds": round_trip_seconds, **look.reading.to_json()}
             self._journal.append(line)
         if len(self._newest) == self._size:
-            for alarm in self._alarms.look(self._newest):
-                self._tell("alarm", what=f"{alarm.what}, rank {alarm.rank}", reason=alarm.reason)
+            step = max((reading.step for reading in self._newest.values()), default=None)
+            for change in self._watch.take_all(measures(self._newest)):
+                self._tell(change.kind, **change.fields(step))
             self._newest, self._due = {}, time.monotonic() + self._seconds
 
 

@@ -67,6 +67,13 @@ def _misreferences(value: Value) -> Iterator[Problem]:
     for circle in _circles(used, makers):
         path = next(ref.path for ref in used[circle[0]] if circle[1] in (ref.name, makers.get(ref.name)))
         yield at(("stages", circle[0], *path), f"the stages wait for each other: {' -> '.join(circle)}")
+    alarms = value.get("alarms")
+    for number, rule in enumerate(alarms.plain() if alarms and isinstance(alarms.content, list) else ()):
+        chosen = rule.get("stages") if isinstance(rule, dict) else None
+        for place, of in enumerate(chosen if isinstance(chosen, list) else ()):
+            if isinstance(of, str) and of not in stages:
+                what = f"there is no stage '{of}'.{suggestion_or_list(of, stages)}"
+                yield at(("alarms", number, "stages", place), what)
     if len(used) < len(stages):
         return  # what a stage of an unknown recipe would use is not known
     read = {reference.name for named in used.values() for reference in named if reference.to == "data"}

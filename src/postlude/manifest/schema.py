@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from postlude.manifest.adapter import Adapter
+from postlude.manifest.alarms import AlarmRule, Receiver
 from postlude.manifest.component import Component, Config, Name, Named, Positive, Seed, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
@@ -360,6 +361,8 @@ def _day(text: str | None) -> str | None:
 class Manifest(Config):
     """A resolved manifest: ``defaults`` have been folded into the stages."""
 
+    later = ("alarms", "notify")
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run: the folder in ``run_dir`` that holds it."""
     seed: Seed = 0
@@ -377,5 +380,9 @@ class Manifest(Config):
     """Where the processes run."""
     sinks: list[Annotated[Component, Named("sinks")]] = []
     """Where metrics and events go besides the run directory."""
+    alarms: list[AlarmRule] | None = None
+    """Rules for alarms, beside those that hold by default; one with the name of a default rule changes that."""
+    notify: list[Receiver] | None = None
+    """Who is told of alarms as they come."""
     stages: Annotated[dict[Name, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
     """What is to be done, by name. Which stage waits for which follows from ``{from: STAGE}`` wherever it stands."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,8 +24,6 @@ class Assessment:
 
     assessor: Assessor
     algorithm: Algorithm
-    tell: Callable[..., None]
-    """Takes an event, its kind and fields."""
     gap: float = 1e-3
     """How far the engine's log-probabilities may be from the policy's, on average."""
     correction: float | None = None
@@ -76,7 +74,8 @@ class Assessment:
         self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]], version: int
     ) -> dict[str, float]:
         """How far the engine's log-probabilities are from the policy's, over the tokens that its present weights
-        sampled. EngineLost where that is more than the arithmetic explains: the engine has other weights."""
+        sampled. EngineLost where that is at first more than the arithmetic explains: the engine has other weights.
+        Later it is a case for an alarm."""
         if self.correction is None:
             return {}
         gaps = [
@@ -87,17 +86,14 @@ class Assessment:
         if not len(all_gaps):
             return {}
         mean, worst = float(all_gaps.mean()), float(all_gaps.max())
-        if mean > self.gap:
-            if not self._compared:
-                raise EngineLost(
-                    f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
-                    f"{len(all_gaps)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
-                    f"{self.gap:g}. It has not the policy's weights, or computes another model of them."
-                )
-            reason = f"its log-probabilities are {mean:.3g} from the policy's on average, {worst:.3g} at worst"
-            self.tell("alarm", what="the engine is not the policy", reason=reason, step=version)
+        if mean > self.gap and not self._compared:
+            raise EngineLost(
+                f"The engine's log-probabilities are {mean:.3g} from the policy's on average over the first "
+                f"{len(all_gaps)} tokens that it sampled, {worst:.3g} at worst; this precision explains "
+                f"{self.gap:g}. It has not the policy's weights, or computes another model of them."
+            )
         self._compared = True
-        return {"engine_gap": mean, "engine_gap_worst": worst}
+        return {"engine_gap": mean, "engine_gap_worst": worst, "engine_gap_explained": self.gap}
 
 
 def _measure(groups: Sequence[Group], version: int) -> dict[str, float]:

@@ -106,7 +106,6 @@ class OnlineTraining:
         assessment = Assessment(
             assessor,
             config.algorithm(),
-            journal.event,
             gap=MOST_GAP[models.precision.name],
             correction=external if rollout.correction is None else rollout.correction,
             reference="reference" if config.compares else None,

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data.preview import Preview
+from postlude.manifest.alarms import rules_for
 from postlude.manifest.component import load_named
 from postlude.stages.parts import Mode, Parts, StageTask, devices_of
 from postlude.stages.report import StageReport
@@ -74,7 +75,8 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
             parts = stage.parts
             shown = display if workers.leads else None  # the others would show the same
             sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
-            with Recorder(parts.run, task.stage, sinks, workers.rank, shown) as recorder:
+            rules = rules_for(parts.manifest.alarms, task.stage)
+            with Recorder(parts.run, task.stage, sinks, workers.rank, shown, rules) as recorder:
                 return stage.run(recorder, stop)
     finally:
         workers.leave()

@@ -189,8 +189,39 @@ class Alarm(Event, kind="alarm"):
     """Something a person should look at, though the run goes on."""
 
     what: str
+    """Within a stage it tells which alarm this is."""
     reason: str
     step: int | None = None
+    rule: str | None = None
+    """The rule whose alarm it is: it lasts until it is said to be over. None for what only happened."""
+    timed: bool | None = None
+    """Whether it follows from times, rates or memory: then a replay need not come to it."""
+
+
+class AlarmOver(Event, kind="alarm_over"):
+    """An alarm of a rule has ended; the rule is armed again."""
+
+    what: str
+    reason: str
+    rule: str
+    step: int | None = None
+    timed: bool | None = None
+
+
+class AlarmAcknowledged(Event, kind="alarm_acknowledged"):
+    """A person knows of an alarm."""
+
+    what: str
+
+
+class NotificationsDropped(Event, kind="notifications_dropped"):
+    """A receiver was not told of alarms."""
+
+    receiver: str
+    count: int
+    """Since this was said of it before."""
+    reason: str
+    """Of the last."""
 
 
 class Failure(Event, kind="failure"):

@@ -152,6 +152,10 @@ def _worth_telling(event: events.Event) -> str | None:
             return f"step {event.step}, {', '.join(f'{k} {v:z.4f}' for k, v in numbers.items())} on {event.name}"
         case events.Alarm():
             return f"ALARM: {event.what}: {event.reason}"
+        case events.AlarmOver():
+            return f"over: {event.what}: {event.reason}"
+        case events.NotificationsDropped():
+            return f"{event.receiver} was not told of {event.count} alarms: {event.reason}"
         case events.CheckpointSkipped():
             return f"the checkpoint of step {event.step} cannot be used and is passed over: {event.reason}"
         case events.StepSkipped():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from postlude.manifest.alarms import AlarmRule
 from postlude.runs import Account, Run
+from postlude.storage import CorruptError
 from postlude.telemetry import events
+from postlude.telemetry.alarms import StageWatch
 from postlude.telemetry.progress import Display, say
 from postlude.telemetry.pulse import beat
 from postlude.telemetry.readings import note_step
@@ -19,7 +23,7 @@ class Recorder:
     """Takes what one rank tells. The leading rank's metrics and events are kept; losses by example are every rank's.
 
     The run directory comes first: it is written before any sink. A sink that fails is switched off with an alarm.
-    Events may come from any thread.
+    Events may come from any thread. ``alarms`` are the rules that hold for the metrics.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Recorder:
         sinks: Sequence[Sink] = (),
         rank: int = 0,
         display: Display | None = None,
+        alarms: Sequence[AlarmRule] = (),
     ) -> None:
         self._run, self._stage, self._leads = run, run.stage(stage), rank == 0
         self._examples = self._stage.examples_writer(rank)
@@ -40,6 +45,8 @@ class Recorder:
                 self._sinks[f"{name} {len(self._sinks)}" if name in self._sinks else name] = sink.open(run.uri, stage)
         self._turn = threading.RLock()
         self._account: Account | None = None
+        self._rules = alarms
+        self._watch: StageWatch | None = None
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """One line for each optimiser step."""
@@ -52,6 +59,8 @@ class Recorder:
             self._tell(lambda sink: sink.metrics(line))
             if self._display:
                 self._display.update(line)
+            if self._rules:
+                self._judge(line)
 
     def preparing(self, what: str, share: float) -> None:
         """How far the stage is with something that comes before its first step: for the terminal alone."""
@@ -115,6 +124,19 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _judge(self, line: Mapping[str, Any]) -> None:
+        """Tell the alarms that follow from a line; with the first one, from all that stand there already."""
+        lines: Iterable[Mapping[str, Any]] = [line]
+        if self._watch is None:
+            happened: list[events.Event] = []
+            with suppress(CorruptError):  # better an alarm twice than no run
+                happened = events.read(self._run.events)
+            self._watch = StageWatch(self._rules, self._stage.name, happened)
+            lines = self._stage.metrics.entries()
+        for each in lines:
+            for kind, fields in self._watch.take(each):
+                self.event(kind, **fields)
 
     def _tell(self, what: Callable[[OpenSink], None]) -> None:
         for name, sink in list(self._sinks.items()):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from postlude import storage
 from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
+from postlude.manifest.alarms import rules_for
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run, final_account
@@ -181,7 +182,8 @@ class StagesAtWork:
         def tell(kind: str, **fields: Any) -> None:
             progress.event(events.record(self.run.events, kind, name, **fields))
 
-        observer = Observer(stage.readings, tell, compute.supervision.readings_seconds)
+        rules = rules_for(manifest.alarms, name)
+        observer = Observer(stage.readings, tell, compute.supervision.readings_seconds, rules)
         return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress), observer)
 
     def _end(self, decision: Decision, summary: Any = None, error: BaseException | None = None) -> None:
