@@ -24,6 +24,7 @@ from postlude.manifest.schema import Manifest
 from postlude.manifest.value import without_value
 from postlude.runs import Run, revision_of
 from postlude.telemetry import events
+from postlude.telemetry.notify import notifying
 from postlude.telemetry.progress import StageProgress, console, say, stage_table
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
@@ -90,7 +91,8 @@ def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool, lock: st
         write_lock(run, resolved, plan)
         holder = run.holder()  # the parent of this process, where that keeps it at work
         events.record(run.events, "run_started", host=socket.gethostname(), pid=holder.pid if holder else os.getpid())
-        return execute(run, resolved, plan, cluster, lock)
+        with notifying(run, resolved.manifest.notify):
+            return execute(run, resolved, plan, cluster, lock)
 
 
 def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection, lock: storage.Lock) -> str | None:
