@@ -27,6 +27,7 @@ from postlude.stages.filtering import Filtering
 from postlude.stages.generation import Generation
 from postlude.stages.report import Rehearsal, StageReport, Trial
 from postlude.telemetry import events, progress, screen
+from postlude.telemetry.alarms import Standing
 from postlude.telemetry.screen import Fields, Kind, Listing
 from postlude.telemetry.summary import StageSummary
 from postlude.training.precision import Precision
@@ -103,7 +104,7 @@ def status(name: Callable[[str], str]) -> RunStatus:
     alarm = events.Alarm(
         kind="alarm", time="2026-01-01T00:00:00Z", stage=names[0], what="checkpoint not saved", reason=REASON
     )
-    return RunStatus(run, stages, f"process 4711 on {name('node')}", [alarm])
+    return RunStatus(run, stages, f"process 4711 on {name('node')}", [alarm], standing=[Standing(alarm)])
 
 
 def plan(name: Callable[[str], str]) -> Plan:

@@ -102,6 +102,16 @@ def runs(
     show_report(workflow.runs(directory), as_json)
 
 
+def acknowledge(
+    run: RunPath,
+    alarms: Annotated[list[str] | None, typer.Argument(metavar="[ALARM]...", help="By default all.")] = None,
+) -> None:
+    """Say that an alarm of a run is known: it is shown no more once it is over."""
+    from postlude.workflow import acknowledge as workflow
+
+    announce(workflow.acknowledge(run, alarms or []))
+
+
 def amend(
     run: RunPath,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage that is running or will go on.")],

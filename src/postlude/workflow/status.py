@@ -14,6 +14,7 @@ from postlude.manifest.problem import ManifestError
 from postlude.runs import Ancestor, Run, Stage, list_runs, open_run, revision_of, walk
 from postlude.storage import CorruptError, NewerSchema, StorageError
 from postlude.telemetry import events
+from postlude.telemetry.alarms import Standing, standing
 from postlude.telemetry.screen import Kind, Listing
 from postlude.telemetry.summary import StageSummary, summarize
 from postlude.workflow.drawing import draw
@@ -76,6 +77,8 @@ class RunStatus:
     """What is wrong with a file of the run as a whole."""
     is_newer: bool = False
     """Whether a newer version wrote it, so that this one cannot tell more of it."""
+    standing: list[Standing] = field(default_factory=list)
+    """The alarms among them that last or that nobody has acknowledged."""
 
     @property
     def is_damaged(self) -> bool:
@@ -97,6 +100,7 @@ class RunStatus:
             "stages": [stage.to_json() for stage in self.stages],
             "damage": self.damage,
             "alarms": [alarm.model_dump(mode="json") for alarm in self.alarms],
+            "open_alarms": [each.to_json() for each in self.standing],
         }
 
     def render(self) -> RenderableType:
@@ -119,7 +123,11 @@ class RunStatus:
         notes += [f"{stage.summary.stage}: {damage}" for stage in self.stages for damage in stage.damages]
         notes += [f"{stage.summary.stage}: {stage.error}" for stage in self.stages if stage.error]
         notes += [_worker(reading) for stage in self.stages for reading in stage.readings]
-        notes += [f"{alarm.time} {alarm.kind}: {_describe(alarm)}" for alarm in self.alarms[-ALARMS_SHOWN:]]
+        others = [event for event in self.alarms if event.kind != "alarm"]
+        notes += [f"{event.time} {event.kind}: {_describe(event)}" for event in others[-ALARMS_SHOWN:]]
+        notes += [_stands(each) for each in self.standing[-ALARMS_SHOWN:]]
+        if (hidden := len(self.standing) - ALARMS_SHOWN) > 0:
+            notes.append(f"and {hidden} more alarms: `postlude acknowledge` takes away those that are known")
         return Group(listing, *map(Text, notes))
 
 
@@ -173,6 +181,7 @@ def _status(run: Run) -> RunStatus:
         str(holder) if holder else None,
         [event for event in happened if event.kind in ("alarm", "failure", "checkpoint_skipped")],
         damage,
+        standing(happened),
     )
 
 
@@ -221,6 +230,16 @@ def _worker(reading: Mapping[str, Any]) -> str:
         parts.append(f"{seconds['seconds']:.2f} s a step, {seconds.get('seconds_data_wait', 0.0):.2f} of them for data")
     parts.append(f"answers in {1000 * reading['round_trip_seconds']:.1f} ms")
     return ", ".join(parts)
+
+
+def _stands(each: Standing) -> str:
+    """An alarm in a line."""
+    alarm, over = each.alarm, each.over
+    where = [alarm.stage] if alarm.stage else []
+    where += [f"step {alarm.step:,}"] if alarm.step is not None else []
+    state = "acknowledged " if each.acknowledged else ""
+    end = "" if over is None else ", over" + (f" since step {over.step:,}" if over.step is not None else "")
+    return f"{alarm.time} {state}alarm, {', '.join([*where, alarm.what])}: {alarm.reason}{end}"
 
 
 def _describe(event: events.Event) -> str:
