@@ -62,9 +62,9 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All entries that arrived whole; none if there is no journal."""
-        return list(self.entries())
+        return list(self)
 
-    def entries(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """The same, one after another."""
         return (entry for _, entry in self._entries())
 
