@@ -1,0 +1,76 @@
+"""Tables that are kept up with: texts change in place, so that whoever reads or has the focus there keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nicegui import ui
+
+
+@dataclass(frozen=True)
+class Link:
+    """A text that leads to an address."""
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A box to be checked, with what is said of it by a reader of the screen."""
+
+    label: str
+    is_chosen: bool
+    choose: Callable[[bool], None] = field(compare=False)
+
+
+Cell = str | Link | Choice
+
+
+class Table:
+    """Rows under heads."""
+
+    def __init__(self, heads: Sequence[str]) -> None:
+        with ui.element("div").classes("w-full overflow-x-auto"), ui.element("table").classes("w-full text-sm"):
+            with ui.element("thead"), ui.element("tr"):
+                for head in heads:
+                    with ui.element("th").classes("text-left font-normal opacity-70 px-2 py-1 whitespace-nowrap"):
+                        ui.label(head)
+            self._body = ui.element("tbody")
+        self._cells: dict[str, list[tuple[Cell, ui.label | ui.link | ui.checkbox]]] = {}
+
+    def show(self, rows: Mapping[str, Sequence[Cell]]) -> None:
+        """Show these rows, known by their keys."""
+        if list(rows) != list(self._cells):
+            self._body.clear()
+            with self._body:
+                self._cells = {key: self._row(cells) for key, cells in rows.items()}
+            return
+        for key, cells in rows.items():
+            for place, cell in enumerate(cells):
+                before, element = self._cells[key][place]
+                if cell == before:
+                    continue
+                self._cells[key][place] = cell, element
+                if isinstance(cell, Choice) and isinstance(element, ui.checkbox):
+                    element.set_value(cell.is_chosen)
+                elif isinstance(cell, Link) and isinstance(element, ui.link):
+                    element.set_text(cell.text)
+                    element.props["href"] = cell.address
+                elif isinstance(cell, str) and isinstance(element, ui.label):
+                    element.set_text(cell)
+
+    def _row(self, cells: Sequence[Cell]) -> list[tuple[Cell, ui.label | ui.link | ui.checkbox]]:
+        with ui.element("tr").classes("border-t border-gray-400/30 align-top"):
+            return [(cell, self._element(cell)) for cell in cells]
+
+    def _element(self, cell: Cell) -> ui.label | ui.link | ui.checkbox:
+        with ui.element("td").classes("px-2 py-1"):
+            if isinstance(cell, Link):
+                return ui.link(cell.text, cell.address)
+            if isinstance(cell, Choice):
+                box = ui.checkbox(value=cell.is_chosen, on_change=lambda event: cell.choose(bool(event.value)))
+                box.props["aria-label"] = cell.label
+                return box.props("dense")
+            return ui.label(cell).classes("whitespace-pre-wrap break-words max-w-md")
