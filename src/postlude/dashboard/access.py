@@ -210,7 +210,23 @@ class Door:
             target = "/" + scope["path"].lstrip("/\\") + (f"?{rest}" if rest else "")  # never another host
             await _answer(send, 303, "", {"location": target, "set-cookie": self._set_cookie(token)})
         else:
-            await self.app({**scope, MAY_AMEND: may_amend}, receive, _with_headers(send))
+            await self._pass_on({**scope, MAY_AMEND: may_amend}, receive, _with_headers(send))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in. What is raised because the browser has gone meanwhile is no fault."""
+        has_left = False
+
+        async def noticing() -> MutableMapping[str, Any]:
+            nonlocal has_left
+            message = await receive()
+            has_left |= message["type"] == "http.disconnect"
+            return message
+
+        try:
+            await self.app(scope, noticing, send)
+        except RuntimeError:
+            if not has_left:
+                raise
 
     def _carried(self, scope: Scope) -> str | None:
         """The token that a browser keeps, or a script gives."""

@@ -40,7 +40,7 @@ MARKS_SHOWN = 100
 
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("Loss", ("loss",), "no step has told a loss: the stage trains nothing, or has made no step yet"),
-    ("Held-out", ("eval_*",), "nothing is held out: `evaluate` in the manifest says what and how often"),
+    ("Held-out", ("eval_*",), "nothing was evaluated yet: `evaluate` in the manifest says on what and how often"),
     ("Reward", ("reward", "reward_*"), "nothing is rewarded in this stage"),
     ("Learning rate", ("lr", "lr_*"), "no step has told a rate"),
     ("Gradient norm", ("grad_norm*",), "no step has told a gradient"),
@@ -163,7 +163,7 @@ def chart(
             "splitLine": {"lineStyle": {"color": GRID}},
         },
         # Out of sight: what zooms is dragging over the chart, which this makes possible.
-        "toolbox": {"top": -30, "feature": {"dataZoom": {"yAxisIndex": "none"}}},
+        "toolbox": {"top": -90, "feature": {"dataZoom": {"yAxisIndex": "none"}}},
         "series": [*series, _marked(marks, first, last)],
     }
 
@@ -259,18 +259,21 @@ def graph(stages: Mapping[str, tuple[str, Sequence[str]]]) -> Options:
         color = STATE_COLORS.get(state, TEXT)
         nodes.append({
             "id": name, "name": name, "x": 160 * depth[name], "y": 70 * row, "value": state,
-            "symbol": "roundRect", "symbolSize": [110, 34], "itemStyle": {"color": color},
+            "symbolSize": 22, "itemStyle": {"color": color},
         })  # fmt: skip
     return {
         "animation": False,
         "tooltip": {"renderMode": "richText", "formatter": "{b}: {c}", "confine": True},
         "aria": {"enabled": True, "label": {"description": "The stages and what they need, as in the table."}},
         "series": [{
-            "type": "graph", "layout": "none", "roam": False, "left": 70, "right": 70, "top": 24, "bottom": 24,
-            "label": {"show": True, "color": "#fff", "width": 100, "overflow": "truncate"},
+            "type": "graph", "layout": "none", "roam": False, "left": 60, "right": 60, "top": 16, "bottom": 32,
+            "label": {"show": True, "position": "bottom", "color": TEXT, "width": 120, "overflow": "truncate"},
             "edgeSymbol": ["none", "arrow"], "edgeSymbolSize": 8, "lineStyle": {"color": TEXT, "opacity": 0.8},
             "data": nodes,
-            "links": [{"source": need, "target": name} for name, (_, needs) in stages.items() for need in needs
-                      if need in stages],
+            "links": [
+                {"source": need, "target": name,
+                 "lineStyle": {"curveness": 0.2 if depth[name] - depth[need] > 1 else 0}}
+                for name, (_, needs) in stages.items() for need in needs if need in depth
+            ],
         }],
     }  # fmt: skip

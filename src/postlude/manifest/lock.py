@@ -211,9 +211,7 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: tree}
     return {
-        key: value
-        for name, item in items
-        for key, value in flat(item, f"{path}.{name}" if path else str(name)).items()
+        key: value for name, item in items for key, value in flat(item, f"{path}.{name}" if path else str(name)).items()
     }
 
 

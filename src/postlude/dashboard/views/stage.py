@@ -64,7 +64,7 @@ class _StagePage:
             self.marks = Table(["step", "kind", "what", "when"])
 
     def _grid(self) -> ui.element:
-        return ui.element("div").classes("grid grid-cols-1 lg:grid-cols-2 2xl:grid-cols-3 gap-4 w-full")
+        return ui.element("div").classes("grid grid-cols-1 lg:grid-cols-2 2xl:grid-cols-3 gap-4 w-full items-start")
 
     def _controls(self) -> None:
         view = self.view

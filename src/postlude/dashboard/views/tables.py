@@ -32,7 +32,8 @@ class Table:
     """Rows under heads."""
 
     def __init__(self, heads: Sequence[str]) -> None:
-        with ui.element("div").classes("w-full overflow-x-auto"), ui.element("table").classes("w-full text-sm"):
+        self._frame = ui.element("div").classes("w-full overflow-x-auto")
+        with self._frame, ui.element("table").classes("w-full text-sm"):
             with ui.element("thead"), ui.element("tr"):
                 for head in heads:
                     with ui.element("th").classes("text-left font-normal opacity-70 px-2 py-1 whitespace-nowrap"):
@@ -41,7 +42,8 @@ class Table:
         self._cells: dict[str, list[tuple[Cell, ui.label | ui.link | ui.checkbox]]] = {}
 
     def show(self, rows: Mapping[str, Sequence[Cell]]) -> None:
-        """Show these rows, known by their keys."""
+        """Show these rows, known by their keys; the heads too only if there is one."""
+        self._frame.set_visibility(bool(rows))
         if list(rows) != list(self._cells):
             self._body.clear()
             with self._body:
