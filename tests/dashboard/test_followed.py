@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dashboard.conftest import make_steps, new_run
 
+from dashboard.conftest import make_steps, new_run
 from postlude.dashboard.followed import Followed, Following, seconds_left, trailing_means
 from postlude.runs import Run
 from postlude.storage import Journal

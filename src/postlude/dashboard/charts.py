@@ -6,6 +6,7 @@ says can become markup or a script. Colours are read on white and on black.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -248,32 +249,55 @@ def _spoken(title: str, lines: Sequence[Line], scale: int) -> str:
 
 
 def graph(stages: Mapping[str, tuple[str, Sequence[str]]]) -> Options:
-    """The stages of a run as a graph: by name its state and the stages that it needs, which come before it."""
-    depth: dict[str, int] = {}
-    for name, (_, needs) in stages.items():
-        depth[name] = 1 + max((depth[need] for need in needs if need in depth), default=-1)
-    rows: dict[int, int] = {}
-    nodes = []
-    for name, (state, _) in stages.items():
-        row = rows[depth[name]] = rows.get(depth[name], -1) + 1
-        color = STATE_COLORS.get(state, TEXT)
-        nodes.append({
-            "id": name, "name": name, "x": 160 * depth[name], "y": 70 * row, "value": state,
-            "symbolSize": 22, "itemStyle": {"color": color},
-        })  # fmt: skip
+    """The stages of a run as a graph: by name its state and the stages that it needs, which stand left of it."""
+    depth = _depths(stages)
+    places = list(depth.values())
+    nodes = [
+        {
+            "name": name,
+            "value": [depth[name], places[:number].count(depth[name])],
+            "itemStyle": {"color": STATE_COLORS.get(state, TEXT)},
+        }
+        for number, (name, (state, _)) in enumerate(stages.items())
+    ]
+    links = [
+        {"source": need, "target": name, "lineStyle": {"curveness": 0.25 if depth[name] - depth[need] > 1 else 0}}
+        for name, (_, needs) in stages.items()
+        for need in needs
+        if need in depth
+    ]
+    told = [f"{name} is {state}" + (f" and needs {', '.join(needs)}" if needs else "")
+            for name, (state, needs) in stages.items()]  # fmt: skip
     return {
         "animation": False,
-        "tooltip": {"renderMode": "richText", "formatter": "{b}: {c}", "confine": True},
-        "aria": {"enabled": True, "label": {"description": "The stages and what they need, as in the table."}},
-        "series": [{
-            "type": "graph", "layout": "none", "roam": False, "left": 60, "right": 60, "top": 16, "bottom": 32,
-            "label": {"show": True, "position": "bottom", "color": TEXT, "width": 120, "overflow": "truncate"},
-            "edgeSymbol": ["none", "arrow"], "edgeSymbolSize": 8, "lineStyle": {"color": TEXT, "opacity": 0.8},
-            "data": nodes,
-            "links": [
-                {"source": need, "target": name,
-                 "lineStyle": {"curveness": 0.2 if depth[name] - depth[need] > 1 else 0}}
-                for name, (_, needs) in stages.items() for need in needs if need in depth
-            ],
-        }],
-    }  # fmt: skip
+        "aria": {"enabled": True, "label": {"description": "; ".join(told)}},
+        "grid": {"left": 50, "right": 50, "top": 10, "bottom": 10},
+        "xAxis": {"show": False, "type": "value", "min": 0, "max": max([1, *places])},
+        "yAxis": {"show": False, "type": "value", "min": -0.7, "max": rows_of(stages) - 0.3, "inverse": True},
+        "series": [
+            {
+                "type": "graph",
+                "coordinateSystem": "cartesian2d",
+                "symbolSize": 20,
+                "label": {"show": True, "position": "bottom", "color": TEXT, "width": 110, "overflow": "truncate"},
+                "edgeSymbol": ["none", "arrow"],
+                "edgeSymbolSize": 8,
+                "lineStyle": {"color": TEXT, "opacity": 0.8},
+                "data": nodes,
+                "links": links,
+            }
+        ],
+    }
+
+
+def rows_of(stages: Mapping[str, tuple[str, Sequence[str]]]) -> int:
+    """How many rows their graph has."""
+    return max(Counter(_depths(stages).values()).values(), default=1)
+
+
+def _depths(stages: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, int]:
+    """How many stages each hangs on, one after another; those that are needed stand before."""
+    depths: dict[str, int] = {}
+    for name, (_, needs) in stages.items():
+        depths[name] = 1 + max((depths[need] for need in needs if need in depths), default=-1)
+    return depths

@@ -8,7 +8,7 @@ from nicegui import ui
 
 from postlude.dashboard import frame
 from postlude.dashboard.followed import Followed, Following
-from postlude.dashboard.views import OF_STAGE, VIEWS, compare, runs
+from postlude.dashboard.views import OF_STAGE, VIEWS, compare, runs, tables
 
 CONNECT_SECONDS = 30.0
 """A browser that asked for a page has so long to open its socket; before, nothing of a run is read for it."""
@@ -23,6 +23,7 @@ async def build(following: Following) -> None:
     name = view.get("run")
     ui.dark_mode(_THEMES.get(view.get("theme", "")))
     ui.colors(primary="#3573a8")
+    ui.add_css(tables.STYLE)
     ui.page_title(f"{name} - Postlude" if name else "Postlude")
     _head(following, view)
     with ui.column().classes("w-full max-w-screen-2xl mx-auto px-2 sm:px-4 gap-4 items-stretch"):

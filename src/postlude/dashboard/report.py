@@ -124,8 +124,8 @@ def _parts(followed: Followed) -> Iterator[str | tuple[charts.Options, int]]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     yield f"<p>{escape(without_secrets(followed.run.uri))}: {status.state}. Written {now}.</p>"
     stages = {each.summary.stage: each for each in status.stages}
-    graph = charts.graph({name: (each.summary.state, each.needs) for name, each in stages.items()})
-    yield graph, 60 + 60 * (1 + max((node["y"] for node in graph["series"][0]["data"]), default=0) // 70)
+    needs = {name: (each.summary.state, each.needs) for name, each in stages.items()}
+    yield charts.graph(needs), 20 + 70 * charts.rows_of(needs)
     rows = []
     for name, branch, _ in draw({name: each.needs for name, each in stages.items()}):
         summary = stages[name].summary

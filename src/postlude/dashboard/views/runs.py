@@ -138,12 +138,12 @@ def show(followed: Followed, stage: str | None, view: dict[str, str]) -> None:
         holder = f", held by {status.holder}" if status.holder else ", nobody works on it"
         head.set_text(f"{followed.run.uri}\n{status.state}{holder}{damage}")
         stages = {each.summary.stage: each for each in status.stages}
-        options = charts.graph({name: (each.summary.state, each.needs) for name, each in stages.items()})
+        needs = {name: (each.summary.state, each.needs) for name, each in stages.items()}
+        options = charts.graph(needs)
         if options != graph.options:
             graph.options.clear()
             graph.options.update(options)
-            rows = max((node["y"] for node in options["series"][0]["data"]), default=0) // 70 + 1
-            graph.style(f"height: {60 + 60 * rows}px")
+            graph.style(f"height: {20 + 70 * charts.rows_of(needs)}px")
             graph.update()
         drawn = draw({name: each.needs for name, each in stages.items()})
         table.show({name: _stage_row(stages[name], branch, *work[name], view) for name, branch, _ in drawn})
@@ -151,7 +151,10 @@ def show(followed: Followed, stage: str | None, view: dict[str, str]) -> None:
         alarms.show({f"{each.alarm.time} {each.alarm.what}": _alarm_row(each) for each in reversed(status.standing)})
         lineage.clear()
         with lineage:
-            texts = [text for each in status.stages if each.lineage for text in _ancestors(each.lineage, 0)]
+            made = [each for each in status.stages if each.lineage]
+            inner = {need for each in made for need in each.needs}
+            ends = [each.lineage for each in made if each.summary.stage not in inner]
+            texts = [text for lineage in ends if lineage for text in _ancestors(lineage, 0)]
             for text in texts:
                 ui.label(text).classes("whitespace-pre-wrap break-all font-mono text-xs")
             if not texts:

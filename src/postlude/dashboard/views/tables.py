@@ -28,12 +28,25 @@ class Choice:
 Cell = str | Link | Choice
 
 
+STYLE = """
+@media (max-width: 639px) {
+  .postlude-table thead { display: none; }
+  .postlude-table tr { display: block; padding: 0.5rem 0; }
+  .postlude-table td { display: flex; gap: 0.75rem; padding: 0.05rem 0; }
+  .postlude-table td::before { content: attr(data-head); flex: 0 0 6rem; opacity: 0.7; }
+  .postlude-table td:has(> div:empty) { display: none; }
+}
+"""
+"""In a phone's width each row is a few lines, head and value."""
+
+
 class Table:
     """Rows under heads."""
 
     def __init__(self, heads: Sequence[str]) -> None:
+        self._heads = heads
         self._frame = ui.element("div").classes("w-full overflow-x-auto")
-        with self._frame, ui.element("table").classes("w-full text-sm"):
+        with self._frame, ui.element("table").classes("w-full text-sm postlude-table"):
             with ui.element("thead"), ui.element("tr"):
                 for head in heads:
                     with ui.element("th").classes("text-left font-normal opacity-70 px-2 py-1 whitespace-nowrap"):
@@ -65,10 +78,12 @@ class Table:
 
     def _row(self, cells: Sequence[Cell]) -> list[tuple[Cell, ui.label | ui.link | ui.checkbox]]:
         with ui.element("tr").classes("border-t border-gray-400/30 align-top"):
-            return [(cell, self._element(cell)) for cell in cells]
+            return [(cell, self._element(cell, head)) for cell, head in zip(cells, self._heads, strict=True)]
 
-    def _element(self, cell: Cell) -> ui.label | ui.link | ui.checkbox:
-        with ui.element("td").classes("px-2 py-1"):
+    def _element(self, cell: Cell, head: str) -> ui.label | ui.link | ui.checkbox:
+        place = ui.element("td").classes("px-2 py-1")
+        place.props["data-head"] = head
+        with place:
             if isinstance(cell, Link):
                 return ui.link(cell.text, cell.address)
             if isinstance(cell, Choice):
