@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dashboard.conftest import make_steps, new_run
 
+from dashboard.conftest import make_steps, new_run
 from postlude.dashboard.report import write_report
 from postlude.runs import Run
 from postlude.telemetry import events
@@ -43,8 +43,8 @@ def browser() -> Iterator[Any]:
 
     options = Options()
     options.binary_location = shutil.which("chromium") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                     "--window-size=1440,1000", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):  # fmt: skip
+    alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1440,1000", alone):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
@@ -90,7 +90,8 @@ def until(browser: Any, found: Callable[[], Any]) -> Any:
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, WAIT_SECONDS, ignored_exceptions=[WebDriverException]).until(lambda _: found())
+    patient = WebDriverWait(browser, WAIT_SECONDS, ignored_exceptions=[WebDriverException, IndexError])
+    return patient.until(lambda _: found())
 
 
 def shown(browser: Any, text: str) -> None:

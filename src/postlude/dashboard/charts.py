@@ -156,6 +156,7 @@ def chart(
             "minInterval": 1,
             "axisLabel": axis_label,
             "splitLine": {"show": False},
+            "axisPointer": {"label": {"precision": 0}},
         },
         "yAxis": {
             "type": "log" if log else "value",
@@ -261,7 +262,7 @@ def graph(stages: Mapping[str, tuple[str, Sequence[str]]]) -> Options:
         for number, (name, (state, _)) in enumerate(stages.items())
     ]
     links = [
-        {"source": need, "target": name, "lineStyle": {"curveness": 0.25 if depth[name] - depth[need] > 1 else 0}}
+        {"source": need, "target": name, "lineStyle": {"curveness": 0.08 if depth[name] - depth[need] > 1 else 0}}
         for name, (_, needs) in stages.items()
         for need in needs
         if need in depth
@@ -273,7 +274,7 @@ def graph(stages: Mapping[str, tuple[str, Sequence[str]]]) -> Options:
         "aria": {"enabled": True, "label": {"description": "; ".join(told)}},
         "grid": {"left": 50, "right": 50, "top": 10, "bottom": 10},
         "xAxis": {"show": False, "type": "value", "min": 0, "max": max([1, *places])},
-        "yAxis": {"show": False, "type": "value", "min": -0.7, "max": rows_of(stages) - 0.3, "inverse": True},
+        "yAxis": {"show": False, "type": "value", "min": -1, "max": rows_of(stages) - 0.3, "inverse": True},
         "series": [
             {
                 "type": "graph",

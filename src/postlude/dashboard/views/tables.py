@@ -34,6 +34,7 @@ STYLE = """
   .postlude-table tr { display: block; padding: 0.5rem 0; }
   .postlude-table td { display: flex; gap: 0.75rem; padding: 0.05rem 0; }
   .postlude-table td::before { content: attr(data-head); flex: 0 0 6rem; opacity: 0.7; }
+  .postlude-table td > * { min-width: 0; overflow-wrap: anywhere; }
   .postlude-table td:has(> div:empty) { display: none; }
 }
 """
