@@ -36,12 +36,12 @@ def test_a_run_at_a_glance(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_told_as_it_is(tmp_path: Path) -> None:
-    overview = Overview(str(tmp_path))
-    assert overview.names() == []
+    assert Overview(str(tmp_path)).names() == []
     (tmp_path / "no run").mkdir()
     (tmp_path / "file").write_text("")
     new_run(tmp_path, "Alpha")
     new_run(tmp_path, "<b>beta")
+    overview = Overview(str(tmp_path))
     assert overview.names() == ["<b>beta", "Alpha"]
     assert overview.names("ALPH") == ["Alpha"]
     assert overview.names("none") == []

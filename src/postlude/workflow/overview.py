@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -37,6 +38,10 @@ class Brief:
     """Why it cannot be told."""
 
 
+REST = 20
+"""Times as long as listing the folder took, the list is kept."""
+
+
 class Overview:
     """A folder of runs; or one that is a run itself, and then holds that alone."""
 
@@ -45,6 +50,8 @@ class Overview:
         self.is_run = Run(self.folder).exists()
         self._locks: dict[str, tuple[str, Lock]] = {}
         """Those that were read, each with the fingerprint of its file."""
+        self._names: list[str] = []
+        self._kept_until = 0.0
 
     def names(self, search: str = "") -> list[str]:
         """The names of the runs that hold a text. NotFound if there is no such folder.
@@ -53,10 +60,15 @@ class Overview:
         """
         if self.is_run:
             return [storage.name(self.folder)]
-        if not storage.is_directory(self.folder):
-            raise storage.NotFound(f"There is no folder '{self.folder}'.")
-        names = [name for name in storage.list_directory(self.folder) if search.lower() in name.lower()]
-        return [name for name in names if not storage.is_local(self.folder) or self._run(name).exists()]
+        begin = time.monotonic()
+        if begin > self._kept_until:
+            if not storage.is_directory(self.folder):
+                raise storage.NotFound(f"There is no folder '{self.folder}'.")
+            names, is_local = storage.list_directory(self.folder), storage.is_local(self.folder)
+            self._names = [name for name in names if not is_local or self._run(name).exists()]
+            now = time.monotonic()
+            self._kept_until = now + REST * (now - begin)
+        return [name for name in self._names if search.lower() in name.lower()]
 
     def find(self, name: str) -> Run | None:
         """The run of that name; None if there is none directly in the folder."""

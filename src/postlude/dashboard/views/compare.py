@@ -43,19 +43,7 @@ async def show(following: Following, view: dict[str, str]) -> None:
     metrics.classes("w-64").props("dense")
     none = frame.nothing("None of the runs has told this metric in this stage.")
     chart = ui.echart({"series": []}).classes("w-full h-72")
-    ui.label("What their manifests do not share").classes("font-bold")
-    first, *others = runs
-    for other in others:
-        ui.label(f"{first} -> {other}").classes("text-sm")
-        try:
-            lines = await asyncio.to_thread(following.overview.differences, runs[first].run, runs[other].run)
-        except (UserError, OSError) as error:
-            frame.warn(str(error))
-            continue
-        for line in lines:
-            ui.label(line).classes("font-mono text-xs break-all whitespace-pre-wrap")
-        if not lines:
-            frame.nothing("Their manifests are the same.")
+    await _show_differences(following, runs)
     shown: list[object] = []
 
     async def refresh() -> None:
@@ -82,6 +70,23 @@ async def show(following: Following, view: dict[str, str]) -> None:
 
     metrics.on_value_change(lambda event: choose(event.value))
     frame.refreshed(refresh)
+
+
+async def _show_differences(following: Following, runs: dict[str, Followed]) -> None:
+    """What the manifest of each run does not share with that of the first."""
+    ui.label("What their manifests do not share").classes("font-bold")
+    first, *others = runs
+    for other in others:
+        ui.label(f"{first} -> {other}").classes("text-sm")
+        try:
+            lines = await asyncio.to_thread(following.overview.differences, runs[first].run, runs[other].run)
+        except (UserError, OSError) as error:
+            frame.warn(str(error))
+            continue
+        for line in lines:
+            ui.label(line).classes("font-mono text-xs break-all whitespace-pre-wrap")
+        if not lines:
+            frame.nothing("Their manifests are the same.")
 
 
 def _common(runs: dict[str, Followed]) -> str | None:

@@ -129,7 +129,7 @@ class _StagePage:
                   if not search or any(search in name.lower() for name in found)}  # fmt: skip
         others = [name for name in charts.others(names) if search in name.lower()]
         wanted |= {name: (self.other_grid, [name], "") for name in others[: self.count]}
-        self.none.set_text(f"No metric has '{search}' in its name." if search else "There is none.")
+        self.none.set_text(f"No other metric has '{search}' in its name." if search else "There is none.")
         self.none.set_visibility(not others)
         self.more.set_visibility(len(others) > self.count)
         for title in [title for title in self.cards if title not in wanted]:
@@ -185,6 +185,7 @@ class _StagePage:
         for element in (card.chart, card.buttons):
             element.set_visibility(bool(card.names))
         card.nothing.set_visibility(not card.names)
+        card.frame.classes(**{"remove" if card.names else "add": "order-last"})
         if card.names and options != card.options:
             card.options = options
             card.chart.options.clear()
