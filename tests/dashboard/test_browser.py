@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dashboard.conftest import make_steps, new_run
 from postlude.dashboard.report import write_report
 from postlude.runs import Run
 from postlude.telemetry import events
+from workflow.conftest import Project
 
 pytestmark = pytest.mark.long
 
@@ -126,6 +128,32 @@ def test_a_run_is_followed_live_and_has_each_step_once(browser: Any, page: Page)
     browser.get(f"{page.address}/?run=small&view=stage&stage=sft&from=10&to=12&over=2")
     until(browser, lambda: [step for step, _ in loss(browser)] == [10, 11, 12])
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.capability("The live page: a run that is killed and resumed has each step once")
+def test_a_run_that_is_killed_is_followed_through_its_resume(browser: Any, page: Page, tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.manifest |= {"name": "killed", "run_dir": str(page.folder)}
+    project.stage |= {"steps": 40, "checkpoint": {"every": 5}}
+    project.write()
+    command = [sys.executable, "-c", "from postlude.cli import main; main()", "run", str(project.path), "--inline"]
+    stage = Run(str(page.folder / "killed")).stage("sft")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(browser, lambda: len(stage.metrics.read()) >= 8)
+        first.send_signal(signal.SIGSTOP)  # it must not come to its end while the page opens
+        browser.get(page.amend)
+        browser.get(f"{page.address}/?run=killed&view=stage&stage=sft")
+        until(browser, lambda: len(loss(browser)) >= 8)
+    finally:
+        first.kill()
+        first.wait()
+    subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    told = [[line["step"], line["loss"]] for line in stage.metrics.read()]
+    assert [step for step, _ in told] == list(range(1, 41))
+    until(browser, lambda: loss(browser) == told)
+    browser.get(f"{page.address}/?run=killed&view=events")
+    shown(browser, "ended without a word")
 
 
 @pytest.mark.capability("The live page: scripts in names and texts of runs are shown as text")
