@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -174,7 +175,20 @@ def test_scripts_in_a_run_are_shown_as_text(browser: Any, page: Page) -> None:
         shown(browser, SCRIPT)
         assert browser.execute_script("return window.taken") is None
         assert browser.find_elements("css selector", "img[src=x]") == []
-    browser.get(f"{page.address}/?compare=small/{urllib.request.quote(name)}")  # type: ignore[attr-defined]
+    for key in (
+        "run",
+        "run=small&stage",
+        "run=small&view",
+        "run=small&view=stage&search",
+        "compare",
+        "search",
+        "theme",
+    ):
+        told = urllib.parse.quote("</title></script>" + SCRIPT + "`${window.taken=1}`{{window.taken=1}}")
+        browser.get(f"{page.address}/?{key}={told}")
+        until(browser, lambda: len(browser.find_element("tag name", "body").text) > 40)
+        assert browser.execute_script("return window.taken") is None, key
+    browser.get(f"{page.address}/?compare=small/{urllib.parse.quote(name)}")
     shown(browser, name)
     assert browser.execute_script("return window.taken") is None
 
