@@ -262,10 +262,11 @@ def graph(stages: Mapping[str, tuple[str, Sequence[str]]]) -> Options:
         for number, (name, (state, _)) in enumerate(stages.items())
     ]
     links = [
-        {"source": need, "target": name, "lineStyle": {"curveness": 0.08 if depth[name] - depth[need] > 1 else 0}}
+        {"source": need, "target": name, "lineStyle": {"curveness": 0.16 / hops if hops > 1 else 0}}  # all as high
         for name, (_, needs) in stages.items()
         for need in needs
         if need in depth
+        for hops in [depth[name] - depth[need]]
     ]
     told = [f"{name} is {state}" + (f" and needs {', '.join(needs)}" if needs else "")
             for name, (state, needs) in stages.items()]  # fmt: skip

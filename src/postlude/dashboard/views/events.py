@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nicegui import ui
 
@@ -91,5 +92,17 @@ def _incident(each: Incident, begin: str) -> list[Cell]:
 
 def _event(event: Event, begin: str) -> list[Cell]:
     fields = event.model_dump(exclude={"time", "kind", "stage"}, exclude_none=True)
-    what = ", ".join(f"{key} {value}" for key, value in fields.items())
+    what = ", ".join(f"{key} {_shown(value)}" for key, value in fields.items())
     return [frame.clock(event.time), frame.since(begin, event.time), event.stage or "", event.kind, what]
+
+
+def _shown(value: Any) -> str:
+    """A field of an event, for reading: numbers by four digits, without the signs of the language."""
+    match value:
+        case Mapping():
+            return "; ".join(f"{key} {_shown(each)}" for key, each in value.items())
+        case list() | tuple():
+            return ", ".join(map(_shown, value))
+        case float():
+            return f"{value:.4g}"
+    return str(value)
