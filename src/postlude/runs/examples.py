@@ -133,6 +133,30 @@ def read_examples(uri: str) -> pyarrow.Table:
     return pa.concat_tables([_schema().empty_table(), *tables]).sort_by("step")  # a stable sort
 
 
+def standing(uri: str) -> dict[str, str]:
+    """The parts that stand, rank by rank in the order of steps, each with a text that changes with what it holds."""
+    names = [part.name for part in _parts(uri)[0]]
+    if storage.is_local(uri):
+        return {name: stamp for name in names if (stamp := _stamp(storage.join(uri, name)))}
+    stamps = storage.modified_fingerprints(uri)
+    return {name: stamps[name] for name in names if name in stamps}
+
+
+def _stamp(place: str) -> str | None:
+    try:
+        return storage.modified_fingerprint(place)
+    except storage.NotFound:  # merged, or cut away, since it was listed
+        return None
+
+
+def read_part(uri: str, name: str) -> pyarrow.Table:
+    """The losses of one part. CorruptError if it is damaged, NotFound if it was merged or cut away."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise ValueError(f"'{name}' is no name of a part.")
+    return _read(uri, _Part(int(match[2]), int(match[1]), -int(match[3] or 0), name))
+
+
 def cut_back(uri: str, step: int) -> tuple[int, list[str]]:
     """Remove the rows of later steps, the last part first. How many rows are left, and what of them was damaged."""
     import pyarrow.compute as pc

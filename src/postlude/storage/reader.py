@@ -38,6 +38,8 @@ class Part:
     number: int
     """Of the first of them in that file, from 1."""
     content: bytes
+    start: int = 0
+    """Bytes of that file before them."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Reader:
                 self._marks.append(_Mark(place, lines=self._marks[-1].lines))
             while content := self._whole_lines(self._marks[-1], stamps):
                 mark = self._marks[-1]
-                yield Part(mark.lines, place, mark.number + 1, content)
+                yield Part(mark.lines, place, mark.number + 1, content, mark.end)
                 self._advance(mark.after(content))
             if content is None:  # it has changed since the look
                 return

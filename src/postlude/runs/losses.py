@@ -1,0 +1,432 @@
+"""What became of the loss of each example while a stage ran: an index of the losses by example, kept up with them.
+
+A stage tells millions of losses, so what is held of an example are a few numbers: its first loss, its least, its last.
+All of its losses are read again, from the parts that hold it, when its history is asked for.
+
+A part that is as large as one may be is never merged: it is taken up once. The others, a few of each rank, are taken up
+each by itself. Where a part that was taken up for good is gone, or is another, a resume has cut it, and all parts are
+read anew. A loss is told by token; where the objective says so it is of another unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from postlude import storage
+from postlude.runs import examples
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Order = Literal["worst", "forgotten"]
+
+_SOURCE_BITS = 40
+"""A key of a curve by source is the source above so many bits, in which the interval of steps stands."""
+CURVE_POINTS = 2**12
+"""Of the curves by source, at most: the intervals that they tell of are doubled until there are no more."""
+_ATTEMPTS = 5
+
+_NUMBERS = {
+    "first_step": np.int32,
+    "first": np.float32,
+    "best_step": np.int32,
+    "best": np.float32,
+    "last_step": np.int32,
+    "last": np.float32,
+    "times": np.int32,
+}
+_EXAMPLE = np.dtype([*_NUMBERS.items(), ("source", np.int32)])
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """What became of one example. Losses are by token."""
+
+    example_id: str
+    source: str
+    times: int
+    """How often it was trained on."""
+    first_step: int
+    first: float
+    best_step: int
+    best: float
+    last_step: int
+    last: float
+
+
+@dataclass(frozen=True)
+class History:
+    """All losses of one example, in the order of steps."""
+
+    example_id: str
+    source: str
+    steps: np.ndarray
+    epochs: np.ndarray
+    losses: np.ndarray
+    """By token."""
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class SourceLosses:
+    """The losses of the examples of one source. A point tells of ``width`` steps from its own on."""
+
+    source: str
+    examples: int
+    rows: int
+    not_finite: int
+    """Of the rows, whose loss is not finite: they are in no mean."""
+    width: int
+    steps: np.ndarray
+    losses: np.ndarray
+    """Means by token."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Losses of sources over intervals of ``2**shift`` steps."""
+
+    shift: int
+    keys: np.ndarray
+    """Rising, int64."""
+    sums: np.ndarray
+    """[keys, 4]: loss, tokens, rows, rows that are not finite."""
+
+    @staticmethod
+    def of(shift: int, keys: np.ndarray, rows: np.ndarray) -> _Sums:
+        unique, places = np.unique(keys, return_inverse=True)
+        sums = np.stack([np.bincount(places, column, len(unique)) for column in rows.T], 1)
+        return _Sums(shift, unique, sums)
+
+    def widened(self, shift: int) -> _Sums:
+        source, interval = self.keys >> _SOURCE_BITS, self.keys & (2**_SOURCE_BITS - 1)
+        keys = (source << _SOURCE_BITS) | (interval >> (shift - self.shift))
+        return _Sums.of(shift, keys, self.sums)
+
+    @staticmethod
+    def total(parts: Sequence[_Sums]) -> _Sums:
+        shift = max((part.shift for part in parts), default=0)
+        parts = [part if part.shift == shift else part.widened(shift) for part in parts]
+        keys = np.concatenate([np.zeros(0, np.int64), *(part.keys for part in parts)])
+        total = _Sums.of(shift, keys, np.concatenate([np.zeros((0, 4)), *(part.sums for part in parts)]))
+        while len(total.keys) > CURVE_POINTS * len(np.unique(total.keys >> _SOURCE_BITS)):
+            total = total.widened(total.shift + 1)
+        return total
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """What some rows come to."""
+
+    codes: np.ndarray
+    """The examples, rising, int64."""
+    examples: np.ndarray
+    """[codes], of the type :data:`_EXAMPLE`."""
+    sums: _Sums
+
+    @staticmethod
+    def of(codes: np.ndarray, sources: np.ndarray, table: pyarrow.Table) -> _Fold:
+        steps, tokens = table["step"].to_numpy(), table["tokens"].to_numpy()
+        losses = table["loss"].to_numpy()
+        finite = np.isfinite(losses)
+        columns = [np.where(finite, losses, 0.0), np.where(finite, tokens, 0), np.ones(len(steps)), ~finite]
+        sums = _Sums.of(0, (sources << _SOURCE_BITS) | steps, np.stack(columns, 1).astype(np.float64))
+        measured = np.flatnonzero(tokens > 0)
+        codes, sources, steps = codes[measured], sources[measured], steps[measured]
+        by_token = (losses[measured] / tokens[measured]).astype(np.float32)
+        order = np.lexsort((steps, codes))
+        codes, sources, steps, by_token = codes[order], sources[order], steps[order], by_token[order]
+        starts = np.flatnonzero(np.diff(codes, prepend=-1))
+        ends = np.append(starts[1:], len(codes)) - 1
+        told = np.zeros(len(starts), _EXAMPLE)
+        if len(starts):
+            told["first_step"], told["first"] = steps[starts], by_token[starts]
+            told["last_step"], told["last"] = steps[ends], by_token[ends]
+            told["best"] = np.fmin.reduceat(by_token, starts)
+            told["times"], told["source"] = ends - starts + 1, sources[starts]
+            best = np.repeat(told["best"], told["times"])
+            places = np.flatnonzero((by_token == best) | np.isnan(best))
+            told["best_step"] = steps[places[np.searchsorted(places, starts)]]
+        return _Fold(codes[starts], told, sums)
+
+    @staticmethod
+    def total(parts: Sequence[_Fold], count: int) -> _Fold:
+        """All of them together, where there are ``count`` examples."""
+        whole = np.zeros(count, _EXAMPLE)
+        for part in parts:
+            before, new = whole[part.codes], part.examples
+            unseen = before["times"] == 0
+            for step, value, is_newer in (
+                ("first_step", "first", new["first_step"] < before["first_step"]),
+                ("last_step", "last", new["last_step"] >= before["last_step"]),
+                ("best_step", "best", _is_better(new, before)),
+            ):
+                taken = unseen | is_newer
+                before[step][taken], before[value][taken] = new[step][taken], new[value][taken]
+            before["times"] += new["times"]
+            before["source"] = new["source"]
+            whole[part.codes] = before
+        codes = np.flatnonzero(whole["times"])
+        held = whole if len(codes) == count else whole[codes]
+        return _Fold(codes, held, _Sums.total([part.sums for part in parts]))
+
+
+def _is_better(new: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Where the best of one is less than that of another, or as little and earlier, or was never finite before."""
+    is_less = (new["best"] < before["best"]) | (np.isnan(before["best"]) & ~np.isnan(new["best"]))
+    return is_less | ((new["best"] == before["best"]) & (new["best_step"] < before["best_step"]))
+
+
+class _Names:
+    """Numbers of examples by their ids, which are held once."""
+
+    def __init__(self) -> None:
+        self._index = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        """Their hashes, rising, and the number of each. Of two ids with one hash, which no run will see, the second
+        counts as the first."""
+        self._ids: list[pyarrow.Array] = []
+        self._starts: list[int] = []
+        self.count = 0
+
+    def codes(self, ids: pyarrow.ChunkedArray) -> np.ndarray:
+        """The number of each, new ones after those that are known."""
+        import pyarrow as pa
+
+        encoded, (known, codes) = ids.combine_chunks().dictionary_encode(), self._index
+        hashes = np.fromiter(map(hash, encoded.dictionary.to_pylist()), np.int64, len(encoded.dictionary))
+        new, first = np.unique(hashes, return_index=True)
+        first = np.sort(first[~np.isin(new, known)])  # in the order of their coming
+        if len(first):
+            new = hashes[first]
+            order = np.argsort(new)
+            places = np.searchsorted(known, new[order])
+            known, codes = np.insert(known, places, new[order]), np.insert(codes, places, self.count + order)
+            self._index = known, codes
+            self._ids.append(encoded.dictionary.take(pa.array(first)))
+            self._starts.append(self.count)
+            self.count += len(first)
+        return codes[np.searchsorted(known, hashes)][encoded.indices.to_numpy()].astype(np.int64)
+
+    def code(self, example_id: str) -> int | None:
+        known, codes = self._index
+        place = int(np.searchsorted(known, hash(example_id)))
+        return int(codes[place]) if place < len(known) and known[place] == hash(example_id) else None
+
+    def name(self, code: int) -> str:
+        chunk = int(np.searchsorted(self._starts, code, side="right")) - 1
+        return str(self._ids[chunk][code - self._starts[chunk]].as_py())
+
+    def containing(self, text: str, count: int) -> list[str]:
+        """Some ids in which a text stands."""
+        import pyarrow.compute as pc
+
+        found: list[str] = []
+        for ids in self._ids:
+            found += ids.filter(pc.match_substring(ids, text)).slice(0, count - len(found)).to_pylist()
+            if len(found) >= count:
+                break
+        return found
+
+
+@dataclass
+class _State:
+    """What was taken up so far."""
+
+    names: _Names = field(default_factory=_Names)
+    sources: dict[str, int] = field(default_factory=dict)
+    stamps: dict[str, str] = field(default_factory=dict)
+    """Of the parts that were taken up for good."""
+    members: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of each of these which examples it holds, eight in a byte."""
+    settled: _Fold | None = None
+    open: dict[str, tuple[str, _Fold]] = field(default_factory=dict)
+    """Of the other parts the stamp, and what they come to."""
+    damaged: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of such parts the stamp, and what is wrong."""
+
+
+class Losses:
+    """The losses by example of a stage, behind the URI of its folder ``examples``. :meth:`update` is called by one
+    thread; the rest tells what stood when it last returned. Errors of reading are those of storage."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._state = _State()
+        self._whole = _Fold(np.zeros(0, np.int64), np.zeros(0, _EXAMPLE), _Sums.total([]))
+        self._told = self._state
+        self._names: list[str] = []
+
+    def update(self) -> bool:
+        """Take up the parts that came, or changed. Whether any did."""
+        standing, state = examples.standing(self.uri), self._state
+        if any(standing.get(name) != stamp for name, stamp in state.stamps.items()):
+            state = self._state = _State()
+        known = state.stamps | {name: stamp for name, (stamp, _) in (state.open | state.damaged).items()}
+        if known == standing:
+            return False
+        for kept in (state.open, state.damaged):
+            for name in [name for name in kept if standing.get(name) != kept[name][0]]:
+                del kept[name]
+        full: list[_Fold] = []
+        for name, stamp in standing.items():
+            if known.get(name) == stamp:
+                continue
+            try:
+                fold, is_full = self._take_up(name)
+            except storage.NotFound:  # merged, or cut away, since it was listed: the next look sees it
+                continue
+            except storage.CorruptError as error:
+                state.damaged[name] = stamp, str(error)
+                continue
+            if not is_full:
+                state.open[name] = stamp, fold
+                continue
+            state.stamps[name] = stamp
+            state.members[name] = np.packbits(np.bincount(fold.codes, minlength=state.names.count).astype(bool))
+            full.append(fold)
+            if len(full) == 16:  # so that not all of a long run are held at once
+                self._settle(full)
+        self._settle(full)
+        settled = [state.settled] if state.settled else []
+        others = [fold for _, fold in state.open.values()]
+        whole = settled[0] if settled and not others else _Fold.total([*settled, *others], state.names.count)
+        self._whole, self._told, self._names = whole, state, list(state.sources)
+        return True
+
+    def _take_up(self, name: str) -> tuple[_Fold, bool]:
+        """What a part comes to, and whether it is as large as one may be."""
+        import pyarrow.compute as pc
+
+        table, state = examples.read_part(self.uri, name), self._state
+        codes = state.names.codes(table["example_id"])
+        named = table["source"].combine_chunks().dictionary_encode()
+        numbers = [state.sources.setdefault(source, len(state.sources)) for source in named.dictionary.to_pylist()]
+        sources = np.array(numbers, np.int64)[pc.fill_null(named.indices, 0).to_numpy()] if len(table) else codes
+        return _Fold.of(codes, sources, table), len(table) >= examples.ROWS_OF_A_PART
+
+    def _settle(self, folds: list[_Fold]) -> None:
+        if folds:
+            before = [self._state.settled] if self._state.settled else []
+            self._state.settled = _Fold.total([*before, *folds], self._state.names.count)
+            folds.clear()
+
+    # --- what is told ---------------------------------------------------------------------------------------
+
+    @property
+    def damages(self) -> list[str]:
+        """What is wrong with parts that cannot be read."""
+        return [why for _, why in self._told.damaged.values()]
+
+    @property
+    def sources(self) -> list[str]:
+        return self._names
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self._whole.codes)
+
+    def ranked(self, order: Order, count: int, source: str | None = None, first: int = 0) -> list[ExampleLosses]:
+        """So many examples from the place ``first`` on: with the highest last loss, or that have risen most above their
+        best. Only such count as forgotten whose best is no higher than that of half of the examples. A last loss that
+        is not finite comes first."""
+        held = self._whole.examples
+        last = np.where(np.isfinite(held["last"]), held["last"], np.inf)
+        chosen = np.ones(len(held), bool)
+        if source is not None:
+            chosen &= held["source"] == self._told.sources.get(source, -1)
+        measure = last
+        if order == "forgotten":
+            best = held["best"]
+            low = np.nanmedian(best) if np.isfinite(best).any() else np.inf
+            chosen &= (best <= low) & (held["best_step"] < held["last_step"]) & (last > best)
+            measure = last - np.where(np.isfinite(best), best, 0)
+        places = np.flatnonzero(chosen)
+        places = places[np.argsort(-measure[places], kind="stable")][first : first + count]
+        return [self._example(int(place)) for place in places]
+
+    def example(self, example_id: str) -> ExampleLosses | None:
+        """What became of one; None where it is not known."""
+        code = self._told.names.code(example_id)
+        place = len(self) if code is None else int(np.searchsorted(self._whole.codes, code))
+        if place == len(self) or self._whole.codes[place] != code:
+            return None
+        return self._example(place)
+
+    def containing(self, text: str, count: int = 20) -> list[str]:
+        """Some ids in which a text stands."""
+        return self._told.names.containing(text, count)
+
+    def by_source(self) -> list[SourceLosses]:
+        """The losses of each source."""
+        sums, examples_of = self._whole.sums, np.bincount(self._whole.examples["source"], minlength=len(self._names))
+        told = []
+        for number, name in enumerate(self._names):
+            rows = (sums.keys >> _SOURCE_BITS) == number
+            loss, tokens, count, not_finite = sums.sums[rows].T
+            steps = (sums.keys[rows] & (2**_SOURCE_BITS - 1)) << sums.shift
+            is_told = tokens > 0
+            means = loss[is_told] / tokens[is_told]
+            width, spoilt = 2**sums.shift, int(not_finite.sum())
+            found = int(examples_of[number])
+            told.append(SourceLosses(name, found, int(count.sum()), spoilt, width, steps[is_told], means))
+        return told
+
+    def history(self, example_id: str) -> History | None:
+        """All losses of one example; None where it is not known. Reads the parts that hold it, some of each."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._history(example_id)
+            except storage.NotFound:  # merged, or cut away, since they were taken up
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                self.update()
+        raise AssertionError
+
+    def _history(self, example_id: str) -> History | None:
+        import pyarrow as pa
+
+        state, code = self._told, self._told.names.code(example_id)
+        if code is None:
+            return None
+        byte, bit = divmod(code, 8)
+        names = [name for name, members in list(state.members.items()) if _holds(members, byte, bit)]
+        names += [name for name, (_, fold) in list(state.open.items()) if code in fold.codes]
+        if not names:
+            return None
+        table = pa.concat_tables([self._rows(name, example_id) for name in names]).sort_by("step")
+        tokens = table["tokens"].to_numpy()
+        losses = np.divide(table["loss"].to_numpy(), tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+        sources = table["source"].to_pylist()
+        return History(
+            example_id,
+            sources[0] if sources else "",
+            table["step"].to_numpy(),
+            table["epoch"].to_numpy(),
+            losses,
+            tokens,
+        )
+
+    def _rows(self, name: str, example_id: str) -> pyarrow.Table:
+        """The rows of an example in a part that was read whole before, when its digest was looked at."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        place = storage.join(self.uri, name)
+        try:
+            with storage.open_file(place) as file:
+                return pq.read_table(file, filters=[("example_id", "==", example_id)]).replace_schema_metadata(None)
+        except (pa.ArrowException, ValueError) as error:
+            raise storage.damaged(place, f"it cannot be read ({error})", "") from error
+
+    def _example(self, place: int) -> ExampleLosses:
+        held, name = self._whole.examples[place], self._told.names.name(int(self._whole.codes[place]))
+        numbers: Mapping[str, Any] = {key: held[key].item() for key in _NUMBERS}
+        return ExampleLosses(name, self._names[held["source"]], **numbers)
+
+
+def _holds(members: np.ndarray, byte: int, bit: int) -> bool:
+    return byte < len(members) and bool(members[byte] >> (7 - bit) & 1)
