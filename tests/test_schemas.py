@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from earlier.make import unpack
@@ -17,7 +18,7 @@ from postlude.rollout.prompts import Prompt
 from postlude.rollout.reward_pool import Unscored
 from postlude.rollout.scoring import Score
 from postlude.rollout.trajectory import Trajectory
-from postlude.runs import Run, schemas
+from postlude.runs import Run, schemas, tokens
 from postlude.runs.examples import _schema
 from postlude.storage import Line, NewerSchema
 from postlude.telemetry import events
@@ -106,6 +107,8 @@ def test_a_sample_is_told_as_its_schema_says() -> None:
     prompt = Prompt("prompts:1", "prompts", [{"role": "user", "content": "?"}], None, None, {})
     sample = Trajectory.begin(issue, prompt, 0, [1, 2])
     sample.replies, sample.turns, sample.score = ["well"], ["a", "b"], Score(1.0, {"regex": 1.0})
+    one = np.zeros(1, np.float32)
+    sample.recorded = tokens.told(["a", "b"], [False, True], [0], one, one, one)
     validate(schemas.RolloutLine, {"step": 1, **sample.line(), "advantage": 0.5, "outcome": "trained"})
     sample.score = Unscored("slow", "it took too long")
     validate(schemas.RolloutLine, {"step": 1, **sample.line(), "outcome": "dropped", "reason": "unscored"})
@@ -115,7 +118,8 @@ def test_a_reading_is_told_as_its_schema_says() -> None:
     of_the_controller = {"time", "rank", "host", "round_trip_seconds"}
     fields = {field.name for field in dataclasses.fields(Reading)}
     assert set(schemas.ReadingLine.model_fields) == fields | of_the_controller
-    reading = Reading(1, 2**20, 5, {"seconds": 0.5}, {"rank_round_trip_seconds": 0.001})
+    engine = {"version": 3, "requests": 8, "tokens": 90, "seconds": 1.5}
+    reading = Reading(1, 2**20, 5, {"seconds": 0.5}, {"rank_round_trip_seconds": 0.001}, {"native 0": engine})
     line = {"time": "2026-01-01T00:00:00.000+00:00", "rank": 0, "host": "a", "round_trip_seconds": 0.001}
     validate(schemas.ReadingLine, {**line, **reading.to_json()})
 

@@ -12,12 +12,14 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from postlude.data import room
 from postlude.errors import DataError
 from postlude.manifest.problem import ManifestError
+from postlude.runs.tokens import Tokens
 from postlude.training.trainer import Trainer
 from stages.conftest import outcomes
 
@@ -138,6 +140,31 @@ def test_a_correction_of_an_engine_that_is_the_policy_is_one(project):
         assert with_it["correction"] == pytest.approx(1, abs=1e-5)
         assert with_it["reward"] == without["reward"]
         assert with_it["grad_norm"] == pytest.approx(without["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.capability("Tokens of some rollouts are kept with what engine and trainer say, and change no bit")
+def test_tokens_are_kept_and_nothing_follows_from_it(project):
+    for name, every in (("kept", 1), ("none", 0)):
+        rollout = {"prompts": 4, "max_tokens": 6, "record_tokens": every}
+        project.stages[name] = online(project, steps=2, rollout=rollout)
+    assert project.run() == 0
+    weights = {name: (project.artifact(name) / "model.safetensors").read_bytes() for name in project.stages}
+    told = {name: (lines(project, name), rollouts(project, name), weights[name]) for name in project.stages}
+    names = ("token_texts", "token_runs", "token_versions", "engine_logp", "trainer_logp", "entropy")
+    samples = [line for line in told["kept"][1] if "token_texts" in line]
+    bare = [{key: value for key, value in line.items() if key not in names} for line in told["kept"][1]]
+    assert (told["kept"][0], bare, told["kept"][2]) == told["none"]
+    assert len(samples) == sum(line.get("outcome") == "trained" for line in bare) > 0
+    entropies = []
+    for line in samples:
+        kept = Tokens.of(line)
+        assert kept.sampled.sum() == line["tokens"]
+        assert line["prompt"][0]["content"] in "".join(kept.texts)
+        assert set(kept.versions[kept.sampled].tolist()) == set(line["versions"])
+        # The engine is the policy, before its step.
+        assert np.abs(kept.ratio[kept.sampled] - 1).max() < 1e-4
+        entropies += kept.entropy[kept.sampled].tolist() if line["step"] == 1 else []
+    assert np.mean(entropies) == pytest.approx(told["kept"][0][0]["entropy"], rel=1e-4)
 
 
 def test_prompts_of_which_none_can_be_asked_end_the_run(project):

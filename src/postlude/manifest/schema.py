@@ -264,7 +264,7 @@ class TrainingStage(StageConfig):
         "checkpoint.every",
         "evaluate.every",
     )
-    free = ("checkpoint", "parallel")
+    free: ClassVar[tuple[str, ...]] = ("checkpoint", "parallel")
     later = ("artifact_template",)
 
     pool: Name = "train"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class Rollout(Answering):
     """How prompts are answered."""
 
+    later: ClassVar[tuple[str, ...]] = ("record_tokens",)
+
     pool: Name | None = None
     """The pool of ``compute.pools`` that the engines have for themselves, one for each of its workers: on devices of
     their own, and warm when those that train are started anew. By default each worker that trains has one beside it."""
@@ -51,6 +53,9 @@ class Rollout(Answering):
     likely the engine found it, at most so much (truncated importance sampling). By default 2 for an external engine;
     one that is the policy itself is believed: on a CPU it differs by rounding alone, in bf16 by more
     (``behaviour_gap`` in the metrics tells)."""
+    record_tokens: Annotated[int, Field(ge=0)] = 64
+    """Of every so many-th prompt the rollouts keep each token of its answers, with what engine and trainer say of it: a
+    pass of the policy over these answers more. 0 keeps none; nothing of it bears on the training."""
 
 
 class OnlineEvaluate(Evaluate):
@@ -76,6 +81,7 @@ class OnlineRecipe(TrainingRecipe):
     does: ClassVar[str] = "postlude.stages.online:OnlineTraining"
     half: ClassVar[str] = "bf16"
     pool_keys: ClassVar[tuple[str, ...]] = ("pool", "rollout.pool")
+    free: ClassVar[tuple[str, ...]] = (*TrainingRecipe.free, "rollout.record_tokens")
     needs_reward: ClassVar[bool] = True
     starter: ClassVar[StarterFiles] = StarterFiles("postlude.recipes.starters", "online.yaml", values={"own_key": ""})
 

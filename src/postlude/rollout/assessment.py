@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from postlude.rollout.answers import Group
 from postlude.rollout.engine import EngineLost
 from postlude.rollout.scoring import Score
 from postlude.rollout.trajectory import Trajectory
+from postlude.runs import tokens
 from postlude.training.frozen import Assessor
 
 
@@ -32,6 +33,10 @@ class Assessment:
     """The model that the policy is compared with."""
     critic: str | None = None
     """The model that says what was to be expected."""
+    record_tokens: int = 0
+    """Of every so many-th prompt the rollouts keep the tokens of the samples; 0 for none."""
+    texts: Callable[[list[int]], Iterable[str]] = lambda ids: map(str, ids)
+    """What each of the tokens of a sample adds to its text."""
     _compared: bool = field(default=False, init=False)
     """Whether the engine was found to have the policy's weights."""
 
@@ -45,6 +50,7 @@ class Assessment:
         if documents:
             self._ask_models(documents, sampled)
         gaps = self._engine_gaps(samples, sampled, version)
+        self._record(samples, documents)
         rewards = [sample.reward if sample.score is not None else 0.0 for sample in samples]
         more, metrics = self.algorithm.streams(Scored(rewards, numbers, sampled))
         whole = [
@@ -69,6 +75,19 @@ class Assessment:
         if self.critic is not None:
             for streams, value in zip(sampled, self.assessor.values(self.critic, documents), strict=True):
                 streams[VALUE.name] = value
+
+    def _record(self, samples: Sequence[Trajectory], documents: Sequence[Document]) -> None:
+        """Keep for the rollouts what engine and policy say of each token of some samples."""
+        every = self.record_tokens
+        places = [place for place, sample in enumerate(samples) if every and sample.issue.number % every == 0]
+        if not places:
+            return
+        measured = self.assessor.likelihoods("policy", [documents[place] for place in places])
+        for sample, (logp, entropy) in zip((samples[place] for place in places), (m.T for m in measured), strict=True):
+            behaviour = np.array(sample.logp)[sample.sampled]
+            sample.recorded = tokens.told(
+                list(self.texts(sample.tokens)), sample.sampled, sample.sampled_versions, behaviour, logp, entropy
+            )
 
     def _engine_gaps(
         self, samples: Sequence[Trajectory], sampled: Sequence[Mapping[str, np.ndarray]], version: int

@@ -12,6 +12,7 @@ Notable:
 from __future__ import annotations
 
 import inspect
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from postlude.manifest.problem import ManifestError
 from postlude.model.language_model import LanguageModel
 from postlude.rollout.engine import Completion, Death, Ended, Enough, Request, Sampling, with_version
 from postlude.rollout.sampling import choose, draw, stream_key, uniforms
+from postlude.telemetry.readings import note_engine
 from postlude.training.precision import Precision
 
 GROWTH = 64
@@ -137,12 +139,16 @@ class PolicyEngine(NativeEngine):
         """See :meth:`postlude.rollout.engine.Engine.generate`."""
         if not requests:
             return []
+        begun = time.monotonic()
         with (
             self.policy.plain(),
             self._precision.autocast(self.policy.device),
             torch.compiler.set_stance("force_eager"),
         ):
-            return with_version(super().generate(requests, sampling, enough), self._version)
+            completions = super().generate(requests, sampling, enough)
+        tokens = sum(len(completion.tokens) for completion in completions)
+        note_engine("native", self._version, len(requests), tokens, time.monotonic() - begun)
+        return with_version(completions, self._version)
 
 
 class _Answer:

@@ -46,6 +46,8 @@ class Trajectory:
     """The rewards that an environment gave."""
     ended: Ended = "cut"
     score: Score | Unscored | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    """What the rollouts keep of its tokens (:mod:`postlude.runs.tokens`)."""
 
     @classmethod
     def begin(cls, issue: Issue, prompt: Prompt, sample: int, tokens: Sequence[int]) -> Trajectory:
@@ -146,4 +148,4 @@ class Trajectory:
             line |= {"reward": self.score.total, "rewards": dict(self.score.parts)}
         elif self.score is not None:
             line["unscored"] = self.score.detail
-        return line
+        return {**line, **self.recorded}

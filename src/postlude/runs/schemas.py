@@ -102,6 +102,18 @@ class RolloutLine(Line):
     """``trained`` or ``dropped``; it lacks of a sample left out of a prompt of which others are trained."""
     reason: str | None = None
     """Why it was dropped."""
+    token_texts: Sequence[str] | None = None
+    """Of each token, the prompt's too, what it adds to the text. This and what follows of some samples only."""
+    token_runs: Sequence[int] | None = None
+    """How many tokens were given, then sampled, then given, and so on."""
+    token_versions: Sequence[int] | None = None
+    """Of the sampled tokens a version of the weights and how many were sampled with it, one pair after another."""
+    engine_logp: Annotated[str | None, "nats"] = None
+    """Of each sampled token, as the engine says. It and those below are float32, little-endian, in Base64."""
+    trainer_logp: Annotated[str | None, "nats"] = None
+    """As the policy says that is trained."""
+    entropy: Annotated[str | None, "nats"] = None
+    """Of the distribution that each was sampled from, as the policy says."""
 
 
 class ReadingLine(Line):
@@ -126,6 +138,9 @@ class ReadingLine(Line):
     link: Annotated[Mapping[str, float], "s, bytes/s"] = {}
     """Measured when the ranks met: ``rank_round_trip_seconds``, ``collective_bytes_per_second``,
     ``host_to_device_bytes_per_second``, ``device_to_host_bytes_per_second``."""
+    engines: Annotated[Mapping[str, Mapping[str, float]], "s"] = {}
+    """What the engines that it asks have answered since it started, by name: ``requests``, ``tokens``, the ``seconds``
+    that took, and the ``version`` of their weights, in steps."""
 
 
 class AmendmentLine(Line):

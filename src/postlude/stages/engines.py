@@ -115,7 +115,7 @@ def _external(
     servers: list[Callable[[], Server]],
 ) -> ExternalEngine:
     transfer = WeightTransfer(write, lambda: choice.weights_folder(VERSIONS * serving.weights))
-    slots = [Slot(choice.component_name, make, transfer) for make in servers]
+    slots = [Slot(choice.component_name, make, transfer, number) for number, make in enumerate(servers)]
     return ExternalEngine(slots, transfer, serving.context, choice.updates_in_flight)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from postlude.data.preview import Preview
+from postlude.data.preview import Preview, token_texts
 from postlude.errors import DataError
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.answers import Answerer
@@ -110,6 +110,8 @@ class OnlineTraining:
             correction=external if rollout.correction is None else rollout.correction,
             reference="reference" if config.compares else None,
             critic=config.critic,
+            record_tokens=rollout.record_tokens,
+            texts=lambda ids: token_texts(ids, self.data.tokenizer),
         )
         if remarks := remarks_on(self.config.reward):
             journal.event("rewards_work", remarks=remarks)
@@ -210,8 +212,8 @@ class OnlineTraining:
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def preview(self, blocks: int) -> Preview:
-        return preview_prompts(self._every_prompt(), self.encoders, blocks)
+    def preview(self, blocks: int, example: str | None = None) -> Preview:
+        return preview_prompts(self._every_prompt(), self.encoders, blocks, example)
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Its prompts are counted; its memory is planned; and small models answer two prompts and are trained on that,

@@ -36,6 +36,9 @@ class Reading:
     link: Mapping[str, float] = field(default_factory=dict)
     """Measured when the ranks met: ``collective_bytes_per_second``, ``rank_round_trip_seconds``, and on a GPU
     ``host_to_device_bytes_per_second`` and ``device_to_host_bytes_per_second``."""
+    engines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the engines that it asks have answered since it started, by name: ``requests``, ``tokens``, the ``seconds``
+    that took, and the ``version`` of the weights that they have, in steps."""
 
     def to_json(self) -> dict[str, Any]:
         """As objects that JSON knows."""
@@ -46,6 +49,7 @@ _lock = threading.Lock()
 _lines: deque[Mapping[str, Any]] = deque(maxlen=64)
 """Of the last steps: data come in windows of many, so one step says little of the wait for them."""
 _link: dict[str, float] = {}
+_engines: dict[str, dict[str, float]] = {}
 
 
 def note_step(line: Mapping[str, Any]) -> None:
@@ -60,10 +64,18 @@ def note_link(**measured: float) -> None:
         _link.update(measured)
 
 
+def note_engine(name: str, version: int, requests: int, tokens: int, seconds: float) -> None:
+    """Add what an engine has answered for this process, with weights of this version."""
+    with _lock:
+        before = _engines.get(name, {})
+        added = {"requests": requests, "tokens": tokens, "seconds": seconds}
+        _engines[name] = {"version": version, **{key: before.get(key, 0) + value for key, value in added.items()}}
+
+
 def read() -> Reading:
     """This process now."""
     with _lock:
-        lines, link = list(_lines), dict(_link)
+        lines, link, engines = list(_lines), dict(_link), dict(_engines)
     cuda = hardware.cuda_in_use()
     return Reading(
         step=int(lines[-1].get("step", 0)) if lines else 0,
@@ -71,6 +83,7 @@ def read() -> Reading:
         device_bytes=cuda.memory_allocated() if cuda else None,
         seconds={key: _mean(lines, key) for key in _KEPT if any(key in line for line in lines)},
         link=link,
+        engines=engines,
     )
 
 

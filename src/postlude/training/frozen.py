@@ -84,6 +84,16 @@ class Assessor:
 
         return self._values(model, compute, documents)
 
+    def likelihoods(self, model: str, documents: Sequence[Document]) -> list[np.ndarray]:
+        """The same, and the entropy of the distribution that each is of, float32 [sampled, 2] each."""
+
+        def compute(role: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+            logp, entropy = language_head(role).log_probabilities(hidden, targets, self.temperature, entropy=True)
+            assert entropy is not None
+            return torch.stack([logp, entropy], 1)
+
+        return self._values(model, compute, documents)
+
     def values(self, model: str, documents: Sequence[Document]) -> list[np.ndarray]:
         """What a critic expects before each sampled token, float32 [sampled] each."""
         return self._values(model, lambda role, hidden, targets: role.head("scalar")(hidden), documents)

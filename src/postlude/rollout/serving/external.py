@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -19,6 +20,7 @@ from postlude.rollout.engine import Completion, Death, EngineLost, Enough, Reque
 from postlude.rollout.serving.server import EngineDied, Server
 from postlude.rollout.serving.weight_transfer import WeightTransfer
 from postlude.telemetry.progress import waiting
+from postlude.telemetry.readings import note_engine
 
 TRIES = 3
 """Engines that may die one after the other without having answered anything in between."""
@@ -28,7 +30,9 @@ MOST_THREADS = 64
 class Slot:
     """The place of one engine, which another takes when it dies. ``make`` makes one that is not started yet."""
 
-    def __init__(self, name: str, make: Callable[[], Server], transfer: WeightTransfer) -> None:
+    def __init__(self, name: str, make: Callable[[], Server], transfer: WeightTransfer, number: int = 0) -> None:
+        self._called = f"{name} {number}"
+        """What readings know the place by, among those that this process asks."""
         self._name, self._make, self._transfer = name, make, transfer
         self.deaths: list[Death] = []
         """Those of which nobody has been told."""
@@ -50,7 +54,14 @@ class Slot:
     def generate(self, requests: Sequence[Request], sampling: Sampling, enough: Enough | None) -> list[Completion]:
         """What a server with the newest weights answers."""
         completions: list[Completion] = []
-        self._insist(lambda server: completions.extend(server.generate(requests, sampling, enough)))
+
+        def ask(server: Server) -> None:
+            begun = time.monotonic()
+            completions.extend(server.generate(requests, sampling, enough))
+            tokens = sum(len(completion.tokens) for completion in completions)
+            note_engine(self._called, self._version, len(requests), tokens, time.monotonic() - begun)
+
+        self._insist(ask)
         return completions
 
     def close(self) -> None:
