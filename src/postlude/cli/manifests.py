@@ -65,6 +65,9 @@ def preview(
     overrides: Overrides = None,
     stage: StageName = None,
     blocks: Annotated[int, typer.Option("-n", "--blocks", min=1, help="How many packed blocks.")] = 1,
+    example: Annotated[
+        str | None, typer.Option(metavar="ID", help="This example alone, as losses name it.", show_default=False)
+    ] = None,
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a web page instead of printing.", show_default=False)
     ] = None,
@@ -73,7 +76,7 @@ def preview(
     """Show the packed blocks as they will be trained on, each token marked as trained or not."""
     from postlude.workflow import validate as workflow
 
-    report = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks)
+    report = workflow.preview(manifest, overrides or [], stage=stage, blocks=blocks, example=example)
     if html is not None:
         from postlude import storage
 

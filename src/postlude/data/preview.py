@@ -98,11 +98,16 @@ class Preview:
         return "".join([*parts, "</main></body></html>\n"])
 
 
-def preview(steps: Iterable[StepBlocks], tokenizer: PreTrainedTokenizerBase, blocks: int) -> Preview:
-    """The first so many blocks of a loader, or as many as there are."""
+def preview(
+    steps: Iterable[StepBlocks], tokenizer: PreTrainedTokenizerBase, blocks: int, example: str | None = None
+) -> Preview:
+    """The first so many blocks of a loader, or as many as there are; of an ``example``, given its id, only those that
+    it is in, and of them nothing else."""
     shown: list[PreviewBlock] = []
     for block in (block for step in steps for block in step.blocks if block):
-        documents = [document for unit in block for document in unit.documents]
+        documents = [one for unit in block for one in unit.documents if example in (None, one.example_id)]
+        if not documents:
+            continue
         shown.append(PreviewBlock([_document(document, tokenizer) for document in documents]))
         if len(shown) == blocks:
             break

@@ -283,11 +283,11 @@ class Evaluation(Work):
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def preview(self, blocks: int) -> Preview:
+    def preview(self, blocks: int, example: str | None = None) -> Preview:
         if self.config.generation is None:
             raise no_preview(self.parts)
         rows = chain.from_iterable(self._rows["generation", name] for name in self.config.generation.data)
-        return preview_prompts(self._reader.read_all(rows), self.asking(self._first).encoders, blocks)
+        return preview_prompts(self._reader.read_all(rows), self.asking(self._first).encoders, blocks, example)
 
     def counts(self) -> Mapping[str, Any]:
         counts: dict[str, Any] = {}

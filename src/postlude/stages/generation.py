@@ -183,8 +183,8 @@ class Generation(Work):
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def preview(self, blocks: int) -> Preview:
-        return preview_prompts(self.reader.read_all(self._rows), self.asking.encoders, blocks)
+    def preview(self, blocks: int, example: str | None = None) -> Preview:
+        return preview_prompts(self.reader.read_all(self._rows), self.asking.encoders, blocks, example)
 
     def remarks(self) -> Sequence[str]:
         return remark_on_asked(self.parts, self.reader.read_all(self._rows), self.asking.encoders)

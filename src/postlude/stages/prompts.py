@@ -115,9 +115,12 @@ def tell_unprinted(report: StageReport, parts: Parts, counts: Mapping[str, Any])
         report.leave_out(name, numbers, parts.manifest.data[name].drop_unprinted)
 
 
-def preview_prompts(prompts: Iterable[Prompt | NotAsked], encoders: PromptEncoders, blocks: int) -> packed.Preview:
-    """Prompts as documents in which nothing is trained, :data:`SHOWN` for each block."""
-    documents = list(islice(_documents(prompts, encoders), blocks * SHOWN))
+def preview_prompts(
+    prompts: Iterable[Prompt | NotAsked], encoders: PromptEncoders, blocks: int, example: str | None = None
+) -> packed.Preview:
+    """Prompts as documents in which nothing is trained, :data:`SHOWN` for each block, or those of one example."""
+    wanted = (prompt for prompt in prompts if example in (None, prompt.example_id))
+    documents = list(islice(_documents(wanted, encoders), blocks * SHOWN))
     steps = []
     for first in range(0, len(documents), SHOWN):
         shown = documents[first : first + SHOWN]

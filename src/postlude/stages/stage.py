@@ -37,8 +37,9 @@ class Stage(Protocol):
     def run(self, recorder: Recorder, stop: Interruption) -> Summary:
         """Work from where the stage stopped to its artifact, or until asked to stop. Every rank calls it."""
 
-    def preview(self, blocks: int) -> Preview:
-        """So many packed blocks that it would see first. ManifestError where there is nothing to be seen."""
+    def preview(self, blocks: int, example: str | None = None) -> Preview:
+        """So many packed blocks that it would see first, or such as one example is in, given its id. ManifestError
+        where there is nothing to be seen."""
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Find out, without a GPU, what would stop the stage, and fill in the report. ``synthetic`` also sends so many

@@ -181,9 +181,9 @@ class Training:
 
     # --- before it runs -------------------------------------------------------------------------------------
 
-    def preview(self, blocks: int) -> packed.Preview:
+    def preview(self, blocks: int, example: str | None = None) -> packed.Preview:
         with self.data.loader() as loader:
-            return packed.preview(loader, self.data.tokenizer, blocks)
+            return packed.preview(loader, self.data.tokenizer, blocks, example)
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Its data are read, rendered, masked and packed; its memory is planned; and one real optimiser step is made on

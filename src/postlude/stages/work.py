@@ -110,7 +110,7 @@ class Work(ABC):
         """What should be known of the data before the work begins."""
         return ()
 
-    def preview(self, blocks: int) -> Preview:
+    def preview(self, blocks: int, example: str | None = None) -> Preview:
         """The prompts that are put to a model. ManifestError where none are."""
         raise no_preview(self.parts)
 

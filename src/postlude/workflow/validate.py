@@ -112,9 +112,15 @@ def _stage(resolved: Resolved, name: str, scratch: str, sample: int | None, synt
     return report
 
 
-def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = None, blocks: int = 1) -> Preview:
+def preview(
+    manifest_path: str,
+    overrides: Sequence[str],
+    stage: str | None = None,
+    blocks: int = 1,
+    example: str | None = None,
+) -> Preview:
     """What a stage (the first by default) would see first, token by token: the first ``blocks`` packed blocks that it
-    trains on, or the first prompts that it puts to a model.
+    trains on, or the first prompts that it puts to a model; or one example, by its id, wherever it comes.
 
     Data and models that another stage makes are taken from the run, if they are there. Writes nothing into the run.
     """
@@ -122,4 +128,4 @@ def preview(manifest_path: str, overrides: Sequence[str], stage: str | None = No
     name = Selection(stage).stages(resolved.manifest)[-1 if stage else 0]
     with storage.scratch_folder("validate") as scratch:
         task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=1)
-        return open_stage(task, Workers(), Mode(artifacts=run_of(resolved))).preview(blocks)
+        return open_stage(task, Workers(), Mode(artifacts=run_of(resolved))).preview(blocks, example)
