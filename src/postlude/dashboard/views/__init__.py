@@ -7,13 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from postlude.dashboard.followed import Followed
-from postlude.dashboard.views import events, runs, stage
+from postlude.dashboard.views import data, events, rollouts, runs, stage, workers
 
 Show = Callable[[Followed, str | None, dict[str, str]], None]
 
 VIEWS: dict[str, tuple[str, Show]] = {
     "overview": ("Overview", runs.show),
     "stage": ("Stage", stage.show),
+    "workers": ("Workers", workers.show),
+    "data": ("Data", data.show),
+    "rollouts": ("Rollouts", rollouts.show),
     "events": ("Events", events.show),
 }
 """In the order of the navigation: the key of the address, the title, and what builds it."""
