@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from postlude.errors import ComputeError, DataError
+from postlude.dashboard import masks
+from postlude.errors import ComputeError, DataError, UserError
+from postlude.manifest.load import load
+from postlude.manifest.lock import dump_lock, lock
 from postlude.manifest.problem import ManifestError
 from postlude.workflow.validate import preview
 
@@ -115,6 +119,26 @@ def test_prompts_are_previewed_as_they_are_put(project):
         assert text == f"<|im_start|>user\n{number}+{number}?<|im_end|>\n<|im_start|>assistant\n"
         assert document.trained_tokens == 0
     assert len(preview(project.write(), [], blocks=3).blocks) == 3
+    chosen = block.documents[3].example_id
+    (one,) = preview(project.write(), [], example=chosen).blocks
+    assert one.documents == [block.documents[3]]
+
+
+def test_an_example_is_previewed_alone_and_an_unknown_one_not_looked_for_without_end(project):
+    project.stages["sft"] = project.train(data={"asked": 1.0}, steps=3)
+    (block,) = preview(project.write(), []).blocks
+    chosen = block.documents[1]
+    (one,) = preview(project.write(), [], example=chosen.example_id).blocks
+    assert one.documents == [chosen]
+    assert 0 < chosen.trained_tokens < len(chosen.tokens)
+    assert preview(project.write(), [], example="asked:nobody").blocks == []
+    project.directory.write_manifest_lock(dump_lock(lock(load(project.path.read_bytes(), "small.yaml"))))
+    (found,) = asyncio.run(masks.find(project.directory, "sft", chosen.example_id))
+    assert [token["trained"] for token in found["tokens"]] == [token.trained for token in chosen.tokens]
+    with pytest.raises(UserError, match="not found in 0 seconds"):
+        asyncio.run(masks.find(project.directory, "sft", chosen.example_id, seconds=0.01))
+    with pytest.raises(UserError, match="there is no stage"):
+        asyncio.run(masks.find(project.directory, "other", chosen.example_id))
 
 
 def test_what_was_made_is_previewed_from_the_run(project):

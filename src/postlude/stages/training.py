@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -183,7 +184,8 @@ class Training:
 
     def preview(self, blocks: int, example: str | None = None) -> packed.Preview:
         with self.data.loader() as loader:
-            return packed.preview(loader, self.data.tokenizer, blocks, example)
+            # One that it never comes to would be looked for without end where nothing else ends the epochs.
+            return packed.preview(islice(loader, self.config.steps), self.data.tokenizer, blocks, example)
 
     def preflight(self, report: StageReport, synthetic: int | None) -> None:
         """Its data are read, rendered, masked and packed; its memory is planned; and one real optimiser step is made on

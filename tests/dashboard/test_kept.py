@@ -1,0 +1,74 @@
+"""Readers of one view are updated by whoever looks, and say what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from postlude.dashboard import kept as module
+from postlude.dashboard.followed import Followed
+from postlude.dashboard.kept import kept
+from postlude.dashboard.views import data, rollouts, workers
+from postlude.runs import Run
+from postlude.storage import CorruptError
+
+
+class Reading:
+    """A reader of ours: what came is put into it."""
+
+    def __init__(self, stage: object) -> None:
+        self.new, self.told, self.damages = 0, 0, list[str]()
+        self.error: Exception | None = None
+
+    def update(self) -> bool:
+        if self.error:
+            raise self.error
+        self.told, self.new = self.told + self.new, 0
+        return self.told > 0
+
+
+def test_all_tabs_share_a_reader(run: Run) -> None:
+    followed = Followed(run)
+    assert kept(followed, "sft", Reading) is kept(followed, "sft", Reading)
+    assert kept(followed, "more", Reading) is not kept(followed, "sft", Reading)
+    assert kept(Followed(run), "sft", Reading) is not kept(followed, "sft", Reading)
+
+
+def test_a_look_tells_what_came_and_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    reader = Reading(None)
+    own = module.Kept(reader)
+    assert own.look(lambda r: r.told, again=True) == 0
+    assert own.look(lambda r: r.told, again=False) is None
+    reader.new = 3
+    assert own.look(lambda r: r.told, again=False) == 3
+    reader.damages = ["a line is damaged"]
+    own.look(lambda r: r.told)
+    assert own.trouble == "a line is damaged"
+    reader.error = CorruptError("the file is damaged")
+    assert own.look(lambda r: r.told, again=False) == 3  # what was read stands, and the trouble is new
+    assert own.trouble == "the file is damaged"
+    assert own.look(lambda r: r.told, again=False) is None
+
+
+def test_the_views_show_a_run_without_records(run: Run) -> None:
+    followed = Followed(run)
+    told = kept(followed, "sft", data._reader).look(lambda reader: data._drawn(reader, {"example": "a:1"}))
+    assert told is not None
+    assert (told["count"], told["rows"], told["chosen"], told["history"]) == (0, [], None, None)
+    of_rollouts = kept(followed, "sft", rollouts._reader).look(lambda reader: rollouts._drawn(reader, {"issue": "1"}))
+    assert of_rollouts is not None
+    assert (of_rollouts.lines, of_rollouts.group, of_rollouts.page) == (0, None, [])
+    of_workers = kept(followed, "sft", workers._reader).look(lambda reader: workers._drawn(reader, 3))
+    assert of_workers is not None
+    assert of_workers["newest"] == {}
+    assert of_workers["bands"] == {}
+
+
+def test_a_worker_that_is_behind_is_told() -> None:
+    def line(forward: float) -> dict:
+        return {"step": 1, "resident_bytes": 1, "seconds": {"seconds": 2.0, "seconds_forward": forward}}
+
+    behind = workers._behind({0: line(0.5), 1: line(1.5), 2: line(0.5)})
+    assert behind == {0: 0.0, 1: pytest.approx(3.0), 2: 0.0}
+    assert workers._phases(line(0.5)) == {"forward": 0.5, "rest": 1.5}
+    assert workers._phases({"step": 1}) == {}
