@@ -49,6 +49,13 @@ def test_a_look_tells_what_came_and_what_is_wrong(run: Run, monkeypatch: pytest.
     assert own.trouble == "the file is damaged"
     assert own.look(lambda r: r.told, again=False) is None
 
+    def gone(reader: Reading) -> int:
+        raise CorruptError("it is gone")
+
+    reader.error = None
+    assert own.look(gone) is None
+    assert own.trouble == "it is gone"
+
 
 def test_the_views_show_a_run_without_records(run: Run) -> None:
     followed = Followed(run)

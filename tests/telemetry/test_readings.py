@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from postlude.manifest.alarms import MIB, rules_for
 from postlude.telemetry import readings
 from postlude.telemetry.alarms import Watch
-from postlude.telemetry.readings import Reading, measures, note_step, read
+from postlude.telemetry.readings import Reading, measures, note_engine, note_step, read
 
 GROWTH = 12
 """Readings that the rule for growth looks at."""
@@ -78,3 +78,18 @@ def test_a_process_reads_itself():
     assert now.seconds == {"seconds": 3.0, "seconds_forward": 0.5, "seconds_data_wait": 0.5}
     assert now.resident_bytes > 10 * MIB
     assert "device_bytes" not in now.to_json()
+
+
+def test_what_engines_answered_adds_up():
+    readings._engines.clear()
+    assert "engines" not in read().to_json()
+    note_engine("native 0", 3, requests=8, tokens=90, seconds=1.5)
+    note_engine("native 1", 3, requests=1, tokens=2, seconds=0.5)
+    earlier = read()
+    note_engine("native 0", 4, requests=2, tokens=10, seconds=0.5)
+    assert read().engines == {
+        "native 0": {"version": 4, "requests": 10, "tokens": 100, "seconds": 2.0},
+        "native 1": {"version": 3, "requests": 1, "tokens": 2, "seconds": 0.5},
+    }
+    assert earlier.engines["native 0"]["tokens"] == 90
+    readings._engines.clear()

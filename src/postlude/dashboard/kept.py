@@ -33,12 +33,11 @@ class Kept(Generic[R]):
     def __init__(self, reader: R) -> None:
         self._reader, self._lock = reader, threading.Lock()
         self._looked_at = -LOOK_SECONDS
-        self._is_shown = False
         self.trouble: str | None = None
 
     def look(self, show: Callable[[R], T], again: bool = True) -> T | None:
-        """What is shown of the reader, once it has read what came; None where nothing did since, and it was shown, or
-        without ``again``."""
+        """What is shown of the reader, once it has read what came; None where nothing did and it need not be shown
+        ``again``, and where it cannot be shown: then :attr:`trouble` says why."""
         with self._lock:
             changed = again
             if time.monotonic() - self._looked_at >= LOOK_SECONDS:
@@ -49,7 +48,11 @@ class Kept(Generic[R]):
                     changed |= self.trouble != str(error)
                     self.trouble = str(error)
                 self._looked_at = time.monotonic()
-            return show(self._reader) if changed else None
+            try:
+                return show(self._reader) if changed else None
+            except (UserError, OSError) as error:  # what was there is gone: a stage that goes back writes it anew
+                self.trouble = str(error)
+                return None
 
 
 _readers: WeakKeyDictionary[Followed, dict[tuple[str, type], Kept[Any]]] = WeakKeyDictionary()
