@@ -263,10 +263,11 @@ class Losses:
     def update(self) -> bool:
         """Take up the parts that came, or changed. Whether any did."""
         standing, state = examples.standing(self.uri), self._state
-        if any(standing.get(name) != stamp for name, stamp in state.stamps.items()):
+        is_cut = any(standing.get(name) != stamp for name, stamp in state.stamps.items())
+        if is_cut:
             state = self._state = _State()
         known = state.stamps | {name: stamp for name, (stamp, _) in (state.open | state.damaged).items()}
-        if known == standing:
+        if known == standing and not is_cut:
             return False
         for kept in (state.open, state.damaged):
             for name in [name for name in kept if standing.get(name) != kept[name][0]]:
