@@ -68,7 +68,7 @@ def metrics(stage: Stage, steps: int) -> None:
     path = storage.local_path(stage.metrics.uri)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     duckdb.sql(
-        f"COPY (SELECT i AS step, {told}, 4096 AS tokens, CAST(1e9 + i AS BIGINT) AS memory_bytes "
+        f"COPY (SELECT i AS step, {told}, 60000 + i % 5000 AS tokens, CAST(1e9 + i AS BIGINT) AS memory_bytes "
         f"FROM range(1, {steps + 1}) t(i)) TO '{path}' (FORMAT json)"
     )
 

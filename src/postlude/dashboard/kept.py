@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,7 +18,8 @@ LOOK_SECONDS = 2.0
 
 
 class Reads(Protocol):
-    damages: Any
+    @property
+    def damages(self) -> Sequence[str]: ...
 
     def update(self) -> bool: ...
 

@@ -29,9 +29,13 @@ def _reader(stage: Stage) -> Losses:
     return Losses(stage.examples)
 
 
+def _order(view: dict[str, str]) -> Order:
+    return "forgotten" if view.get("order") == "forgotten" else "worst"
+
+
 def _drawn(losses: Losses, view: dict[str, str]) -> dict[str, Any]:
     """What the view shows."""
-    order: Order = "forgotten" if view.get("order") == "forgotten" else "worst"
+    order = _order(view)
     source = view.get("source")
     page, search, chosen = frame.number(view, "page") or 0, view.get("search"), view.get("example")
     if search:
@@ -76,6 +80,7 @@ class _DataPage:
                 self.after = ui.button("After", on_click=lambda: self._turn(1)).props("flat dense")
             self.history = Chart("")
             self.no_example = frame.nothing("")
+            self.ask: ui.element
             if frame.may_amend():
                 self.ask = ui.button("Show its trained tokens", on_click=self._show_mask).props("flat dense")
             else:
@@ -87,7 +92,7 @@ class _DataPage:
     def _controls(self) -> None:
         view = self.view
         with ui.row().classes("items-center gap-x-4 gap-y-1 w-full"):
-            order = ui.toggle(dict(_ORDERS), value=view.get("order", "worst"))
+            order = ui.toggle(dict(_ORDERS), value=_order(view))
             order.on_value_change(lambda event: self._set(order=None if event.value == "worst" else event.value))
             self.source = ui.select([EVERY], value=EVERY, label="Source").props("dense").classes("w-40")
             self.source.on_value_change(lambda event: self._set(source=None if event.value == EVERY else event.value))

@@ -21,7 +21,7 @@ from postlude.runs.tokens import Tokens
 
 ROWS = 25
 ANY = "any"
-_HEADS = ["prompt", "step", "samples", "reward", "from", "to", "advantage", "tokens", "stale", "outcome", "why"]
+_HEADS = ["prompt", "step", "samples", "reward", "from", "to", "most advantage", "tokens", "stale", "outcome", "why"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ def _reader(stage: Stage) -> Rollouts:
 
 
 def _drawn(rollouts: Rollouts, view: dict[str, str]) -> _Told:
-    sort: Sort = view["sort"] if view.get("sort") in get_args(Sort) else "step"  # type: ignore[assignment]
     count, page = rollouts.groups(
-        sort,
+        _sort(view),
         "rising" not in view,
         (frame.number(view, "page") or 0) * ROWS,
         ROWS,
@@ -70,6 +69,8 @@ class _RolloutsPage:
         with ui.column().classes("w-full gap-4") as self.all:
             ui.label("Where the prompts went").classes("font-bold")
             self.became = Table(["outcome", "why", "prompts"])
+            self.no_group = frame.nothing("")
+            self.group = ui.column().classes("w-full gap-2")
             ui.label("Groups").classes("font-bold")
             self._controls()
             self.no_groups = frame.nothing("No group is so: take a filter away.")
@@ -78,13 +79,12 @@ class _RolloutsPage:
                 self.before = ui.button("Before", on_click=lambda: self._turn(-1)).props("flat dense")
                 self.where = ui.label()
                 self.after = ui.button("After", on_click=lambda: self._turn(1)).props("flat dense")
-            self.no_group = frame.nothing("")
-            self.group = ui.column().classes("w-full gap-2")
 
     def _controls(self) -> None:
         view = self.view
         with ui.row().classes("items-center gap-x-4 gap-y-1 w-full"):
-            sort = ui.select(list(get_args(Sort)), value=view.get("sort", "step"), label="Sorted by").props("dense")
+            sort = ui.select(list(get_args(Sort)), value=_sort(view), label="Sorted by")
+            sort.props("dense").classes("w-32")
             sort.on_value_change(lambda event: self._set(sort=None if event.value == "step" else event.value))
             rising = ui.switch("Least first", value="rising" in view)
             rising.on_value_change(lambda event: self._set(rising="1" if event.value else None))
@@ -97,7 +97,8 @@ class _RolloutsPage:
                 )
             alike = ui.switch("All alike", value="alike" in view)
             alike.on_value_change(lambda event: self._set(alike="1" if event.value else None))
-            colours = ui.select(list(COLOURINGS), value=_colouring(view), label="Tokens by").props("dense")
+            colours = ui.select(list(COLOURINGS), value=_colouring(view), label="Tokens coloured by")
+            colours.props("dense").classes("w-40")
             colours.on_value_change(lambda event: self._set(tokens=None if event.value == "ratio" else event.value))
 
     async def _set(self, **changes: Any) -> None:
@@ -231,6 +232,10 @@ def _as_text(asked: Any) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+def _sort(view: Mapping[str, str]) -> Sort:
+    return next((name for name in get_args(Sort) if name == view.get("sort")), "step")
 
 
 def _colouring(view: Mapping[str, str]) -> Colouring:
