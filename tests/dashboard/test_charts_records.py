@@ -88,3 +88,13 @@ def test_the_mask_of_an_example_is_text_and_never_markup() -> None:
     assert "<script" not in made
     assert made.count("background:#") == 1
     assert 'title="5"' in made
+
+
+def test_a_worker_that_is_behind_is_told() -> None:
+    def reading(forward: float) -> dict:
+        return {"step": 1, "resident_bytes": 1, "seconds": {"seconds": 2.0, "seconds_forward": forward}}
+
+    behind = charts_records.behind({0: reading(0.5), 1: reading(1.5), 2: reading(0.5)})
+    assert behind == {0: 0.0, 1: pytest.approx(3.0), 2: 0.0}
+    assert charts_records.phases(reading(0.5)) == {"forward": 0.5, "rest": 1.5}
+    assert charts_records.phases({"step": 1}) == {}

@@ -7,7 +7,6 @@ import pytest
 from postlude.dashboard import kept as module
 from postlude.dashboard.followed import Followed
 from postlude.dashboard.kept import kept
-from postlude.dashboard.views import data, rollouts, workers
 from postlude.runs import Run
 from postlude.storage import CorruptError
 
@@ -55,27 +54,3 @@ def test_a_look_tells_what_came_and_what_is_wrong(run: Run, monkeypatch: pytest.
     reader.error = None
     assert own.look(gone) is None
     assert own.trouble == "it is gone"
-
-
-def test_the_views_show_a_run_without_records(run: Run) -> None:
-    followed = Followed(run)
-    told = kept(followed, "sft", data._reader).look(lambda reader: data._drawn(reader, {"example": "a:1"}))
-    assert told is not None
-    assert (told["count"], told["rows"], told["chosen"], told["history"]) == (0, [], None, None)
-    of_rollouts = kept(followed, "sft", rollouts._reader).look(lambda reader: rollouts._drawn(reader, {"issue": "1"}))
-    assert of_rollouts is not None
-    assert (of_rollouts.lines, of_rollouts.group, of_rollouts.page) == (0, None, [])
-    of_workers = kept(followed, "sft", workers._reader).look(lambda reader: workers._drawn(reader, 3))
-    assert of_workers is not None
-    assert of_workers["newest"] == {}
-    assert of_workers["bands"] == {}
-
-
-def test_a_worker_that_is_behind_is_told() -> None:
-    def line(forward: float) -> dict:
-        return {"step": 1, "resident_bytes": 1, "seconds": {"seconds": 2.0, "seconds_forward": forward}}
-
-    behind = workers._behind({0: line(0.5), 1: line(1.5), 2: line(0.5)})
-    assert behind == {0: 0.0, 1: pytest.approx(3.0), 2: 0.0}
-    assert workers._phases(line(0.5)) == {"forward": 0.5, "rest": 1.5}
-    assert workers._phases({"step": 1}) == {}

@@ -16,6 +16,8 @@ from postlude.dashboard.charts import COLORS, GRID, TEXT, Options
 from postlude.runs.columns import Curve
 from postlude.runs.losses import History, SourceLosses
 from postlude.runs.tokens import Tokens
+from postlude.runs.workers import PHASES, REST
+from postlude.telemetry.readings import Reading, measures
 
 Colouring = Literal["ratio", "entropy", "version", "mask"]
 COLOURINGS: tuple[Colouring, ...] = ("ratio", "entropy", "version", "mask")
@@ -61,6 +63,22 @@ def line(name: str, x: np.ndarray, y: np.ndarray, **more: Any) -> Options:
 
 
 # --- workers ------------------------------------------------------------------------------------------------
+
+
+def phases(reading: Mapping[str, Any]) -> dict[str, float]:
+    """The phases of a worker's step, as it last told them."""
+    seconds = reading.get("seconds") or {}
+    told = {phase: seconds[f"seconds_{phase}"] for phase in PHASES if f"seconds_{phase}" in seconds}
+    if "seconds" in seconds:
+        told[REST] = max(seconds["seconds"] - sum(told.values()), 0.0)
+    return told
+
+
+def behind(newest: Mapping[int, Mapping[str, Any]]) -> dict[int, float | None]:
+    """How many times each worker takes what the others take by themselves; 0 where the step does not feel it."""
+    names = ("step", "resident_bytes", "device_bytes", "seconds")
+    readings = {rank: Reading(**{key: line[key] for key in names if key in line}) for rank, line in newest.items()}
+    return {rank: told["worker_behind"] for rank, told in measures(readings).items() if rank is not None}
 
 
 def over_time(title: str, curves: Mapping[str, Curve], scale: float) -> Options:

@@ -44,22 +44,26 @@ def thin(steps: np.ndarray, values: np.ndarray, width: int, first: int, last: in
         raise ValueError(f"A curve needs a column to stand in, not {width}.")
     shown = slice(*np.searchsorted(steps, [first, last + 1]))
     steps, values = steps[shown], values[shown]
-    columns = (steps - first) * width // (last + 1 - first)
+    edges = first - (-np.arange(width, dtype=np.int64) * (last + 1 - first) // width)
+    begins = np.searchsorted(steps, edges)  # of each column, where it has a step
     finite = np.isfinite(values)
     odd = np.flatnonzero(~finite)
-    odd = odd[np.diff(columns[odd], prepend=-1) > 0]
-    found = np.flatnonzero(finite)
-    told = values[found]
-    starts = np.flatnonzero(np.diff(columns[found], prepend=-1))
-    if not len(starts):
-        return Curve(steps[:0], values[:0], steps[odd])
-    lengths = np.diff(starts, append=len(told))
-    kept = []
-    for extreme in (np.minimum, np.maximum):
-        places = np.flatnonzero(told == np.repeat(extreme.reduceat(told, starts), lengths))
-        kept.append(places[np.searchsorted(places, starts)])  # the first in each column
-    chosen = found[np.union1d(*kept)]
-    return Curve(steps[chosen], values[chosen], steps[odd])
+    found, told = (np.flatnonzero(finite), values[finite]) if len(odd) else (None, values)
+    starts = _firsts(found, begins, len(told))
+    chosen = [
+        start + getattr(told[start:end], extreme)()
+        for start, end in zip(starts, [*starts[1:], len(told)], strict=False)
+        for extreme in ("argmin", "argmax")
+    ]
+    kept = np.unique(np.array(chosen, np.int64))
+    kept = kept if found is None else found[kept]
+    return Curve(steps[kept], values[kept], steps[odd[_firsts(odd, begins, len(odd))]])
+
+
+def _firsts(places: np.ndarray | None, begins: np.ndarray, count: int) -> list[int]:
+    """Which of ``count`` places, None for all, are the first of their column."""
+    firsts = np.unique(begins if places is None else np.searchsorted(places, begins))
+    return firsts[firsts < count].tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,10 @@ class Columns:
         for block in self._blocks:
             end = row + len(block.steps)
             if (column := block.columns.get(name)) is not None:
-                rows = np.ones(end - row, bool) if column.told is None else column.told
-                if self._stands is not None:
-                    rows = rows & self._stands[row:end]
-                steps.append(block.steps[rows])
-                values.append(column.values[rows])
+                stands = None if self._stands is None else self._stands[row:end]
+                told = column.told if stands is None else stands if column.told is None else column.told & stands
+                steps.append(block.steps if told is None else block.steps[told])
+                values.append(column.values if told is None else column.values[told])
             row = end
         return np.concatenate(steps), np.concatenate(values, dtype=np.float64)
 

@@ -265,7 +265,8 @@ def _read(uri: str, part: _Part) -> pyarrow.Table:
     place = storage.join(uri, part.name)
     content = storage.read_bytes(place)
     try:
-        table = pq.read_table(io.BytesIO(content))
+        # Not as a data set: that has threads, and a process may fork after it has read this.
+        table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         metadata = table.schema.metadata or {}
         ExampleRow.check_version(int(metadata.get(_VERSION, 1)), f"'{place}'")
         digest = metadata.get(_DIGEST)

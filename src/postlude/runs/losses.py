@@ -129,12 +129,13 @@ class _Fold:
     sums: _Sums
 
     @staticmethod
-    def of(codes: np.ndarray, sources: np.ndarray, table: pyarrow.Table) -> _Fold:
+    def of(codes: np.ndarray, sources: np.ndarray, table: pyarrow.Table, shift: int) -> _Fold:
         steps, tokens = table["step"].to_numpy(), table["tokens"].to_numpy()
         losses = table["loss"].to_numpy()
         finite = np.isfinite(losses)
         columns = [np.where(finite, losses, 0.0), np.where(finite, tokens, 0), np.ones(len(steps)), ~finite]
-        sums = _Sums.of(0, (sources << _SOURCE_BITS) | steps, np.stack(columns, 1).astype(np.float64))
+        keys = (sources << _SOURCE_BITS) | (steps >> shift)
+        sums = _Sums.total([_Sums.of(shift, keys, np.stack(columns, 1).astype(np.float64))])
         measured = np.flatnonzero(tokens > 0)
         codes, sources, steps = codes[measured], sources[measured], steps[measured]
         by_token = (losses[measured] / tokens[measured]).astype(np.float32)
@@ -199,14 +200,19 @@ class _Names:
         encoded, (known, codes) = ids.combine_chunks().dictionary_encode(), self._index
         hashes = np.fromiter(map(hash, encoded.dictionary.to_pylist()), np.int64, len(encoded.dictionary))
         new, first = np.unique(hashes, return_index=True)
-        first = np.sort(first[~np.isin(new, known)])  # in the order of their coming
+        places = np.searchsorted(known, new)
+        is_known = places < len(known)
+        is_known[is_known] = known[places[is_known]] == new[is_known]
+        first = np.sort(first[~is_known])  # in the order of their coming
         if len(first):
             new = hashes[first]
             order = np.argsort(new)
             places = np.searchsorted(known, new[order])
             known, codes = np.insert(known, places, new[order]), np.insert(codes, places, self.count + order)
             self._index = known, codes
-            self._ids.append(encoded.dictionary.take(pa.array(first)))
+            # Not pa.array, which imports pandas wherever it is installed: much memory for a server.
+            rows = pa.Array.from_buffers(pa.int64(), len(first), [None, pa.py_buffer(first.astype(np.int64))])
+            self._ids.append(encoded.dictionary.take(rows))
             self._starts.append(self.count)
             self.count += len(first)
         return codes[np.searchsorted(known, hashes)][encoded.indices.to_numpy()].astype(np.int64)
@@ -262,6 +268,8 @@ class Losses:
 
     def update(self) -> bool:
         """Take up the parts that came, or changed. Whether any did."""
+        import pyarrow as pa
+
         standing, state = examples.standing(self.uri), self._state
         is_cut = any(standing.get(name) != stamp for name, stamp in state.stamps.items())
         if is_cut:
@@ -296,6 +304,7 @@ class Losses:
         others = [fold for _, fold in state.open.values()]
         whole = settled[0] if settled and not others else _Fold.total([*settled, *others], state.names.count)
         self._whole, self._told, self._names = whole, state, list(state.sources)
+        pa.default_memory_pool().release_unused()
         return True
 
     def _take_up(self, name: str) -> tuple[_Fold, bool]:
@@ -307,7 +316,8 @@ class Losses:
         named = table["source"].combine_chunks().dictionary_encode()
         numbers = [state.sources.setdefault(source, len(state.sources)) for source in named.dictionary.to_pylist()]
         sources = np.array(numbers, np.int64)[pc.fill_null(named.indices, 0).to_numpy()] if len(table) else codes
-        return _Fold.of(codes, sources, table), len(table) >= examples.ROWS_OF_A_PART
+        shift = state.settled.sums.shift if state.settled else 0
+        return _Fold.of(codes, sources, table, shift), len(table) >= examples.ROWS_OF_A_PART
 
     def _settle(self, folds: list[_Fold]) -> None:
         if folds:
@@ -414,12 +424,14 @@ class Losses:
     def _rows(self, name: str, example_id: str) -> pyarrow.Table:
         """The rows of an example in a part that was read whole before, when its digest was looked at."""
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         place = storage.join(self.uri, name)
         try:
             with storage.open_file(place) as file:
-                return pq.read_table(file, filters=[("example_id", "==", example_id)]).replace_schema_metadata(None)
+                table = pq.ParquetFile(file).read(use_threads=False).replace_schema_metadata(None)
+            return table.filter(pc.equal(table["example_id"], example_id))
         except (pa.ArrowException, ValueError) as error:
             raise storage.damaged(place, f"it cannot be read ({error})", "") from error
 

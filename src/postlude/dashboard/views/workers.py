@@ -15,8 +15,7 @@ from postlude.dashboard.kept import kept
 from postlude.dashboard.views.drawing import Chart
 from postlude.dashboard.views.tables import Cell, Table
 from postlude.runs import Stage
-from postlude.runs.workers import PHASES, REST, Workers
-from postlude.telemetry.readings import Reading, measures
+from postlude.runs.workers import Workers
 
 WIDTH = 200
 """Pixel columns of a curve: there is one for each worker."""
@@ -40,27 +39,12 @@ def _drawn(workers: Workers, chosen: int | None) -> dict[str, Any]:
     for name in ("resident_bytes", "device_bytes"):
         curves = {f"worker {rank}": workers.curve(rank, name, WIDTH) for rank in ranks[:MOST_DRAWN]}
         told[name] = {worker: curve for worker, curve in curves.items() if len(curve.values)}
-    told["bands"] = {f"worker {rank}": phases for rank in ranks if (phases := _phases(newest[rank]))}
+    told["bands"] = {f"worker {rank}": phases for rank in ranks if (phases := charts_records.phases(newest[rank]))}
     rank = chosen if chosen in newest else ranks[0] if ranks else None
     told["rank"] = rank
     told["over_time"] = None if rank is None else workers.bands(rank, WIDTH)
-    told["behind"] = _behind(newest)
+    told["behind"] = charts_records.behind(newest)
     return told
-
-
-def _phases(reading: Mapping[str, Any]) -> dict[str, float]:
-    """The phases of a worker's step, as it last told them."""
-    seconds = reading.get("seconds") or {}
-    told = {phase: seconds[f"seconds_{phase}"] for phase in PHASES if f"seconds_{phase}" in seconds}
-    if "seconds" in seconds:
-        told[REST] = max(seconds["seconds"] - sum(told.values()), 0.0)
-    return told
-
-
-def _behind(newest: Mapping[int, Mapping[str, Any]]) -> dict[int, float | None]:
-    names = ("step", "resident_bytes", "device_bytes", "seconds")
-    readings = {rank: Reading(**{key: line[key] for key in names if key in line}) for rank, line in newest.items()}
-    return {rank: told["worker_behind"] for rank, told in measures(readings).items() if rank is not None}
 
 
 class _WorkersPage:
