@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dashboard.conftest import make_steps, new_run
 from postlude.dashboard.report import write_report
-from postlude.runs import Run
+from postlude.runs import Run, tokens
 from postlude.telemetry import events
 from workflow.conftest import Project
 
@@ -191,6 +192,52 @@ def test_scripts_in_a_run_are_shown_as_text(browser: Any, page: Page) -> None:
     browser.get(f"{page.address}/?compare=small/{urllib.parse.quote(name)}")
     shown(browser, name)
     assert browser.execute_script("return window.taken") is None
+
+
+def write_records(run: Run) -> None:
+    """A stage with losses by example, rollouts and readings, whose texts are scripts."""
+    stage = run.stage("sft")
+    stage.enter("running")
+    make_steps(run, range(1, 4))
+    writer = stage.examples_writer()
+    for step, loss in enumerate((4.0, 1.0, 3.0), 1):
+        writer.write(step, 0, [(f"chats:{SCRIPT}", "chats", loss * 2, 2), ("chats:b", "chats", 0.5, 1)])
+    writer.flush()
+    one = np.array([-1.0])
+    kept = tokens.told([SCRIPT, "seven"], [False, True], [0], one, one + np.log(1.25), one * -2)
+    for sample, more in enumerate(({**kept, "completion": "seven"}, {"turns": [SCRIPT, "b"], "replies": [SCRIPT]})):
+        line = {"step": 1, "issue": 0, "prompt_id": f"chats:{SCRIPT}", "sample": sample, "prompt": SCRIPT}
+        stage.rollouts.append({**line, "reward": 1.0, "rewards": {SCRIPT: 1.0}, "outcome": "trained", **more})
+    engine = {"version": 2, "requests": 4, "tokens": 80, "seconds": 2.0}
+    for rank in range(2):
+        reading = {"rank": rank, "host": SCRIPT, "round_trip_seconds": 0.001, "step": 3, "resident_bytes": 2**27}
+        seconds = {"seconds": 2.0, "seconds_forward": 0.5 + rank}
+        told = {"seconds": seconds, "engines": {SCRIPT: engine}, "time": "2026-01-01T00:00:00.000+00:00"}
+        stage.readings.append({**reading, **told})
+
+
+@pytest.mark.capability("The live page: workers, examples and rollouts of a run, their texts as text")
+def test_workers_data_and_rollouts_are_shown(browser: Any, page: Page) -> None:
+    write_records(new_run(page.folder, "records"))
+    browser.get(page.amend)
+    shown(browser, "records")
+    quoted = urllib.request.quote(f"chats:{SCRIPT}")  # type: ignore[attr-defined]
+    for view, texts in {
+        "workers": [SCRIPT, "128 MiB", "No worker has told what of a GPU it uses", "40"],
+        f"data&example={quoted}": [SCRIPT, "its loss by token, of 3 times", "Show its trained tokens".upper()],
+        "data&order=forgotten": [f"chats:{SCRIPT}", "Choose an example"],
+        f"rollouts&issue=0&prompt={quoted}": [SCRIPT, "seven", "was replied", "all alike", "reward 1"],
+    }.items():
+        browser.get(f"{page.address}/?run=records&stage=sft&view={view}")
+        for text in texts:
+            shown(browser, text)
+        assert browser.execute_script("return window.taken") is None
+        assert browser.find_elements("css selector", "img[src=x]") == []
+    assert browser.find_element("xpath", "//span[text()='seven']").get_attribute("title").startswith("ratio 1.2500")
+    for view, text in {"data": "No loss of an example", "rollouts": "no rollouts", "workers": "No worker"}.items():
+        browser.get(f"{page.address}/?run=small&stage=more&view={view}")
+        shown(browser, text)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 @pytest.mark.capability("The live page: without a token, or with another host or origin, it is refused")

@@ -54,6 +54,7 @@ async def find(run: Run, stage: str, example_id: str, seconds: float = SECONDS) 
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
     if process.returncode:
         raise UserError(wrong.decode(errors="replace").strip()[-_LONGEST:] or f"It ended with {process.returncode}.")
     documents: list[dict[str, Any]] = [
