@@ -201,7 +201,7 @@ def write_records(run: Run) -> None:
     make_steps(run, range(1, 4))
     writer = stage.examples_writer()
     for step, loss in enumerate((4.0, 1.0, 3.0), 1):
-        writer.write(step, 0, [(f"chats:{SCRIPT}", "chats", loss * 2, 2), ("chats:b", "chats", 0.5, 1)])
+        writer.write(step, 0, [(f"chats:{SCRIPT}", "chats", loss * 2, 2), ("chats:b", "chats", 1.5, 1)])
     writer.flush()
     one = np.array([-1.0])
     kept = tokens.told([SCRIPT, "seven"], [False, True], [0], one, one + np.log(1.25), one * -2)
