@@ -63,7 +63,7 @@ def thin(steps: np.ndarray, values: np.ndarray, width: int, first: int, last: in
 def _firsts(places: np.ndarray | None, begins: np.ndarray, count: int) -> list[int]:
     """Which of ``count`` places, None for all, are the first of their column."""
     firsts = np.unique(begins if places is None else np.searchsorted(places, begins))
-    return firsts[firsts < count].tolist()  # type: ignore[no-any-return]
+    return firsts[firsts < count].tolist()
 
 
 @dataclass(frozen=True)
