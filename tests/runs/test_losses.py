@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postlude import storage
-from postlude.runs import examples, losses
+from postlude.runs import examples, folds
 from postlude.runs.losses import Losses
 
 Row = tuple[str, str, float, int]
@@ -84,7 +84,7 @@ def test_the_index_tells_what_the_rows_say(lives: list, back: int, flush: int) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "ROWS_OF_A_PART", 12)
         patch.setattr(examples, "MOST_SMALL_PARTS", 3)
-        patch.setattr(losses, "CURVE_POINTS", 6)
+        patch.setattr(folds, "CURVE_POINTS", 6)
         index, step = Losses(uri), 0
         for life in lives:
             writers = [examples.ExamplesWriter(uri, rank) for rank in range(2)]

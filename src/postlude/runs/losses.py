@@ -10,7 +10,7 @@ read anew. A loss is told by token; where the objective says so it is of another
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,28 +18,14 @@ import numpy as np
 
 from postlude import storage
 from postlude.runs import examples
+from postlude.runs.folds import EXAMPLE, NUMBERS, SOURCE_BITS, Fold, Sums
 
 if TYPE_CHECKING:
     import pyarrow
 
 Order = Literal["worst", "forgotten"]
 
-_SOURCE_BITS = 40
-"""A key of a curve by source is the source above so many bits, in which the interval of steps stands."""
-CURVE_POINTS = 2**12
-"""Of the curves by source, at most: the intervals that they tell of are doubled until there are no more."""
 _ATTEMPTS = 5
-
-_NUMBERS = {
-    "first_step": np.int32,
-    "first": np.float32,
-    "best_step": np.int32,
-    "best": np.float32,
-    "last_step": np.int32,
-    "last": np.float32,
-    "times": np.int32,
-}
-_EXAMPLE = np.dtype([*_NUMBERS.items(), ("source", np.int32)])
 
 
 @dataclass(frozen=True)
@@ -84,102 +70,6 @@ class SourceLosses:
     steps: np.ndarray
     losses: np.ndarray
     """Means by token."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Losses of sources over intervals of ``2**shift`` steps."""
-
-    shift: int
-    keys: np.ndarray
-    """Rising, int64."""
-    sums: np.ndarray
-    """[keys, 4]: loss, tokens, rows, rows that are not finite."""
-
-    @staticmethod
-    def of(shift: int, keys: np.ndarray, rows: np.ndarray) -> _Sums:
-        unique, places = np.unique(keys, return_inverse=True)
-        sums = np.stack([np.bincount(places, column, len(unique)) for column in rows.T], 1)
-        return _Sums(shift, unique, sums)
-
-    def widened(self, shift: int) -> _Sums:
-        source, interval = self.keys >> _SOURCE_BITS, self.keys & (2**_SOURCE_BITS - 1)
-        keys = (source << _SOURCE_BITS) | (interval >> (shift - self.shift))
-        return _Sums.of(shift, keys, self.sums)
-
-    @staticmethod
-    def total(parts: Sequence[_Sums]) -> _Sums:
-        shift = max((part.shift for part in parts), default=0)
-        parts = [part if part.shift == shift else part.widened(shift) for part in parts]
-        keys = np.concatenate([np.zeros(0, np.int64), *(part.keys for part in parts)])
-        total = _Sums.of(shift, keys, np.concatenate([np.zeros((0, 4)), *(part.sums for part in parts)]))
-        while len(total.keys) > CURVE_POINTS * len(np.unique(total.keys >> _SOURCE_BITS)):
-            total = total.widened(total.shift + 1)
-        return total
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """What some rows come to."""
-
-    codes: np.ndarray
-    """The examples, rising, int64."""
-    examples: np.ndarray
-    """[codes], of the type :data:`_EXAMPLE`."""
-    sums: _Sums
-
-    @staticmethod
-    def of(codes: np.ndarray, sources: np.ndarray, table: pyarrow.Table, shift: int) -> _Fold:
-        steps, tokens = table["step"].to_numpy(), table["tokens"].to_numpy()
-        losses = table["loss"].to_numpy()
-        finite = np.isfinite(losses)
-        columns = [np.where(finite, losses, 0.0), np.where(finite, tokens, 0), np.ones(len(steps)), ~finite]
-        keys = (sources << _SOURCE_BITS) | (steps >> shift)
-        sums = _Sums.total([_Sums.of(shift, keys, np.stack(columns, 1).astype(np.float64))])
-        measured = np.flatnonzero(tokens > 0)
-        codes, sources, steps = codes[measured], sources[measured], steps[measured]
-        by_token = (losses[measured] / tokens[measured]).astype(np.float32)
-        order = np.lexsort((steps, codes))
-        codes, sources, steps, by_token = codes[order], sources[order], steps[order], by_token[order]
-        starts = np.flatnonzero(np.diff(codes, prepend=-1))
-        ends = np.append(starts[1:], len(codes)) - 1
-        told = np.zeros(len(starts), _EXAMPLE)
-        if len(starts):
-            told["first_step"], told["first"] = steps[starts], by_token[starts]
-            told["last_step"], told["last"] = steps[ends], by_token[ends]
-            told["best"] = np.fmin.reduceat(by_token, starts)
-            told["times"], told["source"] = ends - starts + 1, sources[starts]
-            best = np.repeat(told["best"], told["times"])
-            places = np.flatnonzero((by_token == best) | np.isnan(best))
-            told["best_step"] = steps[places[np.searchsorted(places, starts)]]
-        return _Fold(codes[starts], told, sums)
-
-    @staticmethod
-    def total(parts: Sequence[_Fold], count: int) -> _Fold:
-        """All of them together, where there are ``count`` examples."""
-        whole = np.zeros(count, _EXAMPLE)
-        for part in parts:
-            before, new = whole[part.codes], part.examples
-            unseen = before["times"] == 0
-            for step, value, is_newer in (
-                ("first_step", "first", new["first_step"] < before["first_step"]),
-                ("last_step", "last", new["last_step"] >= before["last_step"]),
-                ("best_step", "best", _is_better(new, before)),
-            ):
-                taken = unseen | is_newer
-                before[step][taken], before[value][taken] = new[step][taken], new[value][taken]
-            before["times"] += new["times"]
-            before["source"] = new["source"]
-            whole[part.codes] = before
-        codes = np.flatnonzero(whole["times"])
-        held = whole if len(codes) == count else whole[codes]
-        return _Fold(codes, held, _Sums.total([part.sums for part in parts]))
-
-
-def _is_better(new: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Where the best of one is less than that of another, or as little and earlier, or was never finite before."""
-    is_less = (new["best"] < before["best"]) | (np.isnan(before["best"]) & ~np.isnan(new["best"]))
-    return is_less | ((new["best"] == before["best"]) & (new["best_step"] < before["best_step"]))
 
 
 class _Names:
@@ -248,8 +138,8 @@ class _State:
     """Of the parts that were taken up for good."""
     members: dict[str, np.ndarray] = field(default_factory=dict)
     """Of each of these which examples it holds, eight in a byte."""
-    settled: _Fold | None = None
-    open: dict[str, tuple[str, _Fold]] = field(default_factory=dict)
+    settled: Fold | None = None
+    open: dict[str, tuple[str, Fold]] = field(default_factory=dict)
     """Of the other parts the stamp, and what they come to."""
     damaged: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Of such parts the stamp, and what is wrong."""
@@ -262,7 +152,7 @@ class Losses:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._state = _State()
-        self._whole = _Fold(np.zeros(0, np.int64), np.zeros(0, _EXAMPLE), _Sums.total([]))
+        self._whole = Fold(np.zeros(0, np.int64), np.zeros(0, EXAMPLE), Sums.total([]))
         self._told = self._state
         self._names: list[str] = []
 
@@ -280,7 +170,7 @@ class Losses:
         for kept in (state.open, state.damaged):
             for name in [name for name in kept if standing.get(name) != kept[name][0]]:
                 del kept[name]
-        full: list[_Fold] = []
+        full: list[Fold] = []
         for name, stamp in standing.items():
             if known.get(name) == stamp:
                 continue
@@ -302,12 +192,12 @@ class Losses:
         self._settle(full)
         settled = [state.settled] if state.settled else []
         others = [fold for _, fold in state.open.values()]
-        whole = settled[0] if settled and not others else _Fold.total([*settled, *others], state.names.count)
+        whole = settled[0] if settled and not others else Fold.total([*settled, *others], state.names.count)
         self._whole, self._told, self._names = whole, state, list(state.sources)
         pa.default_memory_pool().release_unused()
         return True
 
-    def _take_up(self, name: str) -> tuple[_Fold, bool]:
+    def _take_up(self, name: str) -> tuple[Fold, bool]:
         """What a part comes to, and whether it is as large as one may be."""
         import pyarrow.compute as pc
 
@@ -317,12 +207,12 @@ class Losses:
         numbers = [state.sources.setdefault(source, len(state.sources)) for source in named.dictionary.to_pylist()]
         sources = np.array(numbers, np.int64)[pc.fill_null(named.indices, 0).to_numpy()] if len(table) else codes
         shift = state.settled.sums.shift if state.settled else 0
-        return _Fold.of(codes, sources, table, shift), len(table) >= examples.ROWS_OF_A_PART
+        return Fold.of(codes, sources, table, shift), len(table) >= examples.ROWS_OF_A_PART
 
-    def _settle(self, folds: list[_Fold]) -> None:
+    def _settle(self, folds: list[Fold]) -> None:
         if folds:
             before = [self._state.settled] if self._state.settled else []
-            self._state.settled = _Fold.total([*before, *folds], self._state.names.count)
+            self._state.settled = Fold.total([*before, *folds], self._state.names.count)
             folds.clear()
 
     # --- what is told ---------------------------------------------------------------------------------------
@@ -376,9 +266,9 @@ class Losses:
         sums, examples_of = self._whole.sums, np.bincount(self._whole.examples["source"], minlength=len(self._names))
         told = []
         for number, name in enumerate(self._names):
-            rows = (sums.keys >> _SOURCE_BITS) == number
+            rows = (sums.keys >> SOURCE_BITS) == number
             loss, tokens, count, not_finite = sums.sums[rows].T
-            steps = (sums.keys[rows] & (2**_SOURCE_BITS - 1)) << sums.shift
+            steps = (sums.keys[rows] & (2**SOURCE_BITS - 1)) << sums.shift
             is_told = tokens > 0
             means = loss[is_told] / tokens[is_told]
             width, spoilt = 2**sums.shift, int(not_finite.sum())
@@ -437,7 +327,7 @@ class Losses:
 
     def _example(self, place: int) -> ExampleLosses:
         held, name = self._whole.examples[place], self._told.names.name(int(self._whole.codes[place]))
-        numbers: Mapping[str, Any] = {key: held[key].item() for key in _NUMBERS}
+        numbers: Mapping[str, Any] = {key: held[key].item() for key in NUMBERS}
         return ExampleLosses(name, self._names[held["source"]], **numbers)
 
 
