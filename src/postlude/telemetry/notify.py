@@ -159,7 +159,7 @@ class _Follower:
         size = self._run.events.size_bytes()
         if size == self._size:
             return []
-        lines = list(self._run.events.entries())
+        lines = list(self._run.events.read())
         new, self._size, self._lines = lines[self._lines :], size, len(lines)
         return new
 
