@@ -84,6 +84,7 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "export",
             "verify",
             "amend",
+            "checkpoint",
             "acknowledge",
             "recipes",
             "explain",

@@ -181,7 +181,7 @@ def _status(run: Run) -> RunStatus:
         str(holder) if holder else None,
         [event for event in happened if event.kind in ("alarm", "failure", "checkpoint_skipped")],
         damage,
-        standing(happened),
+        standing=standing(happened),
     )
 
 
