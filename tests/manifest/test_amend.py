@@ -68,6 +68,13 @@ def test_an_amendment_that_cannot_be_is_refused(stages, stage, assignment, what)
         check_amendment(stages[stage], [], assignment)
 
 
+def test_the_data_set_whose_passes_are_epochs_keeps_a_share(stages):
+    stage = stages["first"].model_copy(update={"data": {"chats": 2.0, "held": 1.0}})
+    assert amended(stage, ["data.held=1.0e-9", "data.chats=0.5"]).data == {"chats": 0.5, "held": 1e-9}
+    with pytest.raises(ManifestError, match=r"an epoch is a pass over .* of 'chats' less than a hundredth"):
+        amended(stage, ["data.chats=0.001"])
+
+
 def test_an_amendment_is_undone_by_another(stages):
     begun, asked = stages["first"], ["optimizer.lr=3e-4", "evaluate.every=null", "optimizer.lr=1e-3"]
     assert undoing(begun, asked, 1) == "evaluate.every=10"

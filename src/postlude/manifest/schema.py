@@ -378,6 +378,12 @@ class TrainingStage(StageConfig):
     def objection(self, begun: Self, key: str) -> str | None:
         if self.data.keys() != begun.data.keys():
             return f"the data sets of the mixture stay {', '.join(begun.data)}: only their weights may change"
+        largest, every = max(begun.data.values()), sum(self.data.values())
+        if starved := [name for name in self.data if begun.data[name] == largest and self.data[name] < 0.01 * every]:
+            return (
+                f"an epoch is a pass over the data set that was largest by weight, and of '{starved[0]}' less than a "
+                "hundredth would be drawn: it would hardly end"
+            )
         return super().objection(begun, key)
 
 
