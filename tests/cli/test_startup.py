@@ -46,6 +46,11 @@ def test_a_manifest_is_loaded_explained_and_locked_without_the_libraries():
     assert not imported & set(HEAVY)
 
 
+def test_what_controls_the_workers_of_a_run_imports_neither_torch_nor_transformers():
+    code = "import postlude.workflow.run, postlude.cluster.supervisor, postlude.cluster.keeper"
+    assert not modules_after(code) & {"torch", "transformers", "datasets"}
+
+
 # An error as JSON is less than a buffer, and reaches the pipe only at the end.
 FAILS = """
 import sys

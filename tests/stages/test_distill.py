@@ -17,8 +17,8 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import TokenizerFrom
 from postlude.manifest.starter import starter
 from postlude.runs import Run
-from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.training.workers import Workers
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate

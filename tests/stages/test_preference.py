@@ -23,8 +23,8 @@ from postlude.manifest.starter import starter
 from postlude.model.export import write_model
 from postlude.model.load import load_model
 from postlude.runs import Run
-from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.stages.training import Training
 from postlude.training.workers import Workers
 from postlude.workflow.run import run

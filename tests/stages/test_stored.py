@@ -24,8 +24,8 @@ from postlude.manifest.schema import ModelPlace
 from postlude.model.load import load_model
 from postlude.runs import Run
 from postlude.stages import annotate
-from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.stages.training import Training
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from postlude.manifest.load import load
-from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.training.meters import Meters
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers

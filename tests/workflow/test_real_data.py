@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postlude.manifest.load import load
 from postlude.runs import Run
-from postlude.stages.parts import StageTask
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.training import checkpoint
 from postlude.training.checkpoint import trained_state
 from postlude.training.workers import Workers

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from postlude.cli import manifests, models, runs
+from postlude.cli import manifests, models, pages, runs
 from postlude.cli.output import tell
 from postlude.errors import UserError
 from postlude.telemetry import openmp
@@ -32,6 +32,8 @@ for command in (
     runs.stop,
     runs.status,
     runs.runs,
+    pages.dashboard,
+    pages.report,
     models.generate,
     models.export,
     models.verify,

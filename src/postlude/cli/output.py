@@ -56,6 +56,21 @@ def announce(text: str) -> None:
     prose(open_console(), text)
 
 
+def show_address(address: str, amend: str, read: str, as_json: bool) -> None:
+    """Print where a page is, with its tokens, once, as they are: whoever reads standard output is to have them."""
+    from postlude.telemetry.guard import Guarded
+
+    addresses = {"amend": f"{address}/?token={amend}", "read": f"{address}/?token={read}"}
+    text = (
+        json.dumps(addresses)
+        if as_json
+        else (f"To look and to amend: {addresses['amend']}\nOnly to look:         {addresses['read']}\nCtrl-C ends it.")
+    )
+    stream = sys.stdout.beneath if isinstance(sys.stdout, Guarded) else sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
+
+
 def show_json(document: Any) -> None:
     """Print one JSON document, whose escapes are JSON's own."""
     sys.stdout.write(json.dumps(told(document), indent=2) + "\n")

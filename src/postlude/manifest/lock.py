@@ -137,7 +137,7 @@ def bearing(resolved: Resolved, stage: str) -> dict[str, Any]:
     data = sorted(set(datasets_used(config).values()))
     # Which pools they are cannot change the result, only how many workers those have.
     free = [f"stages.{stage}.{key}" for key in (*config.pool_keys, *config.free, *_unset_later(config))]
-    leaves = _flat(kept(basis(resolved.tree, stage, data, config.all_pools)))
+    leaves = flat(kept(basis(resolved.tree, stage, data, config.all_pools)))
     return {key: value for key, value in leaves.items() if not any(f"{key}.".startswith(f"{name}.") for name in free)}
 
 
@@ -202,7 +202,7 @@ def _git_commit(folder: Path) -> str | None:
     return done.stdout.strip()
 
 
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
     """The leaves of a tree by dotted path. An empty collection is a leaf, a list of scalars too."""
     if isinstance(tree, Mapping) and tree:
         items: Iterator[tuple[Any, Any]] = iter(tree.items())
@@ -211,9 +211,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: tree}
     return {
-        key: value
-        for name, item in items
-        for key, value in _flat(item, f"{path}.{name}" if path else str(name)).items()
+        key: value for name, item in items for key, value in flat(item, f"{path}.{name}" if path else str(name)).items()
     }
 
 

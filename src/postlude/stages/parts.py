@@ -5,7 +5,7 @@ A rank builds everything from the resolved manifest and the run directory alone,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from postlude import __version__, storage
+from postlude import __version__
 from postlude.data.dataset import Dataset, NothingLeft
 from postlude.data.example import Format
 from postlude.data.remote_code import code_digest, trust
@@ -28,25 +28,10 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import DatasetConfig, Manifest, ModelPlace, StageConfig, TokenizerFrom
 from postlude.runs import Run, artifact_of, provenance
 from postlude.secrecy import kept
+from postlude.stages.task import StageTask
 from postlude.training.workers import Workers
 
 ConfigType = TypeVar("ConfigType", bound=StageConfig)
-
-
-@dataclass(frozen=True)
-class StageTask:
-    """Which stage of which run to work on: all that a rank needs to be told."""
-
-    tree: dict[str, Any]
-    """The resolved manifest."""
-    stage: str
-    run: str
-    """URI of the run directory."""
-    threads: int
-    engines: Sequence[str] = ()
-    """The names of the hosts of engines that answer for it, where these have a pool of their own."""
-    guard: storage.Guard | None = None
-    """Of the run directory, for ranks in other processes than that which holds the run."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from postlude import storage
 from postlude.data.preview import Preview
 from postlude.manifest.alarms import rules_for
 from postlude.manifest.component import load_named
-from postlude.stages.parts import Mode, Parts, StageTask, devices_of
+from postlude.stages.parts import Mode, Parts, devices_of
 from postlude.stages.report import StageReport
+from postlude.stages.task import StageTask
 from postlude.telemetry import openmp
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder

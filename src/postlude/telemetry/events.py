@@ -246,7 +246,12 @@ def record(journal: Journal, kind: str, stage: str | None = None, **fields: Any)
 
 def read(journal: Journal) -> list[Event]:
     """All events of a run, in order. CorruptError if one is damaged."""
-    return [_event(journal, number, line) for number, line in enumerate(journal.read(), 1)]
+    return typed(journal, journal.read())
+
+
+def typed(journal: Journal, entries: Sequence[Mapping[str, Any]], first: int = 1) -> list[Event]:
+    """Entries of a run's journal as events; ``first`` is the number of the first. CorruptError if one is damaged."""
+    return [_event(journal, number, entry) for number, entry in enumerate(entries, first)]
 
 
 def drop_damaged(journal: Journal) -> str | None:

@@ -124,7 +124,7 @@ class _Follower:
     def __init__(self, run: Run, outboxes: Sequence[_Outbox]) -> None:
         self._run, self._outboxes = Run(run.uri), outboxes  # a journal far away has a writer of its own in each thread
         self._seconds = 1.0 if storage.is_local(run.uri) else 10.0
-        self._size, self._lines = -1, 0
+        self._events = storage.Entries(self._run.events)
         self._over = threading.Event()
         self._read()
         self._thread = threading.Thread(target=self._work, name="notify", daemon=True)
@@ -156,12 +156,8 @@ class _Follower:
 
     def _read(self) -> list[dict[str, Any]]:
         """The lines that were added since this was asked before."""
-        size = self._run.events.size_bytes()
-        if size == self._size:
-            return []
-        lines = list(self._run.events.read())
-        new, self._size, self._lines = lines[self._lines :], size, len(lines)
-        return new
+        kept = self._events.update()
+        return self._events.entries[kept:]
 
     def _tell_dropped(self) -> None:
         for outbox in self._outboxes:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from postlude.runs import Run, State, missing
+from postlude.runs import Run, Stage, State, missing
 from postlude.storage import CorruptError
 from postlude.telemetry import events
+
+if TYPE_CHECKING:
+    from postlude.runs.columns import Columns
+
+    ColumnsOf = Callable[[Stage], Columns]
 
 
 @dataclass(frozen=True)
@@ -33,28 +39,34 @@ class StageSummary:
         return self.tokens / self.seconds if self.seconds else None
 
 
-def summarize(run: Run, names: Sequence[str] | None = None) -> list[StageSummary]:
-    """The summary of each stage; of those that have begun if no names are given."""
+def summarize(run: Run, names: Sequence[str] | None = None, columns_of: ColumnsOf | None = None) -> list[StageSummary]:
+    """The summary of each stage; of those that have begun if no names are given. Who follows the run gives the columns
+    that it keeps."""
     try:
         happened = events.read(run.events)
     except CorruptError:  # who shows events tells it
         happened = []
-    return [_summary(run, name, happened) for name in names or [stage.name for stage in run.stages()]]
+    stages = [run.stage(name) for name in names or [stage.name for stage in run.stages()]]
+    return [_summary(stage, happened, columns_of or _new_columns) for stage in stages]
 
 
-def _summary(run: Run, name: str, happened: Sequence[events.Event]) -> StageSummary:
+def _new_columns(stage: Stage) -> Columns:
     from postlude.runs.columns import Columns  # numpy, which who only shows progress does not need
 
-    stage = run.stage(name)
+    return Columns(stage.metrics)
+
+
+def _summary(stage: Stage, happened: Sequence[events.Event], columns_of: ColumnsOf) -> StageSummary:
+    name = stage.name
     status = stage.status()
     damages = [status.damage] if status.damage else []
     damages += missing(stage, deep=False)
-    columns = Columns(stage.metrics)
+    columns = columns_of(stage)
     try:
         columns.update()
     except CorruptError as error:
         damages.append(str(error))
-        columns = Columns(stage.metrics)
+        columns = _new_columns(stage)
     steps, losses = columns.steps, columns.column("loss")[1].tolist()
     held_out: dict[str, tuple[float, float]] = {}
     rewards: dict[str, tuple[float, float]] = {}

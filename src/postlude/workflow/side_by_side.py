@@ -17,7 +17,7 @@ from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run, final_account
 from postlude.secrecy import stripped_all
-from postlude.stages.parts import StageTask
+from postlude.stages.task import StageTask
 from postlude.telemetry import events
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption

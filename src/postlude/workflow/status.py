@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -18,6 +18,9 @@ from postlude.telemetry.alarms import Standing, standing
 from postlude.telemetry.screen import Kind, Listing
 from postlude.telemetry.summary import StageSummary, summarize
 from postlude.workflow.drawing import draw
+
+if TYPE_CHECKING:
+    from postlude.telemetry.summary import ColumnsOf
 
 ALARMS_SHOWN = 5
 
@@ -154,7 +157,7 @@ class Runs:
 def status(place: str) -> RunStatus:
     """The state of a run. UserError if there is none at ``place``, CorruptError if its manifest lock is damaged,
     NewerSchema if a newer version wrote what it tells."""
-    return _status(open_run(place))
+    return status_of(open_run(place))
 
 
 def runs(folder: str) -> Runs:
@@ -162,13 +165,14 @@ def runs(folder: str) -> Runs:
     states = []
     for run in list_runs(folder):
         try:
-            states.append(_status(run))
+            states.append(status_of(run))
         except (StorageError, ManifestError) as error:
             states.append(RunStatus(run, [], None, [], str(error), isinstance(error, NewerSchema)))
     return Runs(states)
 
 
-def _status(run: Run) -> RunStatus:
+def status_of(run: Run, columns_of: ColumnsOf | None = None) -> RunStatus:
+    """The state of a run that there is; errors as of :func:`status`. Who follows it gives the columns that it keeps."""
     locked = read_lock(run.read_manifest_lock() or "", run.manifest_lock).stages
     holder, damage, happened = run.holder(), None, []
     try:
@@ -177,7 +181,7 @@ def _status(run: Run) -> RunStatus:
         damage = str(error)
     return RunStatus(
         run,
-        [_stage(run, summary, locked[summary.stage].needs) for summary in summarize(run, list(locked))],
+        [_stage(run, summary, locked[summary.stage].needs) for summary in summarize(run, list(locked), columns_of)],
         str(holder) if holder else None,
         [event for event in happened if event.kind in ("alarm", "failure", "checkpoint_skipped")],
         damage,

@@ -21,9 +21,10 @@ from postlude.manifest.graph import datasets_used
 from postlude.manifest.load import Resolved, load
 from postlude.manifest.schema import ModelPlace
 from postlude.model.load import weights_are_checked
-from postlude.stages.parts import Mode, StageTask
+from postlude.stages.parts import Mode
 from postlude.stages.report import StageReport
 from postlude.stages.stage import open_stage
+from postlude.stages.task import StageTask
 from postlude.telemetry.hardware import cores
 from postlude.training.workers import Workers
 from postlude.workflow.begin import verify_paths

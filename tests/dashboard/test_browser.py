@@ -1,0 +1,208 @@
+"""The page in a real browser: Debian's chromium, driven by selenium (`make browser` installs it)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashboard.conftest import make_steps, new_run
+from postlude.dashboard.report import write_report
+from postlude.runs import Run
+from postlude.telemetry import events
+
+pytestmark = pytest.mark.long
+
+SCRIPT = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+WAIT_SECONDS = 60
+CHART = "const chart = getElement(Number(arguments[0])).chart; return chart.getOption().series.map(s => s.data);"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A window of 1440 x 1000 pixels, without a network but this machine's."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        text = "There is no chromium with its driver: `make browser` installs them."
+        if "CI" in os.environ:
+            pytest.fail(text)
+        pytest.skip(text)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = shutil.which("chromium") or ""
+    alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1440,1000", alone):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A server over a folder of runs."""
+
+    folder: Path
+    address: str
+    amend: str
+    read: str
+    process: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder = tmp_path_factory.mktemp("runs")
+    run = new_run(folder, "small")
+    run.stage("sft").enter("running")
+    make_steps(run, range(1, 21))
+    command = [sys.executable, "-c", "from postlude.cli import main; main()"]
+    command += ["dashboard", str(folder), "--port", "0", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        addresses = json.loads(process.stdout.readline())
+        address = addresses["amend"].partition("/?")[0]
+        yield Page(folder, address, addresses["amend"], addresses["read"], process)
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    tokens = [each.partition("token=")[2] for each in (addresses["amend"], addresses["read"])]
+    assert "Traceback" not in said
+    assert not any(token in said for token in tokens)
+
+
+def until(browser: Any, found: Callable[[], Any]) -> Any:
+    """What is found at last; it may take as long as a loaded machine needs."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    patient = WebDriverWait(browser, WAIT_SECONDS, ignored_exceptions=[WebDriverException, IndexError])
+    return patient.until(lambda _: found())
+
+
+def shown(browser: Any, text: str) -> None:
+    until(browser, lambda: text in browser.find_element("tag name", "body").text)
+
+
+def loss(browser: Any) -> list[list[float]]:
+    """The points of the first curve on the page, as the browser has them."""
+    charts = browser.find_elements("css selector", ".nicegui-echart")
+    data = browser.execute_script(CHART, charts[0].get_attribute("id").removeprefix("c"))
+    points: list[list[float]] = data[0]
+    return points
+
+
+@pytest.mark.capability("The live page: a run is followed in a browser, each step once, also after a resume")
+def test_a_run_is_followed_live_and_has_each_step_once(browser: Any, page: Page) -> None:
+    run = Run(str(page.folder / "small"))
+    browser.get(page.amend)
+    shown(browser, "small")
+    assert "token" not in browser.current_url
+    browser.get(f"{page.address}/?run=small&view=stage&stage=sft")
+    until(browser, lambda: loss(browser) == [[step, 5 / step] for step in range(1, 21)])
+    make_steps(run, range(21, 31))
+    until(browser, lambda: loss(browser)[-1] == [30, 5 / 30])
+    run.stage("sft").cut_back(25)
+    events.record(run.events, "worker_failure", "sft", what="process", reason="killed by signal 9")
+    events.record(run.events, "stage_started", "sft", from_step=25)
+    make_steps(run, range(26, 41))
+    until(browser, lambda: loss(browser) == [[step, 5 / step] for step in range(1, 41)])
+    browser.get(f"{page.address}/?run=small&view=events")
+    shown(browser, "sft went on after step 25")
+    browser.get(f"{page.address}/?run=small&view=stage&stage=sft&from=10&to=12&over=2")
+    until(browser, lambda: [step for step, _ in loss(browser)] == [10, 11, 12])
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.capability("The live page: scripts in names and texts of runs are shown as text")
+def test_scripts_in_a_run_are_shown_as_text(browser: Any, page: Page) -> None:
+    name = SCRIPT.replace("/", "")
+    run = new_run(page.folder, name)
+    run.stage("sft").enter("running")
+    make_steps(run, range(1, 6), **{SCRIPT: 1.0, ":x": 2.0})
+    events.record(run.events, "alarm", "sft", what=SCRIPT, reason=SCRIPT, step=3)
+    events.record(run.events, "failure", "sft", error=SCRIPT)
+    browser.get(page.amend)
+    shown(browser, name)
+    browser.find_element("link text", name).click()
+    shown(browser, SCRIPT)
+    here = browser.current_url
+    for view in ("stage&stage=sft", "events"):
+        browser.get(f"{here}&view={view}")
+        shown(browser, SCRIPT)
+        assert "taken" not in browser.title
+        assert browser.find_elements("css selector", "img[src=x]") == []
+    browser.get(f"{page.address}/?compare=small/{urllib.request.quote(name)}")  # type: ignore[attr-defined]
+    shown(browser, name)
+    assert "taken" not in browser.title
+
+
+@pytest.mark.capability("The live page: without a token, or with another host or origin, it is refused")
+def test_who_has_no_token_or_comes_from_elsewhere_is_refused(browser: Any, page: Page) -> None:
+    browser.delete_all_cookies()
+    browser.get(page.address)
+    shown(browser, "A token is needed")
+    browser.get(f"{page.address}/?token=wrong{page.amend[-20:]}")
+    shown(browser, "is not, or is no longer, this server's")
+    browser.get(page.read)
+    shown(browser, "only looking")
+    cookie = "; ".join(f"{one['name']}={one['value']}" for one in browser.get_cookies())
+    assert all(one["httpOnly"] and one["sameSite"] == "Lax" for one in browser.get_cookies())
+    assert browser.execute_script("return document.cookie") == ""
+    for headers, status in (({}, 200), ({"Origin": "http://evil.example"}, 403), ({"Host": "evil.example"}, 403)):
+        assert answer(page.address, {"Cookie": cookie, **headers}) == status
+    port = int(page.address.rpartition(":")[2])
+    for origin, expected in ((page.address, "101"), ("http://evil.example", "403"), (None, "403")):
+        assert handshake(port, cookie, origin) == expected
+    assert handshake(port, "", page.address) == "403"
+    assert answer(f"{page.address}/healthz", {}) == 200
+
+
+def answer(address: str, headers: dict[str, str]) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def handshake(port: int, cookie: str, origin: str | None) -> str:
+    """The status with which a websocket is answered."""
+    lines = ["GET /_nicegui_ws/socket.io/?EIO=4&transport=websocket HTTP/1.1", f"Host: 127.0.0.1:{port}"]
+    lines += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+    lines += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", f"Cookie: {cookie}"] + [f"Origin: {origin}"] * bool(origin)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        return connection.recv(1000).decode("latin-1").split()[1]
+
+
+@pytest.mark.capability("A report: one file that opens in a browser without a network")
+def test_a_report_opens_from_disk_and_shows_the_same_curves(browser: Any, tmp_path: Path) -> None:
+    run = new_run(tmp_path, SCRIPT.replace("/", ""))
+    make_steps(run, range(1, 31), **{SCRIPT: 1.0})
+    events.record(run.events, "failure", "sft", error=SCRIPT)
+    write_report(run.uri, str(tmp_path / "out.html"))
+    browser.get((tmp_path / "out.html").as_uri())
+    until(browser, lambda: len(browser.find_elements("css selector", ".chart canvas")) > 3)
+    options = json.loads(browser.execute_script("return document.getElementById('charts').textContent"))
+    points = [one["data"] for each in options.values() for one in each["series"] if one.get("name") == "loss"]
+    assert points == [[[step, 5 / step] for step in range(1, 31)]]
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
+    assert "taken" not in browser.title
+    shown(browser, SCRIPT)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
