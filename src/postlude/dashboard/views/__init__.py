@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from postlude.dashboard.followed import Followed
-from postlude.dashboard.views import events, runs, stage
+from postlude.dashboard.views import events, runs, stage, steer
 
 Show = Callable[[Followed, str | None, dict[str, str]], None]
 
@@ -15,6 +15,7 @@ VIEWS: dict[str, tuple[str, Show]] = {
     "overview": ("Overview", runs.show),
     "stage": ("Stage", stage.show),
     "events": ("Events", events.show),
+    "steer": ("Steer", steer.show),
 }
 """In the order of the navigation: the key of the address, the title, and what builds it."""
 
