@@ -139,6 +139,8 @@ def test_what_cannot_be_asked_is_told_with_the_reason(stopped, monkeypatch) -> N
     assert look(uri, "sft").refusal is None
     stopped.sft.enter("done")
     with pytest.raises(NotAmendable, match="is done"):
+        amend(uri, "sft", "optimizer.lr=0.5")
+    with pytest.raises(Exception, match=r"has no amendment that stands. It has: none"):
         undo(uri, "sft")
 
 
