@@ -80,6 +80,8 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "stop",
             "status",
             "runs",
+            "dashboard",
+            "report",
             "generate",
             "export",
             "verify",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +23,11 @@ from dashboard.conftest import make_steps, new_run
 from postlude.dashboard.report import write_report
 from postlude.runs import Run
 from postlude.telemetry import events
+from workflow.conftest import Project
 
 pytestmark = pytest.mark.long
 
-SCRIPT = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+SCRIPT = '<img src=x onerror="window.taken=1"><script>window.taken=1</script>'
 WAIT_SECONDS = 60
 CHART = "const chart = getElement(Number(arguments[0])).chart; return chart.getOption().series.map(s => s.data);"
 
@@ -128,6 +131,32 @@ def test_a_run_is_followed_live_and_has_each_step_once(browser: Any, page: Page)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.capability("The live page: a run that is killed and resumed has each step once")
+def test_a_run_that_is_killed_is_followed_through_its_resume(browser: Any, page: Page, tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.manifest |= {"name": "killed", "run_dir": str(page.folder)}
+    project.stage |= {"steps": 40, "checkpoint": {"every": 5}}
+    project.write()
+    command = [sys.executable, "-c", "from postlude.cli import main; main()", "run", str(project.path), "--inline"]
+    stage = Run(str(page.folder / "killed")).stage("sft")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(browser, lambda: len(stage.metrics.read()) >= 8)
+        first.send_signal(signal.SIGSTOP)  # it must not come to its end while the page opens
+        browser.get(page.amend)
+        browser.get(f"{page.address}/?run=killed&view=stage&stage=sft")
+        until(browser, lambda: len(loss(browser)) >= 8)
+    finally:
+        first.kill()
+        first.wait()
+    subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    told = [[line["step"], line["loss"]] for line in stage.metrics.read()]
+    assert [step for step, _ in told] == list(range(1, 41))
+    until(browser, lambda: loss(browser) == told)
+    browser.get(f"{page.address}/?run=killed&view=events")
+    shown(browser, "ended without a word")
+
+
 @pytest.mark.capability("The live page: scripts in names and texts of runs are shown as text")
 def test_scripts_in_a_run_are_shown_as_text(browser: Any, page: Page) -> None:
     name = SCRIPT.replace("/", "")
@@ -144,11 +173,24 @@ def test_scripts_in_a_run_are_shown_as_text(browser: Any, page: Page) -> None:
     for view in ("stage&stage=sft", "events"):
         browser.get(f"{here}&view={view}")
         shown(browser, SCRIPT)
-        assert "taken" not in browser.title
+        assert browser.execute_script("return window.taken") is None
         assert browser.find_elements("css selector", "img[src=x]") == []
-    browser.get(f"{page.address}/?compare=small/{urllib.request.quote(name)}")  # type: ignore[attr-defined]
+    for key in (
+        "run",
+        "run=small&stage",
+        "run=small&view",
+        "run=small&view=stage&search",
+        "compare",
+        "search",
+        "theme",
+    ):
+        told = urllib.parse.quote("</title></script>" + SCRIPT + "`${window.taken=1}`{{window.taken=1}}")
+        browser.get(f"{page.address}/?{key}={told}")
+        until(browser, lambda: len(browser.find_element("tag name", "body").text) > 40)
+        assert browser.execute_script("return window.taken") is None, key
+    browser.get(f"{page.address}/?compare=small/{urllib.parse.quote(name)}")
     shown(browser, name)
-    assert "taken" not in browser.title
+    assert browser.execute_script("return window.taken") is None
 
 
 @pytest.mark.capability("The live page: without a token, or with another host or origin, it is refused")
@@ -196,6 +238,7 @@ def test_a_report_opens_from_disk_and_shows_the_same_curves(browser: Any, tmp_pa
     make_steps(run, range(1, 31), **{SCRIPT: 1.0})
     events.record(run.events, "failure", "sft", error=SCRIPT)
     write_report(run.uri, str(tmp_path / "out.html"))
+    browser.get_log("browser")  # what earlier tests were refused
     browser.get((tmp_path / "out.html").as_uri())
     until(browser, lambda: len(browser.find_elements("css selector", ".chart canvas")) > 3)
     options = json.loads(browser.execute_script("return document.getElementById('charts').textContent"))
@@ -203,7 +246,7 @@ def test_a_report_opens_from_disk_and_shows_the_same_curves(browser: Any, tmp_pa
     assert points == [[[step, 5 / step] for step in range(1, 31)]]
     asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
-    assert "taken" not in browser.title
+    assert browser.execute_script("return window.taken") is None
     shown(browser, SCRIPT)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 

@@ -32,7 +32,12 @@ def test_what_comes_is_seen_with_the_next_look(run: Run) -> None:
     assert followed.curve("sft", "loss", 100).values[-1] == 5 / 11
     events.record(run.events, "checkpoint_saved", "sft", step=11, uri="x")
     followed.update()
-    assert [event.kind for event in followed.events()] == ["checkpoint_saved"]
+    events.record(run.events, "checkpoint_saved", "sft", step=12, uri="x")
+    followed.update()
+    assert [event.step for event in followed.events()] == [11, 12]  # type: ignore[attr-defined]
+    run.events.rewrite(list(run.events.lines())[1:])
+    followed.update()
+    assert [event.step for event in followed.events()] == [12]  # type: ignore[attr-defined]
 
 
 def test_each_step_stands_once_when_a_resume_has_gone_back(run: Run) -> None:

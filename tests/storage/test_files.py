@@ -291,3 +291,30 @@ def test_a_name_of_the_greatest_length_is_written(tmp_path: Path) -> None:
     with storage.new_folder(str(tmp_path / ("y" * 255))) as folder:
         Path(folder, "file").write_text("x")
     assert storage.is_committed(str(tmp_path / ("y" * 255)))
+
+
+class OfItsOwn(Exception):
+    """What a library makes of a server that does not answer."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("error", [OfItsOwn("no route"), OSError("no route"), ConnectionResetError("no route")])
+def test_a_store_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("isdir", "exists", "ls", "info", "cat_file", "pipe_file", "_open"):
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
+    uri = "memory://far/away"
+    for look in (storage.is_directory, storage.exists, storage.list_directory, storage.size_bytes, storage.read_bytes):
+        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be read \(.*no route\)"):
+            look(uri)
+    for write in (storage.write_bytes, files.create):
+        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be written \(.*no route\)"):
+            write(uri, b"x")
+
+
+def test_a_fault_of_ours_is_none_of_a_store() -> None:
+    with pytest.raises(ZeroDivisionError), storage.errors.reading("memory://far/away"):
+        raise ZeroDivisionError

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from postlude.errors import UserError
+from postlude.storage.uris import is_local
 
 
 class StorageError(UserError):
@@ -43,6 +44,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OF_WRITING = (*_NO_ROOM, errno.EFBIG, errno.EROFS)
 """What only a write can meet with."""
 _OF_THE_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE)
+_LOOK_AFTER_STORE = "Check the address, the network, and what the store lets you do."
 _IN_WORDS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """How libraries that are written in Rust tell of an error of the system."""
 
@@ -60,11 +62,13 @@ def reading(uri: str) -> Iterator[None]:
         raise NotReadable(f"'{uri}' may not be read ({_reason(error)}). Check its permissions.") from error
     except (IsADirectoryError, NotADirectoryError) as error:
         raise NotReadable(f"'{uri}' cannot be read as a file ({_reason(error)}). Check the path.") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             raise NotFound(f"There can be nothing at '{uri}' ({_reason(error)}). Check the path.") from error
-        if error.errno in _OF_THE_DISK and "://" not in uri:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK and is_local(uri):
             raise NotReadable(f"'{uri}' cannot be read ({_reason(error)}). Look after its disk.") from error
+        if (told := _of_a_store(error, uri)) is not None:
+            raise NotReadable(f"'{uri}' cannot be read ({told}). {_LOOK_AFTER_STORE}") from error
         raise
 
 
@@ -80,15 +84,17 @@ def writing(uri: str) -> Iterator[None]:
             f"'{uri}' cannot be written ({_reason(error)}): a file and a folder are in each other's place. "
             "Choose another place or remove what stands there."
         ) from error
-    except OSError as error:
-        if (explained := explain(error, uri)) is not None:
+    except Exception as error:
+        if isinstance(error, OSError) and (explained := explain(error, uri)) is not None:
             raise explained from error
         if isinstance(error, PermissionError):
             raise NotWritable(
                 f"'{uri}' may not be written ({_reason(error)}). Choose another place or change its permissions."
             ) from error
-        if error.errno in _OF_THE_DISK and "://" not in uri:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK and is_local(uri):
             raise NotWritable(f"'{uri}' cannot be written ({_reason(error)}). Look after its disk.") from error
+        if (told := _of_a_store(error, uri)) is not None:
+            raise NotWritable(f"'{uri}' cannot be written ({told}). {_LOOK_AFTER_STORE}") from error
         raise
 
 
@@ -137,6 +143,15 @@ def _number(error: BaseException) -> int | None:
         return None
     number = int(said[1] or said[2])
     return number if number in _OF_WRITING else None
+
+
+def _of_a_store(error: Exception, uri: str) -> str | None:
+    """What a store far away, or the library that talks to it, says is wrong; None if it is another's error. Not all of
+    them make errors of the system of theirs."""
+    is_its_own = isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in ("builtins", "postlude")
+    if is_local(uri) or not is_its_own:
+        return None
+    return f"{type(error).__name__}: {error}"
 
 
 def _reason(error: OSError) -> str:

@@ -62,7 +62,11 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All entries that arrived whole; none if there is no journal."""
-        return [entry for _, entry in self._entries()]
+        return list(self)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The same, one after another."""
+        return (entry for _, entry in self._entries())
 
     def last(self) -> dict[str, Any] | None:
         """The last entry that arrived whole, read from the end, however long the journal is; None if there is none."""

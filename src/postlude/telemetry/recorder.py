@@ -133,7 +133,7 @@ class Recorder:
             with suppress(CorruptError):  # better an alarm twice than no run
                 happened = events.read(self._run.events)
             self._watch = StageWatch(self._rules, self._stage.name, happened)
-            lines = self._stage.metrics.read()
+            lines = self._stage.metrics
         for each in lines:
             for kind, fields in self._watch.take(each):
                 self.event(kind, **fields)
