@@ -86,6 +86,7 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "export",
             "verify",
             "amend",
+            "checkpoint",
             "acknowledge",
             "recipes",
             "explain",

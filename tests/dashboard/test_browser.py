@@ -296,3 +296,50 @@ def test_a_report_opens_from_disk_and_shows_the_same_curves(browser: Any, tmp_pa
     assert browser.execute_script("return window.taken") is None
     shown(browser, SCRIPT)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def pressed(browser: Any, text: str) -> None:
+    """A button with this text is there, and is pressed."""
+    path = f"//button[normalize-space(.)='{text}' or .//*[normalize-space(.)='{text}']]"
+    until(browser, lambda: [browser.execute_script("arguments[0].click()", browser.find_elements("xpath", path)[-1])])
+
+
+@pytest.mark.capability("The live page: an amendment is made, told with what it means, and undone")
+def test_a_stage_is_amended_in_the_page_and_by_nobody_who_only_looks(browser: Any, page: Page) -> None:
+    run = new_run(page.folder, "steered")
+    run.stage("sft").enter("running")
+    make_steps(run, range(1, 6))
+    browser.get(page.amend)
+    browser.get(f"{page.address}/?run=steered&view=steer&stage=sft")
+    shown(browser, "Nothing was amended.")
+    shown(browser, "gradients are clipped to it")
+    key, value = browser.find_elements("css selector", "main input, .q-page input, .nicegui-content input")[:2]
+    key.send_keys("optimizer.lr")
+    shown(browser, "optimizer.lr")
+    until(browser, lambda: browser.find_elements("css selector", ".q-menu .q-item"))[0].click()
+    until(browser, lambda: value.get_attribute("value") == "0.0001")
+    value.send_keys("\b" * 8 + "-1")
+    pressed(browser, "Show what it means")
+    shown(browser, "must be greater than 0, found -1")
+    value.send_keys("\b" * 8 + "0.5")
+    pressed(browser, "Show what it means")
+    shown(browser, "+ stages.sft.optimizer.lr: 0.5")
+    shown(browser, "From the next step on, step 1 at the earliest: the schedule multiplies it.")
+    assert not run.stage("sft").requests().amendments
+    pressed(browser, "Amend")
+    shown(browser, "0: optimizer.lr=0.5")
+    (asked,) = run.stage("sft").requests().amendments.values()
+    assert asked.assignment == "optimizer.lr=0.5"
+    pressed(browser, "Undo")
+    shown(browser, "+ stages.sft.optimizer.lr: 0.0001")
+    pressed(browser, "Amend")
+    shown(browser, "1: optimizer.lr=0.0001")
+    shown(browser, "undoes 0")
+    pressed(browser, "Checkpoint now")
+    shown(browser, "trains no such stage at the moment")
+    browser.get(page.read)
+    browser.get(f"{page.address}/?run=steered&view=steer&stage=sft")
+    shown(browser, "undoes 0")
+    shown(browser, "This address only looks")
+    texts = [button.text.lower() for button in browser.find_elements("tag name", "button")]
+    assert not {"undo", "amend", "checkpoint now", "show what it means"} & set(texts)

@@ -387,3 +387,65 @@ def test_a_loader_needs_exactly_one_length(made_up_source):
     for length in ({}, {"epochs": 1, "steps": 1}):
         with pytest.raises(ValueError, match="give one of them"):
             Loader(source, {"a": 1.0}, seed=0, block=8, blocks_per_step=1, window=1, **length)
+
+
+@pytest.mark.capability("The weights of a mixture may change at a step, and a resume draws the same")
+@settings(max_examples=60, deadline=None)
+@given(plans(), st.data())
+def test_weights_that_change_at_a_step_leave_what_was_drawn_and_come_again_after_any_stop(made_up_source, plan, data):
+    """Whenever the weights change and wherever it is stopped, before or after: the steps are the same."""
+    whole = run(build(made_up_source, plan))
+    changes = {
+        data.draw(st.integers(0, len(whole) - 1)): {
+            name: data.draw(st.sampled_from([0.1, 1.0, 9.0])) for name in plan["sources"]
+        }
+        for _ in range(data.draw(st.integers(1, 2)))
+    }
+
+    def go_on(loader, first, most=10_000):
+        steps, states = [], [json.dumps(loader.state())]
+        with loader:
+            for number in range(first, first + most):
+                if number in changes:
+                    loader.reweigh(changes[number])
+                step = next(loader, None)
+                if step is None:
+                    break
+                steps.append(told(step))
+                states.append(json.dumps(loader.state()))
+        return steps, states
+
+    steps, states = go_on(build(made_up_source, plan), 0)
+    first = min(changes)
+    assert steps[:first] == whole[:first]
+    if len(plan["sources"]) == 1:
+        assert steps == whole
+    stop = data.draw(st.integers(0, len(steps)))
+    again = build(made_up_source, plan)
+    for number, weights in sorted(changes.items()):
+        if number < stop:
+            again.reweigh(weights)  # as a resume does, before it takes up the state
+    again.load(json.loads(states[stop]))
+    assert go_on(again, stop) == (steps[stop:], states[stop:])
+    leader = build(made_up_source, plan)._reader.mixture.leader
+    assert json.loads(states[-1])["cursors"][leader] == 2 * sum(map(len, plan["sources"][leader]["lengths"]))
+
+
+def test_new_weights_hold_from_the_end_of_the_window_in_progress(made_up_source):
+    even = {"lengths": [[(BLOCK,)] * 400], "files": [[0]], "seekable": True}
+    plan = {
+        "sources": {"a": even, "b": even},
+        "weights": {"a": 1.0, "b": 1.0},
+        "seed": 3,
+        "blocks_per_step": 2,
+        "window": 8,
+    }
+    with build(made_up_source, plan, steps=60) as loader:
+        drawn = []
+        for number in range(60):
+            if number == 10:  # 20 blocks are handed out: the third window, up to the 24th, is in progress
+                loader.reweigh({"a": 1.0, "b": 1e-9})
+            drawn += [name[0] for block in ids(next(loader).blocks) for name in block]
+    assert 6 <= drawn[:20].count("b") <= 14
+    assert "b" in drawn[20:24]
+    assert drawn[24:] == ["a"] * 96

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
 from postlude.manifest import component
+from postlude.manifest.change import Change, from_step
 from postlude.manifest.component import Component, Named, register
 from postlude.manifest.compute import ProviderConfig
 from postlude.manifest.schema import ModelFrom, TrainingStage
@@ -44,6 +45,8 @@ class Length(Component):
 
 class Adam(Component):
     """Adaptive moments."""
+
+    changes: ClassVar[Mapping[str, Change]] = {"lr": from_step("it rises"), "weight_decay": from_step("it shrinks")}
 
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """The peak learning rate."""

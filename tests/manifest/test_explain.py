@@ -19,6 +19,8 @@ def test_a_key_is_told_with_its_history_and_its_documentation(example):
         "  default   1e-05",
         "",
         "The peak learning rate.",
+        "",
+        "It may be amended while the stage runs, from the next step on: it rises.",
     ]
     assert explain(resolved, "stages.first.optimizer.lr") == explain(resolved, "first.optimizer.lr")
 

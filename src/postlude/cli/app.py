@@ -38,6 +38,7 @@ for command in (
     models.export,
     models.verify,
     runs.amend,
+    runs.checkpoint,
     runs.acknowledge,
     manifests.recipes,
     manifests.explain,

@@ -115,9 +115,41 @@ def acknowledge(
 def amend(
     run: RunPath,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage that is running or will go on.")],
-    assignment: Annotated[str, typer.Argument(metavar="KEY=VALUE", help="Such as optimizer.lr=5e-6.")],
+    assignment: Annotated[
+        str | None, typer.Argument(metavar="KEY=VALUE", help="Such as optimizer.lr=5e-6.", show_default=False)
+    ] = None,
+    undo: Annotated[
+        int | None,
+        typer.Option("--undo", metavar="NUMBER", help="Give the key of this amendment its value before."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would mean.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Record a change to a running stage; it holds from the next step on, also when the run is resumed."""
+    """Record a change to a running stage; it holds from the next step on, also
+    when the run is resumed. Without KEY=VALUE, tell what may be changed and
+    what was."""
     from postlude.workflow import amend as workflow
 
-    announce(workflow.amend(run, stage, assignment))
+    if undo is not None and assignment is not None:
+        raise typer.BadParameter("it knows the value that comes back: leave KEY=VALUE out", param_hint="--undo")
+    if undo is not None:
+        told = workflow.preview_undo(run, stage, undo) if dry_run else workflow.undo(run, stage, undo)
+    elif assignment is not None:
+        told = workflow.preview(run, stage, assignment) if dry_run else workflow.amend(run, stage, assignment)
+    else:
+        show_report(workflow.look(run, stage), as_json)
+        return
+    show_report(told, as_json)
+
+
+def checkpoint(
+    run: RunPath,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="STAGE", help="By default all that train.", show_default=False)
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long it may take.")] = 600.0,
+) -> None:
+    """Have a running stage save its state after the step in progress."""
+    from postlude.workflow import checkpoint as workflow
+
+    announce(workflow.checkpoint(run, stage, wait))

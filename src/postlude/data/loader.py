@@ -77,7 +77,8 @@ class Loader:
         self._blocks_per_step, self._epochs, self._steps = blocks_per_step, epochs, steps
         self._rank, self._world, self._ahead, self._waiting = rank, world, ahead, waiting
         self._complete = complete
-        self._total_draws = self._reader.mixture.epoch_end(epochs - 1) if epochs else 0
+        self._mixture = self._reader.mixture
+        self._count_draws()
         self._step = 0
         self._cursor = self._reader.start
         """Where the window of the next block begins."""
@@ -132,6 +133,7 @@ class Loader:
             "draws": self._cursor.draws,
             "cursors": dict(self._cursor.sources),
             "rows": self._reader.rows,
+            **({"mixture": changed} if (changed := self._mixture.state()) else {}),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -145,6 +147,19 @@ class Loader:
         self.close()
         self._step, self._position = state["step"], state["position"]
         self._cursor = Cursor(state["cursors"], state["draws"], state["epoch"], state["window"])
+        self._mixture.load(state.get("mixture", []))
+        self._count_draws()
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Draw with other weights from the end of the window on of which blocks were handed out, or at once."""
+        if weights == self._mixture.weights:
+            return
+        if self._position and self._window is None:
+            self._window = self._next_window()
+        begins = self._window.end.draws if self._window and self._position else self._cursor.draws
+        self.close()  # what was made ahead was drawn with the weights before
+        self._mixture.reweigh(begins, weights)
+        self._count_draws()
 
     def close(self) -> None:
         """Stop making windows ahead, and wait until the thread has ended. The next step begins a new one."""
@@ -183,6 +198,9 @@ class Loader:
         cursor = self._cursor
         with self._waiting(f"training data to be packed: window {cursor.window} in epoch {cursor.epoch}"):
             return future.result()
+
+    def _count_draws(self) -> None:
+        self._total_draws = self._mixture.epoch_end(self._epochs - 1) if self._epochs else 0
 
     def _progress(self) -> float:
         if self._steps is not None:

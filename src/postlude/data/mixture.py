@@ -1,12 +1,14 @@
 """Which source each draw of a mixture comes from: a seeded choice that is a pure function of (seed, position).
 
 A weight is a share of the draws, and a draw is one record. An epoch of the mixture is one pass over its largest
-source by weight (of equal weights, the one with more rows); the others are begun anew as often as it takes.
+source by weight (of equal weights, the one with more rows); the others are begun anew as often as it takes. Weights
+may change at a draw: the draws before it stay what they were, and epochs stay passes over the same source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,18 +30,50 @@ class Mixture:
         self.names = tuple(sorted(rows))
         self._seed = seed
         self._rows = rows
-        self._borders = np.cumsum([weights[name] for name in self.names])
-        self._borders /= self._borders[-1]
-        self.shares = {name: weights[name] / sum(weights.values()) for name in self.names}
+        self._begun = self._stretches = [(0, dict(weights))]
+        """The weights from a draw on, in order."""
         self.leader = max(self.names, key=lambda name: (weights[name], rows[name]))
         """The source whose passes are the mixture's epochs."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The newest."""
+        return self._stretches[-1][1]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the draws, by the newest weights."""
+        return {name: self.weights[name] / sum(self.weights.values()) for name in self.names}
+
+    def reweigh(self, draw: int, weights: Mapping[str, float]) -> None:
+        """Give the draws from this one on other weights."""
+        before = [stretch for stretch in self._stretches if stretch[0] < draw]
+        self._stretches = [*before, (draw, {name: weights[name] for name in self.names})]
+
+    def next_change(self, draw: int) -> int | None:
+        """The first draw after this one whose weights are others, if there is one."""
+        return next((first for first, _ in self._stretches if first > draw), None)
+
+    def state(self) -> list[list[Any]]:
+        """All weights with the draws from which they hold, as JSON; nothing where they never changed."""
+        return [] if self._stretches == self._begun else [[draw, weights] for draw, weights in self._stretches]
+
+    def load(self, state: Sequence[Sequence[Any]]) -> None:
+        """Go on with the weights of a state."""
+        self._stretches = [(draw, dict(weights)) for draw, weights in state] or self._begun
 
     def choices(self, start: int, count: int) -> np.ndarray:
         """[count] the index into ``names`` of the source of each draw from ``start`` on."""
         if len(self.names) == 1:
             return np.zeros(count, dtype=np.int64)
         uniform = (random_bits(start, count, self._seed, "mixture") >> np.uint64(11)) * 2.0**-53
-        return np.searchsorted(self._borders[:-1], uniform, side="right")
+        chosen = np.zeros(count, dtype=np.int64)
+        for first, weights in self._stretches:
+            borders = np.cumsum([weights[name] for name in self.names])
+            borders /= borders[-1]
+            place = min(max(first - start, 0), count)
+            chosen[place:] = np.searchsorted(borders[:-1], uniform[place:], side="right")
+        return chosen
 
     def counts(self, start: int, count: int) -> dict[str, int]:
         """How many of the draws from ``start`` on come from each source."""

@@ -1,7 +1,8 @@
 """Closed windows of the data order: draws become units, units become packed blocks.
 
 A window is a pure function of where it begins, so it can be made again by any process at any time. Windows never
-cross the end of an epoch, and none is empty: draws that yield nothing belong to the window before them.
+cross the end of an epoch, nor a draw at which the weights of the mixture change, and none is empty: draws that yield
+nothing belong to the window before them.
 """
 
 from __future__ import annotations
@@ -102,14 +103,15 @@ class WindowReader:
         """
         while cursor.epoch != epochs:
             end = self.mixture.epoch_end(cursor.epoch, cursor.draws, cursor.sources[self.mixture.leader])
-            for window in self._until(end, cursor):
+            change = self.mixture.next_change(cursor.draws)
+            for window in self._until(end if change is None else min(end, change), cursor, end):
                 cursor = window.end
                 yield window
             if self.stopped.is_set():
                 return
 
-    def _until(self, end: int, cursor: Cursor) -> Iterator[Window]:
-        """The windows up to the draw at which the epoch ends."""
+    def _until(self, end: int, cursor: Cursor, epoch_end: int) -> Iterator[Window]:
+        """The windows up to a draw, at which the epoch may end."""
         room = self._window * self._block
         read, cursors = cursor.draws, dict(cursor.sources)
         drawn: list[tuple[int, tuple[Unit, ...]]] = []
@@ -134,7 +136,9 @@ class WindowReader:
             tokens -= sum(len(unit) for unit in units)
             after = drawn[taken][0] if taken < len(drawn) else end
             drawn = drawn[taken:]
-            window = self._close(cursor, after, after == end, [tuple(units[i] for i in block) for block in packed])
+            window = self._close(
+                cursor, after, after == epoch_end, [tuple(units[i] for i in block) for block in packed]
+            )
             cursor = window.end
             yield window
 

@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from postlude.manifest.change import EVERY, Change
 from postlude.manifest.problem import ManifestError
 from postlude.nearest import suggestion_or_list
 
@@ -78,8 +79,17 @@ class Config(BaseModel):
     later: ClassVar[tuple[str, ...]] = ()
     """Keys that a later version brought. With their defaults a stage is what it was before there were such keys, so
     that a run which was begun then goes on. Those of a data set, its format, source and filters are null by default."""
+    changes: ClassVar[Mapping[str, Change]] = {}
+    """Whether a key may change while a stage runs: for those that are not as what they stand in, and do not have the
+    answer of a base class."""
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of keys of which one, and only one, is given. One that a stage gives replaces another of the defaults."""
+
+    @classmethod
+    def change_of(cls, key: str) -> Change | None:
+        """Whether a key may change while a stage runs, where this class or one of its bases says."""
+        said = [base.__dict__.get("changes", {}) for base in cls.__mro__]
+        return next((changes[each] for each in (key, EVERY) for changes in said if each in changes), None)
 
     @model_serializer(mode="wrap")
     def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

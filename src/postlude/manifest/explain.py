@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from postlude.manifest.amend import change_at
 from postlude.manifest.component import Config, names
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
@@ -84,6 +85,7 @@ class _Place:
                 raise ManifestError(f"{resolved.name} has no key '{part}'{above}.{near}")
             subschema, tree = subschema.child(tree, part), below
         self.value, self.field, self.subschema = tree, field, subschema
+        self.change = change_at(resolved.tree, path, MANIFEST)
         try:
             self.history = resolved.history(path)
         except KeyError:
@@ -91,12 +93,13 @@ class _Place:
 
     @property
     def meaning(self) -> list[str]:
-        """The documentation of the key, and of the component or config that stands there, in paragraphs."""
+        """The documentation of the key, and of the component or config that stands there, in paragraphs; and whether it
+        may change while a stage runs."""
         parts = [self.field.description or "" if self.field else "", self.component_doc]
         if isinstance(self.value, dict):
             parts.append(_documentation(self.subschema.config(self.value)))
         paragraphs = "\n\n".join(dict.fromkeys(part for part in parts if part)).split("\n\n")
-        return [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph]
+        return [*(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph), str(self.change)]
 
 
 def _story(place: _Place) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from postlude.manifest.adapter import Adapter
 from postlude.manifest.alarms import AlarmRule, Receiver
+from postlude.manifest.change import Change, from_step, never
 from postlude.manifest.component import Component, Config, Name, Named, Positive, Seed, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
@@ -193,6 +194,12 @@ class Batch(Config):
 class Checkpoint(Config):
     """When the state is saved, and how much of it is kept."""
 
+    changes: ClassVar[Mapping[str, Change]] = {
+        "every": from_step("a checkpoint is written after each step that it divides"),
+        "keep": from_step("so many stay when the next one is written"),
+        "on_full_disk": from_step("it says what the next one for which there is no room does"),
+    }
+
     every: Positive = 100
     """Optimiser steps between checkpoints; one is written at the end of a stage in any case."""
     keep: Positive = 2
@@ -203,6 +210,10 @@ class Checkpoint(Config):
 
 class Evaluate(Config):
     """Loss on held-out data."""
+
+    changes: ClassVar[Mapping[str, Change]] = {
+        "every": from_step("what is held out is measured after each step that it divides")
+    }
 
     data: Mixture
     """Data set names; the weights are those of a mixture."""
@@ -222,8 +233,10 @@ class StageConfig(Component):
     """Raised when the recipe's result changes although its keys do not: what it made before is then made anew."""
     pool_keys: ClassVar[tuple[str, ...]] = ("pool",)
     """The keys, dotted, that name pools of ``compute.pools`` whose workers it uses; the one it runs on comes first."""
-    amendable: ClassVar[tuple[str, ...]] = ()
-    """Keys that ``postlude amend`` may change while the stage runs."""
+    changes: ClassVar[Mapping[str, Change]] = {
+        "recipe": never("it is what the stage is"),
+        "pool": never("its processes run there"),
+    }
     free: ClassVar[tuple[str, ...]] = ()
     """Keys that cannot change the result: a run may go on with other values."""
     does: ClassVar[str]
@@ -252,18 +265,37 @@ class StageConfig(Component):
         """The same with so little of everything that a preflight can try it."""
         return self
 
+    def objection(self, begun: Self, key: str) -> str | None:
+        """Why a stage that began as another cannot go on as this one, which an amendment of a key made of it."""
+        return None
+
 
 class TrainingStage(StageConfig):
     """A stage that trains a model: the keys that belong to the trainer, whatever the recipe."""
 
     exactly_one = (("steps", "epochs"),)
-    amendable = (
-        "optimizer.lr",
-        "optimizer.weight_decay",
-        "max_grad_norm",
-        "checkpoint.every",
-        "evaluate.every",
-    )
+    changes = {
+        "model": never("training has begun with its weights"),
+        "adapter": never("its matrices are what is trained"),
+        "tokenizer": never("the data are encoded with it"),
+        "artifact_template": never("the artifact has it: run a stage after this one to change it"),
+        "add_tokens": never("the model has their rows since training began"),
+        "data": from_step("the weights hold for what is packed after the window in progress"),
+        "steps": never("the schedule and the share that is done follow from it: go on in a stage after this one"),
+        "epochs": never("the schedule and the share that is done follow from it: go on in a stage after this one"),
+        "batch": never("the order of the data follows from it"),
+        "optimizer": never("its state was made for it"),
+        "schedule": from_step("the rate of each step follows from it, and from how far the stage is"),
+        "max_grad_norm": from_step("gradients are clipped to it"),
+        "threads": never("processes have theirs since they started"),
+        "precision": never("the models are held for it"),
+        "parallel": never("workers hold their parts of the model: another value may be given to a resume"),
+        "recompute": never("the models were built for it"),
+        "compile": never("the models were built for it"),
+        "checkpoint": from_step("checkpoints are written as it says"),
+        "evaluate": never("what is held out is read before the first step"),
+        "max_skipped_steps": from_step("so many stop the run"),
+    }
     free: ClassVar[tuple[str, ...]] = ("checkpoint", "parallel")
     later = ("artifact_template",)
 
@@ -343,6 +375,17 @@ class TrainingStage(StageConfig):
     def base_model(self) -> ModelPlace | None:
         return self.model
 
+    def objection(self, begun: Self, key: str) -> str | None:
+        if self.data.keys() != begun.data.keys():
+            return f"the data sets of the mixture stay {', '.join(begun.data)}: only their weights may change"
+        largest, every = max(begun.data.values()), sum(self.data.values())
+        if starved := [name for name in self.data if begun.data[name] == largest and self.data[name] < 0.01 * every]:
+            return (
+                f"an epoch is a pass over the data set that was largest by weight, and of '{starved[0]}' less than a "
+                "hundredth would be drawn: it would hardly end"
+            )
+        return super().objection(begun, key)
+
 
 # --- the whole ----------------------------------------------------------------------------------------------
 
@@ -362,6 +405,19 @@ class Manifest(Config):
     """A resolved manifest: ``defaults`` have been folded into the stages."""
 
     later = ("alarms", "notify")
+    changes = {
+        "name": never("the run has it"),
+        "seed": never("the order of the data and every sample follow from it"),
+        "run_dir": never("the run stands there"),
+        "plugins": never("they are imported when a process starts"),
+        "today": never("the data are rendered with it"),
+        "data": never("the data are read as it says: the weights of a mixture are keys of the stage"),
+        "compute": never("its processes have started there"),
+        "sinks": never("they are opened when a stage starts: others may be given to a resume"),
+        "alarms": never("they are read when a stage starts: others may be given to a resume"),
+        "notify": never("they are read when a run starts: others may be given to a resume"),
+        "stages": never("what a stage says of a key holds for it"),
+    }
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run: the folder in ``run_dir`` that holds it."""

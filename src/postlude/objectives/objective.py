@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from postlude.manifest.change import EVERY, Change, from_step
 from postlude.manifest.component import Component
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Objective(Protocol):
 
 class ObjectiveConfig(Component):
     """Base of the kind ``objectives``: the keys of a loss."""
+
+    changes: ClassVar[Mapping[str, Change]] = {EVERY: from_step("the loss has it")}
 
     def build(self) -> Objective:
         """The objective."""

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from postlude.data.document import REFERENCE_LOGP
 from postlude.data.example import Ranked
+from postlude.manifest.change import EVERY, Change, from_step
 from postlude.manifest.component import Component
 from postlude.objectives.objective import Objective, Outcome
 
@@ -67,6 +68,7 @@ class PreferenceLoss(Component):
     """Whether the negative log-likelihood of the chosen answers, a mean over their tokens, comes to it."""
     accepts: ClassVar[tuple[type, ...]] = (Ranked,)
     """The shapes of examples that it learns from."""
+    changes: ClassVar[Mapping[str, Change]] = {EVERY: from_step("the loss has it")}
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How much a difference in log-probability counts."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from postlude.manifest.change import from_step, never
 from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
@@ -33,6 +34,11 @@ class Distill(TrainingRecipe):
 
     starter = StarterFiles("postlude.recipes.starters", "distill.yaml", {".jsonl": "sums.jsonl"})
 
+    changes = {
+        "teacher": never("it is loaded, or asked, before the first step"),
+        **dict.fromkeys(("divergence", "beta", "temperature", "hard_loss", "normalize"), from_step("the loss has it")),
+    }
+
     recipe: Literal["distill"]
     teacher: Teacher
     """The model that is learned from, of any size, with the student's tokenizer. It is frozen, and runs along or, with
@@ -56,6 +62,11 @@ class Distill(TrainingRecipe):
         if beta is not None and chosen in ("forward_kl", "reverse_kl"):
             raise ValueError(f"beta is a key of the divergence jsd, and {chosen} does not use it. Leave it out")
         return beta
+
+    def objection(self, begun: Self, key: str) -> str | None:
+        if self.teacher.top_k is not None and self.temperature != begun.temperature:
+            return "the teacher was asked at the temperature that the stage began with, and its answers are stored"
+        return super().objection(begun, key)
 
     def objective(self) -> Objective:
         from postlude.objectives.distillation import Distillation

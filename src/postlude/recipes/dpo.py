@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from postlude.data.document import Document, Unit
+from postlude.manifest.change import from_step, never
 from postlude.manifest.component import Component, Named, lookup, names
 from postlude.manifest.schema import ModelPlace
 from postlude.manifest.starter import StarterFiles
@@ -40,6 +41,16 @@ class DPO(TrainingRecipe):
         "dpo.yaml",
         {"-answers.jsonl": "answers.jsonl", "-pairs.jsonl": "pairs.jsonl"},
     )
+
+    changes = {
+        "loss": never("the step was built for it: its own keys may change"),
+        **dict.fromkeys(
+            ("beta", "label_smoothing", "gamma", "desirable_weight", "undesirable_weight"),
+            from_step("the loss has it"),
+        ),
+        "reference": never("it is loaded, or asked, before the first step"),
+        "precompute_reference": never("it is asked before the first step"),
+    }
 
     recipe: Literal["dpo"]
     loss: Annotated[PreferenceLoss, LossByName(LOSSES), Field(validate_default=True)] = "sigmoid"  # type: ignore

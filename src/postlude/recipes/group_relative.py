@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from postlude.manifest.change import from_round, from_step
 from postlude.objectives.objective import Objective
 from postlude.recipes.online import OnlineRecipe
 from postlude.rollout.advantages import Baseline, Scale
@@ -32,6 +33,15 @@ class GroupRelative(OnlineRecipe):
         OnlineRecipe.starter,
         values={"own_key": "    group: 8                              # samples of each prompt\n"},
     )
+
+    changes = {
+        **dict.fromkeys(
+            ("clip", "clip_high", "ratio", "surrogate", "normalize", "entropy"), from_step("the loss has it")
+        ),
+        **dict.fromkeys(("baseline", "scale"), from_round("advantages are made with it")),
+        "kl": from_round("the loss of the round's samples has it"),
+        "kl_in_reward": from_round("the rewards of the round's samples are charged with it"),
+    }
 
     clip: ClipBelow = 0.2
     """A token's probability counts as changed by at most so much downwards, and by ``clip_high`` upwards."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from postlude.manifest.change import from_step, never
 from postlude.manifest.component import Positive
 from postlude.manifest.schema import ModelPlace
 from postlude.objectives.nll import WeightedLikelihood
@@ -29,6 +30,11 @@ class OnPolicyDistill(OnlineRecipe):
         values={"own_key": "    teacher: {from: sft}                  # a better model, with the same tokenizer\n"},
     )
     needs_reward: ClassVar[bool] = False
+
+    changes = {
+        "teacher": never("it is loaded before the first step"),
+        **dict.fromkeys(("divergence", "beta"), from_step("the loss has it")),
+    }
 
     recipe: Literal["on_policy_distill"]
     group: Positive = 1

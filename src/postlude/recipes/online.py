@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from postlude.manifest.amend import change_of
+from postlude.manifest.change import Change, from_round, from_step, never
 from postlude.manifest.component import Name, Named, Positive
 from postlude.manifest.schema import Evaluate, ModelPlace
 from postlude.manifest.starter import StarterFiles
@@ -31,6 +33,21 @@ class Rollout(Answering):
     """How prompts are answered."""
 
     later: ClassVar[tuple[str, ...]] = ("record_tokens",)
+    changes: ClassVar[Mapping[str, Change]] = {
+        "pool": never("its engines run there"),
+        **dict.fromkeys(("oversample", "ahead"), never("rounds that are being answered were begun with it")),
+        "prompts": from_round("a round has so many"),
+        **dict.fromkeys(("temperature", "top_p"), from_round("the round is sampled with it")),
+        "turns": from_round("episodes of the round have so many at most"),
+        "correction": from_round("the round's samples are corrected up to it"),
+        "max_tokens": never("what fits into a block, and into memory, was planned with it"),
+        "engine": never("its processes run as it says"),
+        "record_tokens": never("it is read when the stage starts: another value may be given to a resume"),
+        **dict.fromkeys(
+            ("concurrency", "engine_seconds", "reward_seconds", "reward_workers"),
+            never("processes have it since they started"),
+        ),
+    }
 
     pool: Name | None = None
     """The pool of ``compute.pools`` that the engines have for themselves, one for each of its workers: on devices of
@@ -61,6 +78,8 @@ class Rollout(Answering):
 class OnlineEvaluate(Evaluate):
     """Answers to held-out prompts."""
 
+    changes = dict.fromkeys(("samples", "temperature", "success"), from_step("what is held out is measured with it"))
+
     samples: Positive = 1
     """Completions of each prompt; with several, pass@k is told for the powers of two up to their number."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -84,6 +103,17 @@ class OnlineRecipe(TrainingRecipe):
     free: ClassVar[tuple[str, ...]] = (*TrainingRecipe.free, "rollout.record_tokens")
     needs_reward: ClassVar[bool] = True
     starter: ClassVar[StarterFiles] = StarterFiles("postlude.recipes.starters", "online.yaml", values={"own_key": ""})
+
+    changes = {
+        "rollout": never("the engine was started as it says"),
+        "data": from_round("the prompts that are drawn for the round, and from then on, follow the weights"),
+        "group": from_round("each prompt of the round has so many samples"),
+        "reward": never("its parts are loaded when the stage starts: their weights may change"),
+        "environment": never("its processes run as it says"),
+        **dict.fromkeys(("updates", "passes"), from_round("the round is trained in so many")),
+        "resample": from_round("it says what becomes of prompts whose samples are all rewarded alike"),
+        "reference": never("it is loaded before the first step"),
+    }
 
     rollout: Rollout = Rollout()
     """How prompts are answered."""
@@ -181,6 +211,14 @@ class OnlineRecipe(TrainingRecipe):
             measures_reference=self.compares,
             **keys,
         )
+
+    def objection(self, begun: Self, key: str) -> str | None:
+        rollout = self.rollout
+        if rollout.ahead and change_of(self, key).holds == "round":
+            return "rollout.ahead is above 0, so rounds that were begun without it are still to be trained on"
+        if rollout.oversample > 1 and key in ("rollout.temperature", "rollout.top_p"):
+            return "rollout.oversample is above 1, so answers that were begun without it go on in later rounds"
+        return super().objection(begun, key)
 
     def rehearsed(self) -> Self:
         rollout = self.rollout.model_copy(

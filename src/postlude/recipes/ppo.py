@@ -4,10 +4,11 @@ advantages are generalised (GAE) from the reward after the last one."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from postlude.manifest.change import Change, from_round, from_step, never
 from postlude.manifest.component import Config, Named, Positive, Share
 from postlude.manifest.schema import ModelPlace
 from postlude.objectives.objective import Objective
@@ -24,6 +25,12 @@ HEAD_ON_POLICY = "policy"
 
 class Critic(Config):
     """What says how good an answer will be before it is there."""
+
+    changes: ClassVar[Mapping[str, Change]] = {
+        **dict.fromkeys(("trunk", "model"), never("the critic has its weights")),
+        "optimizer": never("its state was made for it"),
+        **dict.fromkeys(("coefficient", "clip"), from_step("the loss has it")),
+    }
 
     trunk: Literal["own", "policy"] = "own"
     """A model of its own, or a second head on the policy."""
@@ -46,6 +53,14 @@ class Critic(Config):
 
 class PPO(OnlineRecipe):
     """Proximal policy optimisation, with a critic."""
+
+    changes = {
+        "critic": never("it was built as it says"),
+        **dict.fromkeys(("clip", "entropy"), from_step("the loss has it")),
+        **dict.fromkeys(("gamma", "gae_lambda"), from_round("advantages are made with it")),
+        "kl": from_round("the rewards of the round's samples are charged with it; what it was adapted to is let go"),
+        "kl_target": from_round("the coefficient is adapted to it after the round"),
+    }
 
     recipe: Literal["ppo"]
     group: Positive = 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from postlude.data.example import Conversation, Text, Tokens
+from postlude.manifest.change import EVERY, Change, never
 from postlude.manifest.component import Name, Positive
 from postlude.manifest.schema import NamesDatasets, StageConfig, TrainingStage
 from postlude.objectives.objective import Objective
@@ -58,9 +59,18 @@ class TrainingRecipe(TrainingStage):
     def rehearsed(self) -> Self:
         return self.model_copy(update={"evaluate": None})
 
+    def objection(self, begun: Self, key: str) -> str | None:
+        if more := self.companions().keys() - begun.companions().keys():
+            return f"the stage began without the model '{more.pop()}', which it would need from then on"
+        if begun.annotations() and self.data != begun.data:
+            return "a model was asked about the data as they are mixed, before the first step"
+        return super().objection(begun, key)
+
 
 class WorkRecipe(StageConfig):
     """Base of the kind ``recipes`` for stages that do something else than train."""
+
+    changes: ClassVar[Mapping[str, Change]] = {EVERY: never("all that the stage makes is made alike")}
 
     pool: Name = "train"
     """The pool of ``compute.pools`` whose workers do it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from postlude.data.example import Ranked
+from postlude.manifest.change import from_step
 from postlude.manifest.starter import StarterFiles
 from postlude.objectives.objective import Objective
 from postlude.recipes.recipe import TrainingRecipe
@@ -24,6 +25,8 @@ class RewardModel(TrainingRecipe):
         "reward.yaml",
         {"-answers.jsonl": "answers.jsonl", "-pairs.jsonl": "pairs.jsonl"},
     )
+
+    changes = dict.fromkeys(("order", "margins", "centering"), from_step("the loss has it"))
 
     recipe: Literal["reward"]
     order: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"

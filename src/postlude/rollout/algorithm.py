@@ -49,6 +49,10 @@ class Algorithm:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on with what it had learned."""
 
+    def take_over(self, before: Algorithm) -> None:
+        """Go on with what another of its kind, of which this one is an amendment, had learned."""
+        self.load(before.state())
+
 
 @dataclass
 class Relative(Algorithm):
@@ -89,6 +93,13 @@ class Generalized(Algorithm):
     kl_target: float | None = None
     kl_horizon: float = 10_000.0
     """Samples over which the coefficient is adapted."""
+
+    def __post_init__(self) -> None:
+        self._first_coefficient = self.kl_coefficient
+
+    def take_over(self, before: Algorithm) -> None:
+        if isinstance(before, Generalized) and before._first_coefficient == self._first_coefficient:
+            super().take_over(before)
 
     def streams(self, scored: Scored) -> tuple[list[Streams], Mapping[str, float]]:
         advantages, returns, drifts = [], [], []

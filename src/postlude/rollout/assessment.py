@@ -40,6 +40,11 @@ class Assessment:
     _compared: bool = field(default=False, init=False)
     """Whether the engine was found to have the policy's weights."""
 
+    def take_over(self, before: Assessment) -> None:
+        """Go on with what another, of which this one is an amendment, had found and learned."""
+        self._compared = before._compared
+        self.algorithm.take_over(before.algorithm)
+
     def of(self, groups: Sequence[Group], version: int) -> tuple[list[Document], dict[str, float]]:
         """The samples as documents with all the streams that are trained on, and the metrics of the round. The policy's
         weights are those after ``version`` steps."""

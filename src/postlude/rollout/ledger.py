@@ -60,6 +60,8 @@ class LedgerState(Line):
     """Prompts that were dropped, by the reason."""
     rows: Mapping[str, int]
     """Records, by data set."""
+    mixture: Sequence[Sequence[Any]] | None = None
+    """The weights with the draws from which they hold, where an amendment has changed them."""
 
 
 class Ledger:
@@ -80,11 +82,13 @@ class Ledger:
             name: SourceOrder(seed, name, source.groups, source.files, source.seekable)
             for name, source in sources.items()
         }
-        self.end = None if epochs is None else self._mixture.epoch_end(epochs - 1)
+        self._epochs = epochs
+        self.end: int | None = None
         """The number of draws after which the stage is over."""
         self.issued = 0
         """Draws so far."""
-        self._epoch, self._epoch_end = 0, self._mixture.epoch_end(0)
+        self._epoch = 0
+        self._count_draws()
         self._cursors = dict.fromkeys(self._mixture.names, 0)
         self._again: list[Issue] = []
         """What was open in the state that this continues from."""
@@ -127,6 +131,16 @@ class Ledger:
         else:
             self.dropped[reason] += 1
 
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Draw with other weights from the next draw on."""
+        if weights != self._mixture.weights:
+            self._mixture.reweigh(self.issued, weights)
+            self._count_draws()
+
+    def _count_draws(self) -> None:
+        self._epoch_end = self._mixture.epoch_end(self._epoch)
+        self.end = None if self._epochs is None else self._mixture.epoch_end(self._epochs - 1)
+
     def state(self, but: Sequence[Issue] = ()) -> dict[str, Any]:
         """Where to continue, as :class:`LedgerState` and JSON: what is open will be issued again, except ``but`` those
         that are kept elsewhere and count as settled when they are continued from."""
@@ -141,6 +155,7 @@ class Ledger:
             "trained": self.trained,
             "dropped": dict(self.dropped),
             "rows": self.rows,
+            **({"mixture": changed} if (changed := self._mixture.state()) else {}),
         }
         return LedgerState.stamp(state)
 
@@ -153,7 +168,8 @@ class Ledger:
                 f"now they are {self.rows}, so the prompts cannot be continued. Restore the data, or start a new run."
             )
         self.issued, self._epoch = state["draws"], state["epoch"]
-        self._epoch_end = self._mixture.epoch_end(self._epoch)
+        self._mixture.load(state.get("mixture", []))
+        self._count_draws()
         self._cursors = dict(state["cursors"])
         self._again = [Issue(*issue) for issue in state["again"]]
         self._open = {issue[0]: Issue(*issue) for issue in state["open"]}

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from postlude.data.example import Record
 from postlude.errors import DataError, UserError
+from postlude.manifest.change import Change, from_round
 from postlude.manifest.component import Component, Config, Named
 from postlude.manifest.schema import ModelPlace
 from postlude.rollout.calls import calls_of_answer
@@ -105,6 +106,7 @@ class Reward(Config):
     """A part of the reward: a function, or a model with a head that scores."""
 
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = (("function", "model"),)
+    changes: ClassVar[Mapping[str, Change]] = {"weight": from_round("the round's samples are rewarded with it")}
 
     function: Annotated[RewardFunction, NamedReward()] | None = None
     """A registered function, or ``package.module:name`` of one's own: ``name(prompt, completion, record)``."""

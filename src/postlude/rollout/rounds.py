@@ -54,7 +54,7 @@ class Rounds:
         assessment: Assessment,
         tell_rollouts: Callable[[int, Sequence[Mapping[str, Any]]], None],
     ) -> None:
-        self.rules, self.ledger, self.assessment, self.algorithm = rules, ledger, assessment, assessment.algorithm
+        self.rules, self.ledger, self.assessment = rules, ledger, assessment
         self.answerer, self.workers, self.phases = answerer, answerer.workers, answerer.phases
         self._prompts, self._tell_rollouts, self.engine = prompts, tell_rollouts, answerer.engine
         self.step = 0
@@ -98,6 +98,20 @@ class Rounds:
         with self.phases.measure("assess"):
             documents, metrics = self.assessment.of(groups, self.step)
         self._planned.fill(self.rules, groups, documents, {**metrics, **busy})
+
+    @property
+    def between(self) -> bool:
+        """Whether the next step begins a round of which nothing has been answered yet."""
+        return not self._planned and not self._ahead
+
+    def amend(
+        self, rules: RoundRules, weights: Mapping[str, float], answerer: Answerer, assessment: Assessment
+    ) -> None:
+        """Make rounds otherwise from the next one on, of prompts drawn with these ``weights``. The answerer and the
+        assessment go on with what those before had."""
+        assessment.take_over(self.assessment)
+        self.rules, self.answerer, self.assessment = rules, answerer, assessment
+        self.ledger.reweigh(weights)
 
     # --- a round --------------------------------------------------------------------------------------------
 
@@ -185,7 +199,7 @@ class Rounds:
 
     def _why_useless(self, group: Group) -> str | None:
         scored = [sample for sample in group if not isinstance(sample.score, Unscored)]
-        if len(scored) < max(self.algorithm.least, 1):
+        if len(scored) < max(self.assessment.algorithm.least, 1):
             return UNSCORED
         if self.rules.resample and len({sample.reward for sample in scored}) == 1:
             return ALIKE
@@ -265,7 +279,7 @@ class Rounds:
             "step": self.step,
             "ledger": self.ledger.state([*planned, *{sample.issue: None for sample in cut}]),
             "rest": [sample.state() for sample in cut],
-            "algorithm": self.algorithm.state(),
+            "algorithm": self.assessment.algorithm.state(),
             "lines": self._last_lines,
             **self._planned.state(),
         }
@@ -273,7 +287,7 @@ class Rounds:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue with the step that comes after ``state``. DataError if the data hold other rows than then."""
         self.ledger.load(state["ledger"])
-        self.algorithm.load(state["algorithm"])
+        self.assessment.algorithm.load(state["algorithm"])
         self.step, self._lines = state["step"], list(state["lines"])
         issues = {issue[0]: Issue(*issue) for issue in state["ledger"]["open"]}
         self._cut = self._restore_cut(state["rest"], issues)

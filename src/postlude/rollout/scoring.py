@@ -117,6 +117,10 @@ class Scorer:
             if reward.function is not None:
                 reward.function.check()
 
+    def reweigh(self, rewards: Sequence[Reward]) -> None:
+        """Weigh the parts as these do, which are the same but for their weights."""
+        self._parts = list(zip(part_names(rewards), rewards, strict=True))
+
     def __len__(self) -> int:
         return len(self._parts)
 

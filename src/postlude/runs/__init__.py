@@ -5,6 +5,7 @@ from postlude.runs.examples import ExamplesWriter, read_examples
 from postlude.runs.find import artifact_of, find, list_runs, open_run
 from postlude.runs.identity import Identity
 from postlude.runs.lineage import LINEAGE, Ancestor, artifact_digest, provenance, walk
+from postlude.runs.requests import Request, Requests
 from postlude.runs.revisions import (
     find_finished_elsewhere,
     known_identity,

@@ -144,18 +144,31 @@ class ReadingLine(Line):
 
 
 class AmendmentLine(Line):
-    """``amendments.jsonl``: a request (``id``, ``assignment``), or that it holds (``applied``, ``from_step``)."""
+    """``amendments.jsonl``: a request (``id``, ``assignment``), or that it holds (``applied``, ``from_step``); a
+    request for a checkpoint (``checkpoint``), or that there is one (``checkpointed``, ``step``)."""
+
+    version = 2
 
     id: int | None = None
-    """The number of the request."""
+    """The number of the request: how many there were when it was made. Of two with one number the first holds."""
     assignment: str | None = None
     """``KEY=VALUE``."""
     time: str | None = None
     """When it was asked for, ISO 8601, UTC."""
+    by: str | None = None
+    """Who asked for it."""
+    undoes: int | None = None
+    """The number of the request that it takes back."""
     applied: int | None = None
     """The number of a request that holds."""
     from_step: int | None = None
     """The first step with it."""
+    checkpoint: int | None = None
+    """The number of a request for a checkpoint."""
+    checkpointed: int | None = None
+    """The number of one that is answered."""
+    step: int | None = None
+    """The step of the checkpoint that answers it."""
 
 
 class ExampleRow(Line):

@@ -18,6 +18,7 @@ from postlude import storage
 from postlude.manifest.lock import ANEW
 from postlude.runs import examples
 from postlude.runs.identity import Identity
+from postlude.runs.requests import Requests, read_requests
 from postlude.runs.schemas import AmendmentLine, MetricsLine, ReadingLine, RolloutLine
 from postlude.secrecy import told
 
@@ -71,7 +72,7 @@ class Stage:
             remedy=f"It says what was changed while the stage ran: put it back, or run with --from {name}.",
             sealed=True,
         )
-        """Requests for changes to the running stage, and the steps from which they hold."""
+        """What is asked of the running stage, and from which steps it holds: read by :meth:`requests`."""
         self.journals = (self.metrics, self.rollouts, self.readings, self.amendments)
         self.identity_uri = storage.join(uri, "identity.json")
         """Where it stands what the stage was begun with."""
@@ -162,22 +163,15 @@ class Stage:
 
     def applied_amendments(self) -> list[list[Any]]:
         """The changes made to the running stage, each with the step from which it holds."""
-        requests, from_step = self.read_amendments()
-        return [[step, requests[number]] for number, step in from_step.items()]
+        requests = self.requests().amendments.values()
+        return [[request.from_step, request.assignment] for request in requests if request.from_step is not None]
 
-    def read_amendments(self) -> tuple[dict[int, str], dict[int, int]]:
-        """The requests by number, and the steps from which they hold. CorruptError if one is lost."""
-        requests: dict[int, str] = {}
-        from_step: dict[int, int] = {}
-        for entry in self.amendments.read():
-            match entry:
-                case {"id": int(number), "assignment": str(assignment)}:
-                    requests[number] = assignment
-                case {"applied": int(number), "from_step": int(step)} if number in requests:
-                    from_step[number] = step
-                case _:
-                    raise storage.damaged(self.amendments.uri, f"it says {entry}", self.amendments.remedy)
-        return requests, from_step
+    def requests(self) -> Requests:
+        """What was asked of the running stage. CorruptError if something of it is lost."""
+        try:
+            return read_requests(self.amendments.read())
+        except ValueError as error:
+            raise storage.damaged(self.amendments.uri, str(error), self.amendments.remedy) from error
 
     def result_fingerprint(self) -> str | None:
         """What the result of the stage follows from; None if that is not known."""

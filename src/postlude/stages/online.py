@@ -48,6 +48,8 @@ from postlude.training.program import Summary
 
 EXTERNAL_CORRECTION = 2.0
 """The bound of the correction for an engine that is not quite the policy, where the manifest gives none."""
+MOST_TURNS = 8
+"""Turns of an episode, where the manifest gives no number."""
 MOST_GAP = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
 """How far an engine's log-probabilities may be from the policy's on average, where both have the same weights."""
 
@@ -80,9 +82,29 @@ class OnlineTraining:
     def supply(self, journal: Recorder | NoJournal) -> Supply:
         """The loop, which makes steps of the policy's own answers, and the measure of answers to held-out prompts.
         Nothing is held out for the loss."""
+        if remarks := remarks_on(self.config.reward):
+            journal.event("rewards_work", remarks=remarks)
+        config, answerer = self.config, self._answerer(journal.event)
+        ledger = Ledger(self.data.datasets, config.data, self.parts.manifest.seed, config.epochs)
+        rounds = Rounds(self._rules(), ledger, self._read, answerer, self._assessment(), journal.rollouts)
+
+        def amend(amended: OnlineRecipe) -> None:
+            self.config = amended
+            answerer.scorer.reweigh(amended.reward)
+            sampling, turns = self._sampling(amended.rollout.temperature), amended.rollout.turns or MOST_TURNS
+            going_on = replace(answerer, sampling=sampling, most_turns=turns)
+            rounds.amend(self._rules(), amended.data, going_on, self._assessment())
+
+        return Supply(
+            rounds,
+            examine=lambda: self._examine(rounds.answerer, rounds.step),
+            amend=amend,
+            between_rounds=lambda: rounds.between,
+        )
+
+    def _rules(self) -> RoundRules:
         config, rollout, batch = self.config, self.config.rollout, self.config.batch
-        models, workers = self.models, self.parts.workers
-        rules = RoundRules(
+        return RoundRules(
             prompts=rollout.prompts,
             group=config.group,
             updates=config.updates,
@@ -94,6 +116,10 @@ class OnlineTraining:
             ahead=rollout.ahead,
             resample=config.resample,
         )
+
+    def _assessment(self) -> Assessment:
+        config, rollout, batch = self.config, self.config.rollout, self.config.batch
+        models, workers = self.models, self.parts.workers
         external = EXTERNAL_CORRECTION if rollout.engine.is_external else None
         assessor = Assessor(
             models.program.roles,
@@ -103,7 +129,7 @@ class OnlineTraining:
             batch.micro or batch.block,
             rollout.temperature,
         )
-        assessment = Assessment(
+        return Assessment(
             assessor,
             config.algorithm(),
             gap=MOST_GAP[models.precision.name],
@@ -113,12 +139,6 @@ class OnlineTraining:
             record_tokens=rollout.record_tokens,
             texts=lambda ids: token_texts(ids, self.data.tokenizer),
         )
-        if remarks := remarks_on(self.config.reward):
-            journal.event("rewards_work", remarks=remarks)
-        answerer = self._answerer(journal.event)
-        ledger = Ledger(self.data.datasets, config.data, self.parts.manifest.seed, config.epochs)
-        rounds = Rounds(rules, ledger, self._read, answerer, assessment, journal.rollouts)
-        return Supply(rounds, examine=lambda: self._examine(answerer, rounds.step))
 
     def _answerer(self, tell: Callable[..., None]) -> Answerer:
         rollout, block = self.config.rollout, self.config.batch.block
@@ -141,7 +161,7 @@ class OnlineTraining:
             room=block,
             longest_prompt=block - rollout.max_tokens,
             environment=self.config.environment,
-            most_turns=rollout.turns or 8,
+            most_turns=rollout.turns or MOST_TURNS,
             few=len(self.parts.task.engines) or None,
             background=background,
         )

@@ -34,7 +34,7 @@ from postlude.telemetry.recorder import Recorder
 from postlude.training.amendments import Amendments
 from postlude.training.interruption import Interruption
 from postlude.training.meters import Meters
-from postlude.training.program import Summary
+from postlude.training.program import Program, Summary
 from postlude.training.trainer import Steps, Trainer
 
 
@@ -47,6 +47,10 @@ class Supply:
     """Held-out blocks by data set, for the loss."""
     examine: Callable[[], Mapping[str, Mapping[str, float]]] = dict
     """What is measured of the model on held-out data beside the loss, by name."""
+    amend: Callable[[Any], None] = lambda config: None
+    """Go on as a config says that was amended."""
+    between_rounds: Callable[[], bool] = lambda: True
+    """Whether the next step begins a round."""
 
 
 class Training:
@@ -61,7 +65,8 @@ class Training:
         return self.train(recorder, stop, self._supply)
 
     def _supply(self, stored: Sequence[StoredStreams]) -> Supply:
-        return Supply(self.data.loader(stored), self.data.evaluations(stored))
+        loader = self.data.loader(stored)
+        return Supply(loader, self.data.evaluations(stored), amend=lambda config: loader.reweigh(config.data))
 
     # --- the story of a training stage ----------------------------------------------------------------------
 
@@ -135,11 +140,18 @@ class Training:
         ]
         fed = supply()
 
+        amendments = Amendments(stage)
+
         def committed(uri: str, step: int) -> None:
             recorder.event("checkpoint_saved", step=step, uri=uri)
-            stage.prune(self.config.checkpoint.keep)
+            stage.prune(trainer.config.checkpoint.keep)
+            amendments.checkpointed(step)
 
-        return Trainer(
+        def amend(config: TrainingRecipe) -> Program:
+            fed.amend(config)
+            return self.models.amended(config)
+
+        trainer = Trainer(
             self.config,
             program,
             fed.steps,
@@ -152,9 +164,12 @@ class Training:
             examine=fed.examine,
             checkpoint_uri=stage.checkpoint_uri,
             on_commit=committed,
-            amendments=Amendments(stage),
+            amendments=amendments,
+            amend=amend,
+            between_rounds=fed.between_rounds,
             stop=stop,
         )
+        return trainer
 
     def _write_artifact(self, summary: Summary) -> None:
         """By the leading rank; the others send it their parts of a model that they hold together."""
@@ -166,13 +181,13 @@ class Training:
             write_model(model, self.finished_tokenizer, folder, self._lineage(summary), stop_ids=self.data.stop_ids)
 
     def _lineage(self, summary: Summary) -> dict[str, Any]:
-        precision, amendments = self.models.precision, self.parts.stage.amendments.read()
+        precision = self.models.precision
         return self.parts.lineage(
             summary.steps,
             model=lineage_of(self.config.model),
             data={name: dataset.fingerprint for name, dataset in self.data.datasets.items()},
             stop_ids=self.data.stop_ids,
-            amendments=[entry["assignment"] for entry in amendments if "assignment" in entry],
+            amendments=[assignment for _, assignment in self.parts.stage.applied_amendments()],
             precision={"name": precision.name, "reason": precision.reason},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -105,6 +106,14 @@ class TrainingModels:
             role.model.train(trained)
             role.model.freeze_heads_except(objective.heads.get(name, ()))
         return Program(objective, roles)
+
+    def amended(self, config: TrainingRecipe) -> Program:
+        """The program as a config says that was amended: with the same models."""
+        roles, companions = dict(self.program.roles), config.companions()
+        roles["policy"] = replace(roles["policy"], optimizer=Optimizer.of(config.optimizer))
+        for name in companions.keys() & roles.keys():
+            roles[name] = replace(roles[name], optimizer=companions[name].optimizer)
+        return Program(config.objective(), roles)
 
     def check_same_tokens(self, name: str, start: ModelPlace) -> None:
         """ManifestError if a model beside the policy takes the stage's ids for other tokens; of one that is not there

@@ -30,6 +30,8 @@ class RunStarted(Event, kind="run_started"):
 
     host: str
     pid: int
+    amendments: int | None = None
+    """The version of requests to running stages that it knows; None for the first."""
 
 
 class RunFinished(Event, kind="run_finished"):

@@ -1,17 +1,18 @@
 """Optimisers that a manifest may name.
 
 A component here is the configuration; ``build`` makes torch's optimiser. A list, because Muon only takes
-matrices and leaves the rest to AdamW. The trainer asks the component for each group's rate and decay before
-every step, so a schedule or an amendment changes them without touching optimiser state.
+matrices and leaves the rest to AdamW. The trainer asks the component for each group's keys before every step,
+so a schedule or an amendment changes them without touching optimiser state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from postlude.manifest.change import Change, from_step, never
 from postlude.manifest.component import Component
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ Positive = Annotated[float, Field(gt=0)]
 
 class Optimizer(Component):
     """Base of the kind ``optimizers``."""
+
+    changes: ClassVar[Mapping[str, Change]] = {
+        "lr": from_step("the schedule multiplies it"),
+        "weight_decay": from_step("weights shrink by so much of the rate"),
+    }
 
     lr: Positive = 1e-5
     weight_decay: NotNegative = 0.0
@@ -44,6 +50,10 @@ class Optimizer(Component):
         """The weight decay of the groups with this role. Vectors (norms, biases) are never decayed."""
         return 0.0 if role == "vectors" else self.weight_decay
 
+    def group_keys(self, role: str, factor: float) -> dict[str, Any]:
+        """What the groups with this role have in a step, when the schedule gives ``factor`` of the peak rate."""
+        return {"lr": self.rate(role) * factor, "weight_decay": self.decay(role)}
+
 
 def _by_dimension(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
     groups: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "vectors": []}
@@ -55,11 +65,19 @@ def _by_dimension(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), in torch's fused implementation."""
 
+    changes = {
+        "betas": from_step("so fast the running means forget"),
+        "eps": from_step("it is added to the divisor of each update"),
+    }
+
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
         0.9,
         0.999,
     ]
     eps: Positive = 1e-8
+
+    def group_keys(self, role: str, factor: float) -> dict[str, Any]:
+        return {**super().group_keys(role, factor), "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
 
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
         import torch
@@ -80,6 +98,13 @@ class Muon(Optimizer):
     AdamW for embeddings, heads and vectors, at ``adamw_lr``. The update is scaled to AdamW's root mean square
     (Liu et al., 2025) by default, so that a rate that suits AdamW suits Muon."""
 
+    changes = {
+        "adamw_lr": from_step("the schedule multiplies it"),
+        "momentum": from_step("so fast the running mean forgets"),
+        "nesterov": from_step("it says which mean the update is made of"),
+        "adjust": from_step("it says how the update is scaled"),
+    }
+
     adamw_lr: Positive | None = None
     """Rate of the parameters that AdamW takes; by default ``lr``."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -92,6 +117,10 @@ class Muon(Optimizer):
 
     def rate(self, role: str) -> float:
         return self.lr if role == "orthogonal" else self.adamw_lr or self.lr
+
+    def group_keys(self, role: str, factor: float) -> dict[str, Any]:
+        own = {"momentum": self.momentum, "nesterov": self.nesterov, "adjust_lr_fn": self.adjust}
+        return {**super().group_keys(role, factor), **(own if role == "orthogonal" else {})}
 
     def build(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
         import torch
@@ -120,6 +149,8 @@ class Muon(Optimizer):
 
 class SGD(Optimizer):
     """Stochastic gradient descent, with momentum on request."""
+
+    changes = {"momentum": never("there is no running mean where it was 0, and one to be let go where it was not")}
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

@@ -19,7 +19,7 @@ from postlude.data.batch import PackedBatch, collate
 from postlude.data.document import Block
 from postlude.data.loader import StepBlocks
 from postlude.errors import UserError
-from postlude.manifest.amend import apply_amendment
+from postlude.manifest.amend import amended, change_of
 from postlude.manifest.schema import TrainingStage
 from postlude.training import checkpoint
 from postlude.training.amendments import Amendments
@@ -80,7 +80,8 @@ class Trainer:
     ``evaluations`` maps a name to this rank's held-out blocks, the same number on every rank; ``examine`` measures
     otherwise, and returns numbers by name of what is held out. ``stop`` is asked
     between steps whether to checkpoint and leave, and told whether the last step has a checkpoint already.
-    ``checkpoint_uri`` gives the place of the checkpoint of a step.
+    ``checkpoint_uri`` gives the place of the checkpoint of a step. ``amend`` has what it is fed with go on as a config
+    says that was amended, and gives the program of it; ``between_rounds`` says whether the next step begins a round.
     """
 
     def __init__(
@@ -99,8 +100,11 @@ class Trainer:
         checkpoint_uri: Callable[[int], str] | None = None,
         on_commit: Callable[[str, int], None] = lambda uri, step: None,
         amendments: Amendments | None = None,
+        amend: Callable[[Any], Program] | None = None,
+        between_rounds: Callable[[], bool] = lambda: True,
         stop: Callable[[bool], bool] = lambda at_checkpoint: False,
     ) -> None:
+        self._begun, self._assignments, self._amended, self._between_rounds = config, list[str](), amend, between_rounds
         self.config, self.program, self.loader, self.workers = config, program, loader, workers
         self.seed, self.precision, self.journal, self.meters = seed, precision, journal, meters
         self.evaluations, self.examine = evaluations or {}, examine
@@ -151,17 +155,37 @@ class Trainer:
         return summary
 
     def _control(self) -> bool:
-        """Between two steps: apply amendments that are due; say whether any rank was asked to stop."""
-        due = self.amendments.due(self.step + 1) if self.amendments else []
-        answers = self.workers.gather((self.stop(self.step == self._saved_step), due))
-        self._amend(answers[0][1], self.step + 1)
-        return any(stop for stop, _ in answers)
+        """Between two steps: checkpoint where that is asked for, and apply amendments that are due; say whether any
+        rank was asked to stop."""
+        amendments = self.amendments if self.workers.leads else None
+        due = amendments.due(self.step + 1, self._waits) if amendments else []
+        may_save = self.step > 0 and not self.skipped_in_a_row
+        saves = amendments is not None and may_save and amendments.wants_checkpoint(self.step)
+        answers = self.workers.gather((self.stop(self.step == self._saved_step), due, saves))
+        _, due, saves = answers[0]
+        if saves:  # before the amendments, which a resume from there applies itself
+            was_saved = self.step == self._saved_step
+            self.save(background=True)
+            if amendments and was_saved and self.step == self._saved_step:
+                amendments.checkpointed(self.step)
+        self._amend(due)
+        for assignment in due:
+            self.journal.event("amendment_applied", assignment=assignment, step=self.step + 1)
+        return any(stop for stop, *_ in answers)
 
-    def _amend(self, assignments: Sequence[str], step: int) -> None:
-        for assignment in assignments:
-            self.config = apply_amendment(self.config, assignment)
-            if step == self.step + 1:
-                self.journal.event("amendment_applied", assignment=assignment, step=step)
+    def _waits(self, assignment: str) -> bool:
+        """Whether an amendment holds from a round on, and the next step begins none."""
+        return not self._between_rounds() and change_of(self.config, assignment).holds == "round"
+
+    def _amend(self, assignments: Sequence[str]) -> None:
+        """Go on with a changed config, and all that follows from it."""
+        if not assignments:
+            return
+        self._assignments += assignments
+        self.config = amended(self._begun, self._assignments)
+        if self._amended is not None:
+            self.program = self._amended(self.config)
+            self.executor = Executor(self.program, self.workers, self.precision, self.phases, self.meters.flops)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -223,8 +247,7 @@ class Trainer:
         for name, optimizers in self.optimizers.items():
             component = policy if name == "policy" else Optimizer.of(self.program.roles[name].optimizer)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = component.rate(group["role"]) * factor
-                group["weight_decay"] = component.decay(group["role"])
+                group.update(component.group_keys(group["role"], factor))
         if result.finite:
             self.executor.clip(result.grad_norms, self.config.max_grad_norm)
             for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
@@ -322,9 +345,9 @@ class Trainer:
         self.progress, self.skipped_in_a_row = small["progress"], small["skipped_in_a_row"]
         self.totals = small["totals"]
         self.scale.load(small["scale"])
-        self.loader.load(small["loader"])
-        before = self.amendments.before(self.step + 1) if self.amendments else []
-        self._amend(self.workers.from_lead(before), self.step)
+        before = self.amendments.before(self.step + 1) if self.amendments and self.workers.leads else []
+        self._amend(self.workers.from_lead(before))
+        self.loader.load(small["loader"])  # what amendments have made of it, too
 
 
 def _key(*parts: int) -> int:

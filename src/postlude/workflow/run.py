@@ -23,6 +23,7 @@ from postlude.manifest.problem import ManifestError
 from postlude.manifest.schema import Manifest
 from postlude.manifest.value import without_value
 from postlude.runs import Run, revision_of
+from postlude.runs.schemas import AmendmentLine
 from postlude.telemetry import events
 from postlude.telemetry.notify import notifying
 from postlude.telemetry.progress import StageProgress, console, say, stage_table
@@ -90,7 +91,8 @@ def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool, lock: st
     with workers_for(resolved.manifest) if needs_workers else nullcontext() as cluster:
         write_lock(run, resolved, plan)
         holder = run.holder()  # the parent of this process, where that keeps it at work
-        events.record(run.events, "run_started", host=socket.gethostname(), pid=holder.pid if holder else os.getpid())
+        pid = holder.pid if holder else os.getpid()
+        events.record(run.events, "run_started", host=socket.gethostname(), pid=pid, amendments=AmendmentLine.version)
         with notifying(run, resolved.manifest.notify):
             return execute(run, resolved, plan, cluster, lock)
 

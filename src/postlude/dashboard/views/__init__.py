@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from postlude.dashboard.followed import Followed
-from postlude.dashboard.views import data, events, rollouts, runs, stage, workers
+from postlude.dashboard.views import data, events, rollouts, runs, stage, steer, workers
 
 Show = Callable[[Followed, str | None, dict[str, str]], None]
 
@@ -18,6 +18,7 @@ VIEWS: dict[str, tuple[str, Show]] = {
     "data": ("Data", data.show),
     "rollouts": ("Rollouts", rollouts.show),
     "events": ("Events", events.show),
+    "steer": ("Steer", steer.show),
 }
 """In the order of the navigation: the key of the address, the title, and what builds it."""
 
