@@ -62,7 +62,7 @@ lint: install
 
 bench: install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for script in head packing data startup training dpo distillation engine grpo modes weights; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in head packing data startup training dpo distillation engine grpo modes weights trackers; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf build $(VENV)

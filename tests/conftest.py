@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +15,7 @@ from postlude.errors import ComputeError
 from postlude.manifest.component import lookup
 from postlude.rollout.serving.server import EngineChoice
 from postlude.telemetry import openmp
+from postlude.telemetry.recorder import Recorder
 
 pytest_plugins = ["schedule", "status"]
 
@@ -49,3 +53,22 @@ def vllm() -> EngineChoice:
             raise
         pytest.skip(str(error))
     return choice
+
+
+@contextmanager
+def _after_step(number: int, do: Callable[[], object]) -> Iterator[None]:
+    def metrics(recorder: Recorder, line: Mapping[str, Any]) -> None:
+        told(recorder, line)
+        if line["step"] == number:
+            do()
+
+    told = Recorder.metrics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "metrics", metrics)
+        yield
+
+
+@pytest.fixture
+def after_step() -> Callable[[int, Callable[[], object]], AbstractContextManager[None]]:
+    """Has something done in the block when a stage that runs in this process has told of a step."""
+    return _after_step

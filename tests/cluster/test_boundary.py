@@ -27,11 +27,18 @@ from postlude.data.filters.filter import Filter
 from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 
+def show(who):
+    for name in ("HF_TOKEN", "PLAIN", "NAMED", "TYPED", "JUDGE_KEY"):
+        print(who, name, os.environ.get(name), {ENDS!r})
+        print(who, name, os.environ.get(name), {ENDS!r}, file=sys.stderr)
+
+
 @register("filters", "leaky")
 class Leaky(Filter):
     password: str
 
     def reason_to_drop(self, record):
+        show("worker")
         return None
 
 
@@ -50,9 +57,7 @@ class Open(OpenSink):
         self.token = token
 
     def metrics(self, line):
-        for name in ("HF_TOKEN", "PLAIN", "NAMED", "TYPED", "JUDGE_KEY"):
-            print(name, os.environ.get(name), {ENDS!r})
-            print(name, os.environ.get(name), {ENDS!r}, file=sys.stderr)
+        show("sink")
         if line["step"] == 3:
             raise RuntimeError(f"a service refuses {{self.token}} {ENDS}")
 """
@@ -150,7 +155,8 @@ def test_no_canary_is_found_anywhere(seen: Seen) -> None:
             found = [name for name, content in files.items() if canary.encode() in content or canary in name]
             assert found == [], place
     for name in ("HF_TOKEN", "PLAIN", "NAMED", "TYPED"):
-        assert f"{name} <{name}>" in seen.said  # it did reach the worker, and was printed there
+        for who in ("worker", "sink"):  # it did reach them, and was printed there
+            assert f"{who} {name} <{name}>" in seen.said
     assert b"a service refuses <auth_token> at https://host/x" in seen.files["events.jsonl"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -15,10 +15,8 @@ import pytest
 
 from postlude import storage
 from postlude.errors import DataError, UserError
-from postlude.manifest.component import register
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run
-from postlude.telemetry.sinks.sink import OpenSink, Sink
 from postlude.training.trainer import Diverged
 from postlude.workflow.run import run
 from postlude.workflow.validate import validate
@@ -325,37 +323,24 @@ def test_a_full_disk_is_an_alarm_where_the_run_is_to_go_on(crowded, start, small
     assert "checkpoint not saved" in (small_disk / "bad/events.jsonl").read_text()
 
 
-@register("sinks", "flood")
-class Flood(Sink):
-    """Fills the disk to its last byte when a step is done, as another program might."""
-
-    path: str
-    step: int
-
-    def open(self, run_uri: str, stage: str) -> OpenSink:
-        return _OpenFlood(self.path, self.step)
+def fill(path: Path) -> None:
+    """Fill the disk to its last byte, as another program might."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
 
 
-class _OpenFlood(OpenSink):
-    def __init__(self, path: str, step: int) -> None:
-        self._path, self._step = path, step
-
-    def metrics(self, line: Mapping[str, Any]) -> None:
-        if line["step"] == self._step:
-            with suppress(OSError), open(self._path, "wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(1024))
-
-
-def test_a_disk_without_room_for_one_line_stops_the_run_and_loses_nothing(manifest, start, small_disk: Path) -> None:
+def test_a_disk_without_room_for_one_line_stops_the_run_and_loses_nothing(
+    manifest, start, small_disk: Path, after_step
+) -> None:
     assert start(change(manifest, "name", "calm")) == 0
     expected = (Path(manifest["run_dir"]) / "calm/stages/sft/metrics.jsonl").read_text().splitlines()
     manifest = change(change(manifest, "run_dir", str(small_disk)), "stages.sft.checkpoint.keep", 1)
     flood = small_disk / "flood"
-    with pytest.raises(storage.StorageFull, match="room"):
-        start(change(manifest, "sinks", [{"name": "flood", "path": str(flood), "step": 2}]))
+    with pytest.raises(storage.StorageFull, match="room"), after_step(2, lambda: fill(flood)):
+        start(manifest)
     flood.unlink()
-    assert start(manifest) == 0, "sinks cannot change the result"
+    assert start(manifest) == 0
     lines = (small_disk / "bad/stages/sft/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [json.loads(line)["loss"] for line in expected]
 

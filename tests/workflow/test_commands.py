@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from postlude.manifest.component import register
-from postlude.telemetry.sinks.sink import OpenSink, Sink
 from postlude.workflow.amend import amend
 
 
@@ -204,32 +201,11 @@ def test_a_place_that_is_no_run_is_told_with_the_nearest(trained, tmp_path: Path
 # --- amendments ---------------------------------------------------------------------------------------------
 
 
-@register("sinks", "amends")
-class Amends(Sink):
-    """Asks for a change when a step is done, as somebody who watches might."""
-
-    step: int
-    assignment: str
-
-    def open(self, run_uri: str, stage: str) -> OpenSink:
-        return _Asking(run_uri, stage, self)
-
-
-class _Asking(OpenSink):
-    def __init__(self, run_uri: str, stage: str, config: Amends) -> None:
-        self._run_uri, self._stage, self._config = run_uri, stage, config
-
-    def metrics(self, line: Mapping[str, Any]) -> None:
-        if line["step"] == self._config.step:
-            amend(self._run_uri, self._stage, self._config.assignment)
-
-
 @pytest.mark.capability("Recorded amendments, applied at a named step and replayed by a resume")
-def test_an_amendment_of_a_running_stage_holds_from_its_step_on_and_is_replayed(project) -> None:
+def test_an_amendment_of_a_running_stage_holds_from_its_step_on_and_is_replayed(project, after_step) -> None:
     project.stage |= {"steps": 6, "schedule": "constant"}
-    project.manifest["sinks"] = [{"name": "amends", "step": 3, "assignment": "optimizer.lr=0.5"}]
-    assert project("run", "MANIFEST").exit_code == 0
-    project.manifest["sinks"] = []
+    with after_step(3, lambda: amend(project.run.uri, "sft", "optimizer.lr=0.5")):
+        assert project("run", "MANIFEST").exit_code == 0
     undisturbed = project.lines()
     assert [line["lr"] for line in undisturbed] == [0.01] * 3 + [0.5] * 3
     (applied,) = project.told("amendment_applied")

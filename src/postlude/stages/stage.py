@@ -21,7 +21,6 @@ from postlude.stages.task import StageTask
 from postlude.telemetry import openmp
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
-from postlude.telemetry.sinks.sink import Sink
 from postlude.training.interruption import Interruption
 from postlude.training.program import Summary
 from postlude.training.workers import Workers
@@ -76,9 +75,8 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
             stage = open_stage(task, workers)
             parts = stage.parts
             shown = display if workers.leads else None  # the others would show the same
-            sinks = [Sink.of(sink) for sink in parts.manifest.sinks]
             rules = rules_for(parts.manifest.alarms, task.stage)
-            with Recorder(parts.run, task.stage, sinks, workers.rank, shown, rules) as recorder:
+            with Recorder(parts.run, task.stage, workers.rank, shown, rules) as recorder:
                 return stage.run(recorder, stop)
     finally:
         workers.leave()

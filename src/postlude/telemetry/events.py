@@ -20,6 +20,11 @@ class Event(EventLine):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=False)
 
+    @property
+    def moment(self) -> float:
+        """When it happened, in seconds since 1970."""
+        return datetime.fromisoformat(self.time).timestamp()
+
     def __init_subclass__(cls, kind: str, **keys: Any) -> None:
         super().__init_subclass__(**keys)
         _KINDS[kind] = cls
@@ -224,6 +229,14 @@ class NotificationsDropped(Event, kind="notifications_dropped"):
     """Since this was said of it before."""
     reason: str
     """Of the last."""
+
+
+class StepsDropped(Event, kind="steps_dropped"):
+    """A sink was not told of steps before its time was over; it is when the run is run again."""
+
+    sink: str
+    count: int
+    reason: str
 
 
 class Failure(Event, kind="failure"):

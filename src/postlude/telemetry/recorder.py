@@ -1,10 +1,10 @@
-"""The one mouth of a stage: metrics, losses and events go to the run directory, the sinks and the terminal."""
+"""The one mouth of a stage: metrics, losses and events go to the run directory, from where others take them, and to the
+terminal."""
 
 from __future__ import annotations
 
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,16 +13,14 @@ from postlude.runs import Account, Run
 from postlude.storage import CorruptError
 from postlude.telemetry import events
 from postlude.telemetry.alarms import StageWatch
-from postlude.telemetry.progress import Display, say
+from postlude.telemetry.progress import Display
 from postlude.telemetry.pulse import beat
 from postlude.telemetry.readings import note_step
-from postlude.telemetry.sinks.sink import OpenSink, Sink
 
 
 class Recorder:
     """Takes what one rank tells. The leading rank's metrics and events are kept; losses by example are every rank's.
 
-    The run directory comes first: it is written before any sink. A sink that fails is switched off with an alarm.
     Events may come from any thread. ``alarms`` are the rules that hold for the metrics.
     """
 
@@ -30,7 +28,6 @@ class Recorder:
         self,
         run: Run,
         stage: str,
-        sinks: Sequence[Sink] = (),
         rank: int = 0,
         display: Display | None = None,
         alarms: Sequence[AlarmRule] = (),
@@ -38,11 +35,6 @@ class Recorder:
         self._run, self._stage, self._leads = run, run.stage(stage), rank == 0
         self._examples = self._stage.examples_writer(rank)
         self._display = display
-        self._sinks: dict[str, OpenSink] = {}
-        if self._leads:
-            for sink in sinks:
-                name = sink.component_name or type(sink).__name__
-                self._sinks[f"{name} {len(self._sinks)}" if name in self._sinks else name] = sink.open(run.uri, stage)
         self._turn = threading.RLock()
         self._account: Account | None = None
         self._rules = alarms
@@ -56,7 +48,6 @@ class Recorder:
             return
         with self._turn:
             self._stage.metrics.append(line)
-            self._tell(lambda sink: sink.metrics(line))
             if self._display:
                 self._display.update(line)
             if self._rules:
@@ -85,7 +76,6 @@ class Recorder:
             return
         with self._turn:
             event = events.record(self._run.events, kind, self._stage.name, **fields)
-            self._tell(lambda sink: sink.event(event))
             if self._display:
                 self._display.event(event)
 
@@ -112,18 +102,11 @@ class Recorder:
         with self._turn:
             return self._account.take(examples) if self._account else {}
 
-    def close(self) -> None:
-        """Flush, and close the sinks."""
-        self.flush()
-        with self._turn:
-            self._tell(lambda sink: sink.close())
-            self._sinks.clear()
-
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.flush()
 
     def _judge(self, line: Mapping[str, Any]) -> None:
         """Tell the alarms that follow from a line; with the first one, from all that stand there already."""
@@ -137,13 +120,3 @@ class Recorder:
         for each in lines:
             for kind, fields in self._watch.take(each):
                 self.event(kind, **fields)
-
-    def _tell(self, what: Callable[[OpenSink], None]) -> None:
-        for name, sink in list(self._sinks.items()):
-            try:
-                what(sink)
-            except Exception as error:  # somebody else's code and service: whatever it raises, training goes on
-                del self._sinks[name]
-                say(traceback.format_exc())
-                reason = f"{type(error).__name__}: {error}"
-                self.event("alarm", what=f"sink '{name}' switched off", reason=reason)

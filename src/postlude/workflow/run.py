@@ -20,13 +20,14 @@ from postlude.manifest.load import Resolved, load
 from postlude.manifest.lock import LockedStage, dump_lock, read_lock
 from postlude.manifest.lock import lock as manifest_lock
 from postlude.manifest.problem import ManifestError
-from postlude.manifest.schema import Manifest
+from postlude.manifest.schema import Manifest, TrainingStage
 from postlude.manifest.value import without_value
 from postlude.runs import Run, revision_of
 from postlude.runs.schemas import AmendmentLine
 from postlude.telemetry import events
 from postlude.telemetry.notify import notifying
 from postlude.telemetry.progress import StageProgress, console, say, stage_table
+from postlude.telemetry.tracking import sinks_of, tracking
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
 from postlude.workflow.compute import check_compute, threads_of
@@ -56,6 +57,7 @@ def run(
     resolved = load(storage.read_bytes(manifest_path), manifest_path, [*overrides, *handed_on()])
     check_compute(resolved.manifest)
     run = run_of(resolved)
+    sinks_of(resolved.manifest.sinks, run.uri)  # what cannot work is told before anything is done
     with hold(run, wait_seconds) as lock:
         mend_records(run)
         plan = make_plan(resolved, run, Selection(stage, begin, until))
@@ -93,7 +95,13 @@ def work(run: Run, resolved: Resolved, plan: Plan, needs_workers: bool, lock: st
         holder = run.holder()  # the parent of this process, where that keeps it at work
         pid = holder.pid if holder else os.getpid()
         events.record(run.events, "run_started", host=socket.gethostname(), pid=pid, amendments=AmendmentLine.version)
-        with notifying(run, resolved.manifest.notify):
+        manifest = resolved.manifest
+        trains = {name: isinstance(stage, TrainingStage) for name, stage in manifest.stages.items()}
+        sinks = sinks_of(manifest.sinks, run.uri)
+        with (
+            notifying(run, manifest.notify),
+            tracking(run, sinks, trains, resolved.tree, manifest.compute.variables()),
+        ):
             return execute(run, resolved, plan, cluster, lock)
 
 

@@ -26,6 +26,7 @@ from postlude.stages.report import StageReport
 from postlude.stages.stage import open_stage
 from postlude.stages.task import StageTask
 from postlude.telemetry.hardware import cores
+from postlude.telemetry.tracking import sinks_of
 from postlude.training.workers import Workers
 from postlude.workflow.begin import verify_paths
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
@@ -84,6 +85,7 @@ def validate(
     try:
         resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
         check_compute(resolved.manifest)
+        sinks_of(resolved.manifest.sinks, run_of(resolved).uri)
         if probe:
             with workers_for(resolved.manifest):
                 pass
