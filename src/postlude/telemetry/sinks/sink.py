@@ -79,7 +79,7 @@ class Sink(Component):
     def check(self, run_uri: str) -> None:
         """UserError if it cannot work on this machine: then the run does not start."""
         for module in self.needs:
-            if importlib.util.find_spec(module.partition(".")[0]) is None:
+            if not _is_installed(module):
                 raise UserError(
                     f"The sink '{self.component_name}' needs the package '{module}', which is not installed here. "
                     f"Install it with: pip install 'postlude[{self.extra}]'."
@@ -88,6 +88,13 @@ class Sink(Component):
     def open(self, run_uri: str, stage: str) -> OpenSink:
         """Begin to take what a stage tells. It is called in the process of the sinks, in a thread for each stage."""
         raise NotImplementedError
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is in
+        return False
 
 
 def numbers_of(reading: Mapping[str, Any]) -> dict[str, Any]:
