@@ -70,6 +70,7 @@ def expected_of_adapters(folder):
     return meshes.alone(folder, tuple(meshes.ARCHITECTURES), LORA)
 
 
+@pytest.mark.long
 def test_four_ranks_train_an_adapter_as_one_process(folder) -> None:
     found = run_ranks("meshes:on_mesh", meshes.Mesh(str(folder), FEW, tensor=2, adapter=LORA), 4)[0]
     expected = meshes.alone(folder, FEW, LORA)

@@ -52,7 +52,7 @@ def test_an_external_engine_answers_as_the_model_itself(project):
 
 
 @pytest.mark.capability("generate and evaluate over several turns, with an environment")
-@pytest.mark.parametrize("engine", ["native", EXTERNAL])
+@pytest.mark.parametrize("engine", ["native", pytest.param(EXTERNAL, marks=pytest.mark.long)])
 def test_an_environment_answers_between_the_turns(project, engine):
     records = generated(project, "turns", engine=engine, environment=AGAIN, max_tokens=12, samples=2, keep="best")
     assert len(records) == 20

@@ -66,10 +66,11 @@ def test_an_external_engine_answers_as_the_policy_does(project, keys):
     ("recipe", "keys"),
     [
         ("grpo", {"updates": 2}),
-        pytest.param("ppo", {"adapter": {"rank": 4}}, marks=pytest.mark.long),
-        pytest.param("grpo", {"kl": 0.1, "rollout": {"ahead": 1}}, marks=pytest.mark.long),
+        ("ppo", {"adapter": {"rank": 4}}),
+        ("grpo", {"kl": 0.1, "rollout": {"ahead": 1}}),
     ],
 )
+@pytest.mark.long
 def test_a_policy_that_ranks_hold_together_learns_as_one(project, tmp_path, recipe, keys):
     project.stages["tune"] = stage(project, recipe=recipe, parallel={"shard": True}, **keys)
     tree = load(Path(project.write()).read_text(), "small.yaml").tree
@@ -110,7 +111,7 @@ def test_one_round_ahead_repeats_bitwise(project):
 
 
 @pytest.mark.capability("A dead engine is replaced and what it was answering is asked again")
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_engine_shows_in_nothing_but_an_event(project, monkeypatch, ahead):
     calm = ran(project, "calm", stage(project, steps=6, rollout={"ahead": ahead}))
     generate, calls = ExternalEngine.generate, []

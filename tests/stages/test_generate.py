@@ -123,6 +123,7 @@ def test_a_reward_model_scores_the_whole_conversation(project):
     assert len({record["rewards"]["judge"] for record in project.records("answers")}) > 20
 
 
+@pytest.mark.long
 def test_several_workers_make_the_same_records(project):
     project.stages["answers"] = project.generate(samples=2, concurrency=8, reward=[DIGITS])
     assert project.run() == 0

@@ -87,6 +87,7 @@ def test_killed_work_ends_as_if_undisturbed(long_work, workers, kills):
     assert metrics(long_work) == lines
 
 
+@pytest.mark.long
 def test_interrupted_work_exits_130_and_goes_on(long_work):
     manifest = prepare(long_work, "stopped", 1)
     process = start(manifest)

@@ -222,6 +222,7 @@ def test_two_ranks_store_the_parts_of_one(preferences):
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_two_ranks_train_on_them_as_one_does(preferences):
     preferences.stages["tune"]["precompute_reference"] = True
     one = tuned(preferences, "one")

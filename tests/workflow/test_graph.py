@@ -194,6 +194,7 @@ def test_a_damaged_input_is_told_before_any_work(chain) -> None:
     assert not chain.run.stage("b").has_begun(), "before any work"
 
 
+@pytest.mark.long
 @pytest.mark.capability("Independent stages on different pools run side by side")
 def test_stages_on_two_pools_overlap_and_come_out_the_same(chain, monkeypatch) -> None:
     # Each waits in its first step until the other has started: one after the other, the wait would not end well.
@@ -219,6 +220,7 @@ def test_stages_on_two_pools_overlap_and_come_out_the_same(chain, monkeypatch) -
     assert {name: artifact_digest(chain.run.stage(name).artifact) for name in "abc"} == expected
 
 
+@pytest.mark.long
 def test_a_stage_that_fails_lets_the_other_come_to_its_end(chain) -> None:
     chain.manifest["stages"] = {name: chain.manifest["stages"][name] for name in "abc"}
     chain.manifest["compute"] = {"pools": {"train": {}, "other": {}}}

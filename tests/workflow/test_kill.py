@@ -131,6 +131,7 @@ def test_a_killed_run_is_bitwise_the_undisturbed_one(tmp_path: Path, workers: in
     assert examples(tmp_path, "shaken") == examples(tmp_path, "calm")
 
 
+@pytest.mark.long
 @pytest.mark.capability("SIGTERM checkpoints, exits 130, and the run goes on from there")
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     calm = start(write_manifest(tmp_path, "calm", 1), inline=True)

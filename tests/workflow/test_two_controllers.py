@@ -219,6 +219,7 @@ def test_of_two_controllers_one_ends_and_the_other_is_undisturbed(
     assert made(runs.run) == calm
 
 
+@pytest.mark.long
 @pytest.mark.capability("A lock file that is removed stops the run with a checkpoint")
 def test_alone_it_stops_with_a_checkpoint(runs: Runs, calm: Any) -> None:
     first = runs.start()
