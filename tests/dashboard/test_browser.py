@@ -316,7 +316,9 @@ def test_a_stage_is_amended_in_the_page_and_by_nobody_who_only_looks(browser: An
     key, value = browser.find_elements("css selector", "main input, .q-page input, .nicegui-content input")[:2]
     key.send_keys("optimizer.lr")
     shown(browser, "optimizer.lr")
-    until(browser, lambda: browser.find_elements("css selector", ".q-menu .q-item"))[0].click()
+    # The list is still that of all keys for a moment.
+    item = "//*[contains(@class, 'q-menu')]//*[contains(@class, 'q-item__label')][normalize-space(.)='optimizer.lr']"
+    until(browser, lambda: [browser.find_element("xpath", item).click()])
     until(browser, lambda: value.get_attribute("value") == "0.0001")
     value.send_keys("\b" * 8 + "-1")
     pressed(browser, "Show what it means")

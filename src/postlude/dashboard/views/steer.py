@@ -75,9 +75,8 @@ class _Panel:
             return
         self._seen = seen
         self._refusal.set_text(self.steering.refusal or "")
-        rows = {
-            each.key: [each.key, _shown(each.value), each.change.holds, each.change.text] for each in self.steering.keys
-        }
+        keys = sorted(self.steering.keys, key=lambda each: not each.change.allowed)
+        rows = {each.key: [each.key, _shown(each.value), each.change.holds, each.change.text] for each in keys}
         self._keys.show(rows)
         if self.may_amend:
             self._key.set_options([each.key for each in self.steering.keys if each.change.allowed])
