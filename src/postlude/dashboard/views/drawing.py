@@ -12,7 +12,7 @@ class Chart:
 
     def __init__(self, title: str) -> None:
         with ui.card().classes("w-full gap-1 p-3 min-w-0") as self._card:
-            self._title = ui.label(title).classes("font-bold truncate")
+            self._title = ui.label(title).classes("font-bold break-words")
             self._chart = ui.echart({"series": []}).classes("w-full h-56")
         self._card.set_visibility(False)
         self._options: Options | None = None
