@@ -12,6 +12,7 @@ from nicegui import ui
 from postlude.dashboard import charts_records, frame, masks
 from postlude.dashboard.followed import Followed
 from postlude.dashboard.kept import kept
+from postlude.dashboard.views.browse import Browse
 from postlude.dashboard.views.drawing import Chart
 from postlude.dashboard.views.tables import Cell, Link, Table
 from postlude.errors import UserError
@@ -61,12 +62,10 @@ def _room(followed: Followed, stage: str) -> tuple[int | None, bool]:
     return (tokens // block * block if tokens and block else None), "rollout" in told
 
 
-class _DataPage:
+class _DataPage(Browse[Losses, dict[str, Any]]):
     def __init__(self, followed: Followed, stage: str, view: dict[str, str]) -> None:
-        self.followed, self.stage, self.view = followed, stage, view
-        self.kept = kept(followed, stage, _reader)
-        self.is_first, self.drawn_fill = True, -1
-        self.trouble = frame.warn("")
+        super().__init__(kept(followed, stage, _reader), view)
+        self.followed, self.stage, self.drawn_fill = followed, stage, -1
         self.none = frame.nothing("Reading ...")
         with ui.column().classes("w-full gap-4") as self.all:
             self.by_source = Chart("Loss by source, by token")
@@ -99,25 +98,11 @@ class _DataPage:
             search = ui.input("Part of an id", value=view.get("search", "")).props("dense clearable debounce=300")
             search.on_value_change(lambda event: self._set(search=event.value))
 
-    async def _set(self, **changes: Any) -> None:
-        if any((value or None) != self.view.get(key) for key, value in changes.items()):
-            frame.remember(self.view, page=None, **changes)
-            self.is_first = True
-            await self.refresh()
-
-    async def _turn(self, by: int) -> None:
-        frame.remember(self.view, page=max((frame.number(self.view, "page") or 0) + by, 0) or None)
-        self.is_first = True
-        await self.refresh()
+    def _read(self, reader: Losses, view: dict[str, str]) -> dict[str, Any]:
+        return _drawn(reader, view)
 
     async def refresh(self) -> None:
-        again, self.is_first = self.is_first, False
-        view = dict(self.view)
-        told = await asyncio.to_thread(self.kept.look, lambda losses: _drawn(losses, view), again)
-        self.trouble.set_text(self.kept.trouble or "")
-        self.trouble.set_visibility(self.kept.trouble is not None)
-        if told is not None:
-            self._show(told)
+        await super().refresh()
         if self.followed.version != self.drawn_fill:
             self.drawn_fill = self.followed.version
             await self._show_fill()

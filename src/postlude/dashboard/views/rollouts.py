@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from postlude.dashboard import charts_records, frame
 from postlude.dashboard.charts_records import COLOURINGS, Colouring
 from postlude.dashboard.followed import Followed
 from postlude.dashboard.kept import kept
+from postlude.dashboard.views.browse import Browse
 from postlude.dashboard.views.tables import Cell, Link, Table
 from postlude.runs import Stage
 from postlude.runs.samples import Group, Rollouts, Sort
@@ -60,11 +60,10 @@ def _drawn(rollouts: Rollouts, view: dict[str, str]) -> _Told:
     return _Told(len(rollouts), rollouts.became(), count, page, group, samples, journey)
 
 
-class _RolloutsPage:
+class _RolloutsPage(Browse[Rollouts, _Told]):
     def __init__(self, followed: Followed, stage: str, view: dict[str, str]) -> None:
-        self.kept, self.view, self.is_first = kept(followed, stage, _reader), view, True
+        super().__init__(kept(followed, stage, _reader), view)
         self.shown: tuple[Any, ...] | None = None
-        self.trouble = frame.warn("")
         self.none = frame.nothing("Reading ...")
         with ui.column().classes("w-full gap-4") as self.all:
             ui.label("Where the prompts went").classes("font-bold")
@@ -101,25 +100,8 @@ class _RolloutsPage:
             colours.props("dense").classes("w-40")
             colours.on_value_change(lambda event: self._set(tokens=None if event.value == "ratio" else event.value))
 
-    async def _set(self, **changes: Any) -> None:
-        if any((value or None) != self.view.get(key) for key, value in changes.items()):
-            frame.remember(self.view, page=None, **changes)
-            self.is_first = True
-            await self.refresh()
-
-    async def _turn(self, by: int) -> None:
-        frame.remember(self.view, page=max((frame.number(self.view, "page") or 0) + by, 0) or None)
-        self.is_first = True
-        await self.refresh()
-
-    async def refresh(self) -> None:
-        again, self.is_first = self.is_first, False
-        view = dict(self.view)
-        told = await asyncio.to_thread(self.kept.look, lambda rollouts: _drawn(rollouts, view), again)
-        self.trouble.set_text(self.kept.trouble or "")
-        self.trouble.set_visibility(self.kept.trouble is not None)
-        if told is not None:
-            self._show(told)
+    def _read(self, reader: Rollouts, view: dict[str, str]) -> _Told:
+        return _drawn(reader, view)
 
     def _show(self, told: _Told) -> None:
         self.all.set_visibility(bool(told.lines))
