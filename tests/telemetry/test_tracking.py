@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import psutil
 import pytest
 from postlude_example.sink import Lines
 
+from patience import until
 from postlude.errors import UserError
 from postlude.manifest.component import lookup
 from postlude.runs import Run
@@ -41,15 +40,6 @@ def steps(run: Run, first: int, last: int) -> None:
 
 def trackers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if child.name() == "postlude-sinks"]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    moment = threading.Event()
-    for _ in range(3000):
-        if holds():
-            return
-        moment.wait(0.02)
-    raise AssertionError("it did not come about")
 
 
 @pytest.mark.capability("Trackers are told by a process beside the run, which is started anew where it dies")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patience import until
 from postlude import storage
 from postlude.runs import Run
 from postlude.telemetry import events
@@ -258,13 +259,3 @@ def test_a_sink_with_other_settings_is_another_but_not_with_another_token() -> N
     first = delivery.place_of("tracker", Tracker(book=1))
     assert delivery.place_of("tracker", Tracker(book=1, token="abcdef-secret")) == first
     assert delivery.place_of("tracker", Tracker(book=3)) != first
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for what comes of a thread."""
-    moment = threading.Event()
-    for _ in range(3000):
-        if holds():
-            return
-        moment.wait(0.02)
-    raise AssertionError("it did not come about")
