@@ -21,6 +21,7 @@ TELL = """
 import json, os, sys, threading
 json.dump({"name": __name__, "arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "pid": os.getpid(),
            "mine": os.environ["MINE"], "parent": os.getppid(), "imported": "colorsys" in sys.modules,
+           "leads": os.getpgid(0) == os.getpid(),
            "threads": threading.active_count(), "read": sys.stdin.read()}, sys.stdout)
 print("beside", file=sys.stderr)
 sys.exit(7)
@@ -63,7 +64,8 @@ def test_a_worker_is_what_python_would_have_started(script, tmp_path):
     assert os.getpid() not in server
     for one, beside, status in forked:
         assert (beside, status) == (itself.stderr, itself.returncode)
-        assert one.pop("imported")
+        assert one["imported"]
+        assert one["leads"], "who ends its group of processes would end others"
         own = {name: one[name] for name in ("name", "arguments", "path", "folder", "mine", "threads", "read")}
         assert own == {
             "name": "__main__",
@@ -92,10 +94,15 @@ def test_a_worker_ends_with_who_stands_for_it_and_is_told_of(tmp_path):
     wait = tmp_path / "wait.py"
     wait.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1000)")
     with fork_server([], {}):
-        for who in ("client", "worker", "server"):
+        for who in ("client", "worker", "both", "server"):
             process = started([str(wait)], tmp_path)
             worker = psutil.Process(int(process.stdout.readline()))
-            {"client": process, "worker": worker, "server": worker.parent()}[who].kill()
+            server = worker.parent()
+            killed = {"client": [process], "worker": [worker], "both": [worker, process], "server": [server]}
+            server.suspend()  # what happens meanwhile it sees at once
+            for one in killed[who]:
+                one.kill()
+            server.resume()
             assert process.wait(60) != 0, who
             until(lambda worker=worker: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from postlude import storage
-from postlude.cluster import fork_server
+from postlude.cluster import fork_client, fork_server
 from postlude.cluster.ray_processes import EXPECTED, name_of
 
 pytestmark = pytest.mark.long
@@ -100,8 +100,9 @@ def tree(project) -> list[tuple[psutil.Process, str]]:
             if child.status() != psutil.STATUS_ZOMBIE:
                 rank = RANK if child.name().startswith("ray::Worker") else None
                 mine = CONTROLLER if child.ppid() == command.pid and child.exe() == command.exe() else None
-                forks = FORK_SERVER if mine and fork_server.__name__ in child.cmdline() else None
-                found.append((child, name_of(child) or rank or forks or mine or child.name()))
+                forks = FORK_SERVER if fork_server.__name__ in child.cmdline() else None
+                client = "a fork client" if fork_client.__file__ in child.cmdline() else None
+                found.append((child, name_of(child) or rank or forks or client or mine or child.name()))
     return found
 
 

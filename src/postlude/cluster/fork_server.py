@@ -105,10 +105,11 @@ class _Server:
                 if key.fileobj == self._ended:
                     os.read(self._ended, 4096)
                     self._bury()
-                elif key.fileobj is not self._listener:
+                elif key.fileobj is self._listener:
+                    if (wanted := self._answer()) is not None:
+                        return wanted
+                elif key.data in self._lines:  # else its worker has just ended as well
                     self._kill(key.data)
-                elif (wanted := self._answer()) is not None:
-                    return wanted
 
     def _answer(self) -> dict[str, Any] | None:
         """Fork a worker: None in this process, in the other what it is to be."""
@@ -141,7 +142,8 @@ class _Server:
         return None
 
     def _leave(self) -> None:
-        """In a worker: have nothing more to do with this one."""
+        """In a worker: have nothing more to do with this one. Ray may end a worker's whole group of processes."""
+        os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
