@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import exact_json, files, guards
+from postlude.storage import encryption, exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
@@ -85,6 +85,7 @@ class HashedFile(io.BufferedIOBase):
             return
         try:
             with self._file:
+                encryption.finish(self._file)
                 self._file.flush()
                 if files.is_local(self._uri):
                     with writing(self._uri):
@@ -98,12 +99,15 @@ def open_hashed(uri: str) -> HashedFile:
     return HashedFile(uri, files.open_file(uri, "wb"))
 
 
-def begin(uri: str) -> None:
-    """Make room for a folder that will be committed: whatever stood there is gone."""
+def begin(uri: str, named: str | None = None) -> None:
+    """Make room for a folder that will be committed, under the name ``named`` if it gets another: whatever stood there
+    is gone."""
     discard(uri)
     if files.is_local(uri):
         with writing(uri):
             guards.make_folders(files.local_path(uri))
+    if encryption.is_encrypted(uri):
+        encryption.new_key(uri, named or files.name(uri))
 
 
 def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | None = None) -> None:
