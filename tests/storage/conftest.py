@@ -12,9 +12,17 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URI of a folder that is not there yet."""
+    if request.param == "s3":
+        return f"s3://{request.getfixturevalue('bucket')}/place"
+    return str(tmp_path / "place") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "memory"])
+def near_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The same, for what asks for hundreds of requests."""
     return str(tmp_path / "place") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
