@@ -14,6 +14,7 @@ from postlude.manifest.graph import Reference, references
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
+from postlude.manifest.storage import problems as problems_of_places
 from postlude.manifest.subschema import STAGE
 from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion_or_list
@@ -74,6 +75,9 @@ def _misreferences(value: Value) -> Iterator[Problem]:
             if isinstance(of, str) and of not in stages:
                 what = f"there is no stage '{of}'.{suggestion_or_list(of, stages)}"
                 yield at(("alarms", number, "stages", place), what)
+    places = {prefix: rule.plain() for prefix, rule in value.mapping("storage").items()}
+    for path, what in problems_of_places(places, value.text("run_dir") or Manifest.model_fields["run_dir"].default):
+        yield at(("storage", *path), what)
     if len(used) < len(stages):
         return  # what a stage of an unknown recipe would use is not known
     read = {reference.name for named in used.values() for reference in named if reference.to == "data"}

@@ -26,7 +26,9 @@ from typing import IO, Any
 
 from postlude.nearest import nearest
 from postlude.storage import guards
+from postlude.storage.credentials import Connection, connection_of, options
 from postlude.storage.errors import NotReadable, StorageError, reading, writing
+from postlude.storage.rules import rule_of
 from postlude.storage.uris import is_local, local_path, name
 from postlude.storage.uris import join as join  # names of files are files' as well
 from postlude.storage.uris import parent as parent
@@ -352,17 +354,18 @@ def _create_object(filesystem: Any, path: str, content: bytes) -> None:
 
 def _remote(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI and the path in it. StorageError if the protocol cannot be used here."""
-    filesystem = _filesystem(uri.partition("://")[0])
+    filesystem = _filesystem(uri.partition("://")[0], connection_of(rule_of(uri)), os.getpid())
     return filesystem, filesystem._strip_protocol(uri)
 
 
 @lru_cache
-def _filesystem(protocol: str) -> Any:
+def _filesystem(protocol: str, connection: Connection, pid: int) -> Any:
+    """The file system of a process for a kind of storage, with the credentials that a rule gives it."""
     import fsspec
 
     try:
         # A listing that is cached hides what another process writes.
-        return fsspec.filesystem(protocol, use_listings_cache=False)
+        return fsspec.filesystem(protocol, use_listings_cache=False, **options(protocol, connection))
     except ImportError as error:
         remedy = "Install it with: pip install 'postlude[s3]'." if protocol in ("s3", "s3a") else f"{error}."
         raise StorageError(f"'{protocol}://' needs a package that is not installed here. {remedy}") from error
