@@ -13,7 +13,7 @@ def open_manifest(path: str, overrides: Sequence[str]) -> Resolved:
     """The manifest behind a URI, with KEY=VALUE in place of its own. Its rules of storage are those of this process
     now. ManifestError."""
     resolved = load(storage.read_bytes(path), path, overrides)
-    rules.use(rules.rules_in(resolved.manifest.storage))
+    rules.use(rules.rules_in(resolved.manifest.storage, resolved.manifest.name))
     return resolved
 
 
