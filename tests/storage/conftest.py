@@ -15,9 +15,22 @@ from postlude.manifest.storage import plain
 from postlude.storage import keys, rules
 
 
-@pytest.fixture(params=["local", "memory", "encrypted local", "encrypted memory"])
+@pytest.fixture(params=["local", "memory", "s3", "encrypted local", "encrypted memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URI of a folder that is not there yet, and in which nobody should have to know whether it is encrypted."""
+    yield from _place(request, tmp_path)
+
+
+@pytest.fixture(params=["local", "memory", "encrypted local", "encrypted memory"])
+def near_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The same, for what asks for hundreds of requests."""
+    yield from _place(request, tmp_path)
+
+
+def _place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield f"s3://{request.getfixturevalue('bucket')}/place"
+        return
     above = str(tmp_path) if "local" in request.param else f"memory://{uuid.uuid4().hex}"
     if "encrypted" in request.param:
         above = f"{above}/encrypted"

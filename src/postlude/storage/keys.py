@@ -182,16 +182,17 @@ class KMS(KeyService):
         return self._call(rule, context, "decrypt", KeyId=self.key, CiphertextBlob=content)["Plaintext"]
 
     def _call(self, rule: Rule, context: Context, what: str, **arguments: Any) -> Any:
+        from postlude.storage.credentials import client
+
         try:
-            import boto3
             from botocore.exceptions import BotoCoreError, ClientError
         except ImportError as error:
             raise StorageError(
                 f"The key '{self.key}' is of KMS, which needs a package: pip install 'postlude[s3]'."
             ) from error
         try:
-            session = boto3.Session(profile_name=rule.profile, region_name=self._region() or rule.region)
-            return getattr(session.client("kms"), what)(EncryptionContext=dict(context), **arguments)
+            kms = client("kms", rule, region_name=self._region() or rule.region)
+            return getattr(kms, what)(EncryptionContext=dict(context), **arguments)
         except ClientError as error:
             raise StorageError(self._explain(error.response.get("Error", {}), what, context)) from error
         except BotoCoreError as error:
