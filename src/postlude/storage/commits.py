@@ -20,8 +20,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import exact_json, files, guards
+from postlude.storage import conditional, exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
+from postlude.storage.remote_files import RemoteWriter
 
 MARKER = "COMMITTED"
 
@@ -92,6 +93,21 @@ class HashedFile(io.BufferedIOBase):
         finally:
             super().close()
 
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._abort()
+        self.close()
+
+    def __del__(self) -> None:
+        self._abort()
+        self.close()
+
+    def _abort(self) -> None:
+        """Leave nothing of it behind a remote URI, where it would appear whole."""
+        if isinstance(self._file, RemoteWriter) and not self.closed:
+            self._file.abort()
+            super().close()
+
 
 def open_hashed(uri: str) -> HashedFile:
     """Open a file for writing, whose ``digest`` is known when it is closed."""
@@ -140,8 +156,10 @@ def _put_marker(uri: str, content: bytes, guard: guards.Guard | None) -> None:
         if guard.number is not None:
             if files.create(place, content):
                 return
-            if _read_marker(uri).number > guard.number:
+            tag = conditional.tag_of(place)
+            if _read_marker(uri).number > guard.number or conditional.swap(place, content, tag) is None:
                 raise guard.lost(f"a process that had it later has committed '{uri}'")
+            return
     files.write_bytes(place, content)
 
 
