@@ -85,7 +85,7 @@ def refuse_behind_the_end(patch: pytest.MonkeyPatch) -> None:
     read = MemoryFileSystem.cat_file
 
     def cat_file(self, path, start=None, end=None, **options):
-        if start >= self.info(path)["size"]:
+        if start is not None and start >= self.info(path)["size"]:
             raise OSError(errno.EINVAL, "The requested range is not satisfiable")
         return read(self, path, start, end, **options)
 

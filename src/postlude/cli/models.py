@@ -10,8 +10,10 @@ import typer
 
 from postlude.cli.arguments import AsJson, Model
 from postlude.cli.output import say_answer, show_report
+from postlude.cli.storage import with_storage
 
 
+@with_storage
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it, talk.", show_default=False)] = None,
@@ -58,6 +60,7 @@ def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> Non
         messages.append({"role": "assistant", "content": reply})
 
 
+@with_storage
 def export(
     artifact: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run, or one of its stages.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -70,6 +73,7 @@ def export(
     typer.echo(f"Wrote {output}")
 
 
+@with_storage
 def verify(model: Model, as_json: AsJson = False) -> None:
     """Compare packed logits with those of transformers, and what a model holds with what its source says."""
     from postlude.workflow import models

@@ -116,3 +116,34 @@ def problems(places: Mapping[str, Any], run_dir: str | None = None) -> Iterator[
             (known[cover], "read_only"),
             f"the run is written below it: run_dir is '{run_dir}'. Give run_dir a rule of its own, or another place",
         )
+
+
+_OF_PLACES = ("path", "run_dir", "tables")
+"""Keys under which a text is the name of a place."""
+
+
+def places_in(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """The places that a resolved tree names, each with the path of its key."""
+    if isinstance(tree, Mapping):
+        for key, item in tree.items():
+            if (*path, key) not in (("storage",), ("compute",), ("notify",)):
+                yield from places_in(item, (*path, str(key)))
+    elif isinstance(tree, list):
+        for number, item in enumerate(tree):
+            yield from places_in(item, (*path, number))
+    elif isinstance(tree, str) and (re.match(r"\w+://", tree) or any(part in _OF_PLACES for part in path[-2:])):
+        yield path, tree
+
+
+def rule_for(places: Mapping[str, PlaceRule], uri: str) -> tuple[str, PlaceRule] | None:
+    """The rule that a place falls under, with its prefix as it was written."""
+    prefixes = {plain(prefix): prefix for prefix in places}
+    found = covering(prefixes, plain(uri))
+    return None if found is None else (prefixes[found], places[prefixes[found]])
+
+
+def described(prefix: str, rule: PlaceRule) -> str:
+    """A rule in words."""
+    said = [f"{key} {value}" for key, value in rule if isinstance(value, str) and value]
+    said += [f"encrypted with {rule.encrypt.key}"] if rule.encrypt else []
+    return f"'{prefix}': {', '.join([*said, *['read-only'] * rule.read_only]) or 'nothing set'}"

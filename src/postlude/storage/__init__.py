@@ -40,14 +40,14 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
+from postlude.storage.folders import clear_path, copy_file, copy_folder, fetch, has_path, link_file, new_folder
 from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guard, shared_guard
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
 from postlude.storage.reader import Entries, Part, Reader
 from postlude.storage.schema import Line, NewerSchema
-from postlude.storage.scratch import Scratch, scratch_folder
+from postlude.storage.scratch import Scratch, memory_folder, scratch_folder
 from postlude.storage.sealed import (
     damaged,
     is_as_named,

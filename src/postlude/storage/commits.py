@@ -20,9 +20,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import conditional, exact_json, files, guards
+from postlude.storage import conditional, encryption, exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
-from postlude.storage.remote_files import RemoteWriter
 
 MARKER = "COMMITTED"
 
@@ -86,6 +85,7 @@ class HashedFile(io.BufferedIOBase):
             return
         try:
             with self._file:
+                encryption.finish(self._file)
                 self._file.flush()
                 if files.is_local(self._uri):
                     with writing(self._uri):
@@ -93,20 +93,17 @@ class HashedFile(io.BufferedIOBase):
         finally:
             super().close()
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._abort()
-        self.close()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        elif not self.closed:  # an object would appear whole
+            try:
+                self._file.__exit__(kind, error, trace)
+            finally:
+                super().close()
 
     def __del__(self) -> None:
-        self._abort()
-        self.close()
-
-    def _abort(self) -> None:
-        """Leave nothing of it behind a remote URI, where it would appear whole."""
-        if isinstance(self._file, RemoteWriter) and not self.closed:
-            self._file.abort()
-            super().close()
+        self.__exit__(GeneratorExit, None, None)
 
 
 def open_hashed(uri: str) -> HashedFile:
@@ -114,12 +111,15 @@ def open_hashed(uri: str) -> HashedFile:
     return HashedFile(uri, files.open_file(uri, "wb"))
 
 
-def begin(uri: str) -> None:
-    """Make room for a folder that will be committed: whatever stood there is gone."""
+def begin(uri: str, named: str | None = None) -> None:
+    """Make room for a folder that will be committed, under the name ``named`` if it gets another: whatever stood there
+    is gone."""
     discard(uri)
     if files.is_local(uri):
         with writing(uri):
             guards.make_folders(files.local_path(uri))
+    if encryption.is_encrypted(uri):
+        encryption.new_key(uri, named or files.name(uri))
 
 
 def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 
-from postlude.storage import files, guards, uris
+from postlude.storage import encryption, files, guards, uris
 from postlude.storage.errors import StorageError, writing
 from postlude.storage.refusals import code_of
 
@@ -48,6 +48,8 @@ def swap(uri: str, content: bytes, tag: str | None) -> str | None:
         files.write_bytes(uri, content)
         return ""
     filesystem, path = files.remote(uri)
+    if encryption.is_encrypted(uri):
+        content = encryption.seal(uri, content)
     with writing(uri):
         try:
             return filesystem.put_if(path, content, **({"IfMatch": tag} if tag else {}))

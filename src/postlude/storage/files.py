@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from postlude.manifest.storage import S3
 from postlude.nearest import nearest
-from postlude.storage import guards, remote_files
+from postlude.storage import encryption, guards, remote_files
 from postlude.storage.credentials import Connection, connection_of, options
 from postlude.storage.errors import NotReadable, StorageError, reading, writing
 from postlude.storage.rules import rule_of
@@ -41,6 +41,8 @@ NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 _LONGEST_NAME_BYTES = 255
 """What file systems take."""
+_BUFFER_BYTES = 2**16
+"""Of a file that is decrypted: a frame."""
 
 
 def unfinished_name(base: str, mark: str) -> str:
@@ -58,15 +60,20 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """
     if mode not in ("r", "w", "rb", "wb"):
         raise ValueError(f"A file is opened with one of r, w, rb, wb, not '{mode}'.")
-    writes = mode[0] == "w"
+    writes, is_encrypted = mode[0] == "w", encryption.is_encrypted(uri)
     if writes:
         guards.check(uri)
+    cipher = encryption.new_cipher(uri) if writes and is_encrypted else None
     with writing(uri) if writes else reading(uri):
         if is_local(uri):
             path = local_path(uri)
             binary = _open_for_writing(uri, path) if writes else io.BufferedReader(io.FileIO(path))
         else:
             binary = _open_object(uri, writes)
+    if cipher is not None:
+        binary = encryption.writer(binary, cipher)
+    elif is_encrypted:
+        binary = io.BufferedReader(encryption.reader(uri, binary), _BUFFER_BYTES)
     if mode.endswith("b"):
         return binary
     kind = io.TextIOWrapper if is_local(uri) or not writes else remote_files.TextWriter
@@ -75,7 +82,7 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file. :class:`~postlude.storage.errors.NotFound` if there is none."""
-    if not is_local(uri):
+    if not is_local(uri) and not encryption.is_encrypted(uri):
         filesystem, path = remote(uri)
         with reading(uri):
             return filesystem.cat_file(path)
@@ -85,6 +92,8 @@ def read_bytes(uri: str) -> bytes:
 
 def read_range(uri: str, start: int, count: int) -> bytes:
     """At most ``count`` bytes of a file from ``start`` on; none behind its end. NotFound if there is no file."""
+    if encryption.is_encrypted(uri):
+        return _read_encrypted_range(uri, start, count)
     if is_local(uri):
         with reading(uri), io.FileIO(local_path(uri)) as file:
             return os.pread(file.fileno(), count, start)  # a short count is as good as any
@@ -100,6 +109,28 @@ def read_range(uri: str, start: int, count: int) -> bytes:
             return b""
 
 
+def place_of_line(uri: str, start: int) -> int:
+    """Where a line begins in an encrypted local file of lines, as it stands, before which there are so many bytes of
+    content."""
+    with encryption.reader(uri, io.FileIO(local_path(uri))) as content:
+        return content.place(start)  # type: ignore[attr-defined]
+
+
+def _read_encrypted_range(uri: str, start: int, count: int) -> bytes:
+    with reading(uri):
+        if is_local(uri):
+            file: Any = io.FileIO(local_path(uri))
+        else:
+            file = _open_object(uri, writes=False)
+        with encryption.reader(uri, file) as content:
+            content.seek(start)
+            pieces = []
+            while count > 0 and (piece := content.read(count)):
+                pieces.append(piece)
+                count -= len(piece)
+            return b"".join(pieces)
+
+
 def read_text(uri: str) -> str:
     """The content of a file, as UTF-8. :class:`~postlude.storage.errors.NotReadable` if it is none."""
     try:
@@ -113,9 +144,11 @@ def write_text(uri: str, text: str) -> None:
     write_bytes(uri, text.encode())
 
 
-def write_bytes(uri: str, content: bytes) -> None:
-    """Replace the content of a file, atomically."""
+def write_bytes(uri: str, content: bytes, lines: bool = False) -> None:
+    """Replace the content of a file, atomically. ``lines``: others are going to be added, by a journal."""
     guards.check(uri)
+    if encryption.is_encrypted(uri):
+        content = encryption.seal(uri, content, lines)
     if is_local(uri):
         with writing(uri), _durable_file(uri, content) as unnamed:
             guards.check(uri)  # again: the disk may have taken its time
@@ -129,6 +162,8 @@ def write_bytes(uri: str, content: bytes) -> None:
 def create(uri: str, content: bytes) -> bool:
     """Make a file with this content, atomically, unless there is one: then nothing happens and False comes back."""
     guards.check(uri)
+    if encryption.is_encrypted(uri):
+        content = encryption.seal(uri, content)
     with writing(uri):
         try:
             if is_local(uri):
@@ -185,7 +220,9 @@ def list_directory(uri: str) -> list[str]:
                 names = [name(entry) for entry in entries if entry.strip("/") != path.strip("/")]
     except FileNotFoundError:
         return []
-    return sorted(entry for entry in names if entry and not entry.endswith(UNFINISHED))
+    return sorted(
+        entry for entry in names if entry and not entry.endswith(UNFINISHED) and not encryption.hides(uri, entry)
+    )
 
 
 def files_below(uri: str) -> list[str]:
@@ -193,10 +230,12 @@ def files_below(uri: str) -> list[str]:
     if is_local(uri):
         folder = local_path(uri)
         held = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
-        return sorted(os.path.relpath(path, folder) for path in held)
-    filesystem, path = remote(uri)
-    with reading(uri):
-        return sorted(entry.removeprefix(path).lstrip("/") for entry in filesystem.find(path))
+        below = [os.path.relpath(path, folder) for path in held]
+    else:
+        filesystem, path = remote(uri)
+        with reading(uri):
+            below = [entry.removeprefix(path).lstrip("/") for entry in filesystem.find(path)]
+    return sorted(path for path in below if not encryption.hides(uri, name(path)))
 
 
 def remove(uri: str) -> None:
@@ -224,7 +263,12 @@ def free_place(uri: str) -> str:
 
 
 def size_bytes(uri: str) -> int:
-    """The size of a file."""
+    """The size of a file's content."""
+    if encryption.is_encrypted(uri):
+        if is_local(uri):
+            with open_file(uri) as file:
+                return file.seek(0, io.SEEK_END)
+        return encryption.content_bytes(uri, info(uri)["size"])
     if is_local(uri):
         with reading(uri):
             return os.stat(local_path(uri)).st_size
@@ -249,7 +293,8 @@ def modified_fingerprints(uri: str) -> dict[str, str]:
             entries = filesystem.ls(path, detail=True)
     except FileNotFoundError:
         return {}
-    return {name(entry["name"]): _fingerprint(entry) for entry in entries if entry["type"] == "file" and entry["size"]}
+    found = {name(entry["name"]): entry for entry in entries if entry["type"] == "file" and entry["size"]}
+    return {entry: _fingerprint(info) for entry, info in found.items() if not encryption.hides(uri, entry)}
 
 
 def _fingerprint(info: dict[str, Any]) -> str:
@@ -378,3 +423,6 @@ def info(uri: str) -> dict[str, Any]:
     filesystem, path = remote(uri)
     with reading(uri):
         return filesystem.info(path)
+
+
+encryption.connect(read_bytes, create)

@@ -71,14 +71,14 @@ class RemoteWriter(io.BufferedIOBase):
 class TextWriter(io.TextIOWrapper):
     """Text for such a file."""
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             self.close()
-        else:
-            self.buffer.abort()  # type: ignore[attr-defined]
+        elif not self.closed:
+            self.buffer.__exit__(kind, error, trace)  # type: ignore[attr-defined]
 
     def __del__(self) -> None:
-        self.buffer.abort()  # type: ignore[attr-defined]
+        self.__exit__(GeneratorExit, None, None)
 
 
 class RemoteReader(io.RawIOBase):

@@ -18,6 +18,13 @@ class Rule(PlaceRule):
 
     prefix: str = ""
     """A whole path or a URI without a slash at its end; empty for the rule that holds where none was given."""
+    run: str = ""
+    """Whose it is: sessions of a role are called so."""
+
+    @property
+    def partition(self) -> str:
+        """The part of AWS that it is in."""
+        return self.role.split(":")[1] if self.role else "aws"
 
 
 NO_RULE = Rule()
@@ -28,9 +35,9 @@ _by_name: dict[str, Rule] = {}
 """Local prefixes also under the path that they have without links."""
 
 
-def rules_in(places: Mapping[str, PlaceRule] | None) -> tuple[Rule, ...]:
+def rules_in(places: Mapping[str, PlaceRule] | None, run: str = "") -> tuple[Rule, ...]:
     """The rules that a manifest's ``storage`` gives, with local prefixes as whole paths, for any process."""
-    return tuple(Rule(prefix=plain(prefix), **dict(rule)) for prefix, rule in (places or {}).items())
+    return tuple(Rule(prefix=plain(prefix), run=run, **dict(rule)) for prefix, rule in (places or {}).items())
 
 
 def use(rules: Iterable[Rule]) -> None:
