@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from postlude import storage
 from postlude.storage import envelope, files, rules
-
-from .conftest import encrypt, new_master_key
+from storage.conftest import encrypt, new_master_key
 
 FRAME, WHOLE = envelope.FRAME_BYTES, envelope.FRAME_BYTES + envelope.TAG_BYTES
 BATCH = FRAME * envelope.BATCH_FRAMES

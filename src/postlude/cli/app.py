@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from postlude.cli import manifests, models, pages, runs
+from postlude.cli import keys, manifests, models, pages, runs
 from postlude.cli.output import tell
 from postlude.errors import UserError
 from postlude.telemetry import openmp
@@ -48,6 +48,7 @@ for command in (
     manifests.schema,
 ):
     app.command()(guarded(command))
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> NoReturn:

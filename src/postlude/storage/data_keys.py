@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,10 @@ class Record:
 
     def wrapped_anew(self, folder: str, old: Rule, new: Rule) -> Record:
         """The same data key, wrapped by another master key for the run and stage that the folder stands in now."""
-        secret = service_of(_key_of(old)).unwrap(self.wrapped, self.context, old)
+        try:
+            secret = service_of(_key_of(old)).unwrap(self.wrapped, self.context, old)
+        except StorageError as error:
+            raise StorageError(f"The data key of '{folder}' cannot be unwrapped: {error}") from error
         context = context_of(folder, self.folder)
         wrapped = service_of(_key_of(new)).wrap(secret, context, new)
         return replace(self, context=context, key=_key_of(new), wrapped=wrapped)
@@ -218,11 +221,3 @@ def _folder_for(place: str, rule: Rule) -> str:
 
 def _below(place: str, folder: str) -> str:
     return place.removeprefix(folder).lstrip("/")
-
-
-def keys_used(records: Mapping[str, Record]) -> dict[str, int]:
-    """How many folders each master key encrypts, by the key's name."""
-    count: dict[str, int] = {}
-    for record in records.values():
-        count[record.key] = count.get(record.key, 0) + 1
-    return count
