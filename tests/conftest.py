@@ -17,7 +17,7 @@ from postlude.rollout.serving.server import EngineChoice
 from postlude.telemetry import openmp
 from postlude.telemetry.recorder import Recorder
 
-pytest_plugins = ["schedule", "status"]
+pytest_plugins = ["object_store", "roles", "schedule", "status"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

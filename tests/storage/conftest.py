@@ -11,11 +11,44 @@ from pathlib import Path
 
 import pytest
 
+from postlude.manifest.storage import plain
+from postlude.storage import keys, rules
 
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URI of a folder that is not there yet."""
-    return str(tmp_path / "place") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+@pytest.fixture(params=["local", "memory", "s3", "encrypted local", "encrypted memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URI of a folder that is not there yet, and in which nobody should have to know whether it is encrypted."""
+    yield from _place(request, tmp_path)
+
+
+@pytest.fixture(params=["local", "memory", "encrypted local", "encrypted memory"])
+def near_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The same, for what asks for hundreds of requests."""
+    yield from _place(request, tmp_path)
+
+
+def _place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield f"s3://{request.getfixturevalue('bucket')}/place"
+        return
+    above = str(tmp_path) if "local" in request.param else f"memory://{uuid.uuid4().hex}"
+    if "encrypted" in request.param:
+        above = f"{above}/encrypted"
+        encrypt(above, new_master_key(tmp_path))
+    yield f"{above}/place"
+    rules.use(())
+
+
+def new_master_key(folder: Path) -> str:
+    """A new key file, as a manifest names it."""
+    path = folder / f"{uuid.uuid4().hex}.key"
+    keys.new_key_file(str(path))
+    return f"file:{path}"
+
+
+def encrypt(uri: str, key: str) -> None:
+    """Have all below a place be encrypted in this process, and nothing else."""
+    rules.use([rules.Rule(prefix=plain(uri), encrypt=rules.Encryption(key=key))])
 
 
 @pytest.fixture

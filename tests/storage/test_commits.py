@@ -91,24 +91,24 @@ def _flip(content: bytes, position: int) -> bytes:
 
 
 @pytest.mark.capability("Damage to a checkpoint is found before it is used")
-def test_any_damage_is_found_and_the_file_named(place: str) -> None:
-    storage.begin(place)
-    storage.commit(place, _write(place, CONTENTS), {"step": 7})
+def test_any_damage_is_found_and_the_file_named(near_place: str) -> None:
+    storage.begin(near_place)
+    storage.commit(near_place, _write(near_place, CONTENTS), {"step": 7})
     for path in ("deep/b", "COMMITTED"):
-        uri = storage.join(place, path)
+        uri = storage.join(near_place, path)
         whole = storage.read_bytes(uri)
         for position in random.Random(0).sample(range(len(whole)), 40):
             storage.write_bytes(uri, _flip(whole, position))
             with pytest.raises(storage.CorruptError, match=path):
-                storage.verify(place)
+                storage.verify(near_place)
         storage.write_bytes(uri, whole[:-1])
         with pytest.raises(storage.CorruptError, match=path):
-            storage.verify(place)
+            storage.verify(near_place)
         storage.write_bytes(uri, whole)
-    storage.verify(place)
-    storage.remove(storage.join(place, "a"))
+    storage.verify(near_place)
+    storage.remove(storage.join(near_place, "a"))
     with pytest.raises(storage.CorruptError, match="/a' is missing"):
-        storage.verify(place)
+        storage.verify(near_place)
 
 
 def test_a_digest_is_known_only_when_the_file_is_closed(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_new_folder_is_committed_and_fetched(place: str, tmp_path: Path) -> No
         assert not storage.exists(uri)
     assert set(storage.verify(uri).files) == set(CONTENTS)
     fetched = storage.fetch(uri, str(tmp_path / "copy"))
-    assert {path: (Path(fetched) / path).read_bytes() for path in CONTENTS} == CONTENTS
+    assert {path: storage.read_bytes(storage.join(fetched, path)) for path in CONTENTS} == CONTENTS
     assert storage.list_directory(place) == ["model"]
 
 
@@ -44,7 +44,7 @@ def test_a_new_folder_replaces_the_old_one_and_is_fetched_anew(place: str, tmp_p
         with storage.new_folder(uri) as folder:
             _fill(folder, {"only " + content.decode(): content})
         fetched = storage.fetch(uri, str(tmp_path / "copy"))
-        assert set(os.listdir(fetched)) == {"COMMITTED", "only " + content.decode()}
+        assert set(storage.list_directory(fetched)) == {"COMMITTED", "only " + content.decode()}
 
 
 def test_nothing_is_removed_under_the_name_that_readers_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

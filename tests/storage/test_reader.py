@@ -94,15 +94,15 @@ def bytes_read(patch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_what_was_read_is_not_read_again(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_is_not_read_again(near_place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "PUT_SECONDS", 0.0)
     monkeypatch.setattr(journal, "SEGMENT_BYTES", 2**14)
     monkeypatch.setattr(reader, "MARK_BYTES", 2**12)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 2**13)
-    written = storage.Journal(place)
+    written = storage.Journal(near_place)
     for step in range(2000):
         written.append(line(step, step))
-    followed = storage.Entries(storage.Journal(place))
+    followed = storage.Entries(storage.Journal(near_place))
     counts = bytes_read(monkeypatch)
     followed.update()
     assert sum(counts) < 1.5 * written.size_bytes()
@@ -114,9 +114,9 @@ def test_what_was_read_is_not_read_again(place: str, monkeypatch: pytest.MonkeyP
     assert sum(counts) < 4 * reader._BEFORE_BYTES
     counts.clear()
     written.cut(lambda entry: entry["step"] < 1900)
-    storage.Journal(place).append({"step": "again"})
+    storage.Journal(near_place).append({"step": "again"})
     assert 1700 < followed.update() <= 1900
-    assert followed.entries == storage.Journal(place).read()
+    assert followed.entries == storage.Journal(near_place).read()
     assert sum(counts) < written.size_bytes() / 5
 
 

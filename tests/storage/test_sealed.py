@@ -26,30 +26,30 @@ def damages(content: bytes, seed: int) -> list[bytes]:
     return cuts + changed
 
 
-def test_a_document_is_what_was_written_or_an_error_that_names_it(place: str) -> None:
-    storage.write_document(place, BODY)
-    assert storage.read_document(place) == BODY
+def test_a_document_is_what_was_written_or_an_error_that_names_it(near_place: str) -> None:
+    storage.write_document(near_place, BODY)
+    assert storage.read_document(near_place) == BODY
     told = []
-    for content in damages(storage.read_bytes(place), 0):
-        storage.write_bytes(place, content)
+    for content in damages(storage.read_bytes(near_place), 0):
+        storage.write_bytes(near_place, content)
         try:
-            read = storage.read_document(place, "Do this.")
+            read = storage.read_document(near_place, "Do this.")
         except storage.CorruptError as error:
             told.append(str(error))
         else:  # white space, or another name for the digest, which is no key that anybody knows
             assert {key: value for key, value in read.items() if key in BODY} == BODY
     assert len(told) > 100
-    assert all(place in text and text.endswith("Do this.") for text in told)
+    assert all(near_place in text and text.endswith("Do this.") for text in told)
 
 
-def test_a_text_is_what_was_written_or_an_error(place: str) -> None:
-    storage.write_sealed_text(place, TEXT)
-    assert storage.read_sealed_text(place) == TEXT
-    whole = storage.read_bytes(place)
+def test_a_text_is_what_was_written_or_an_error(near_place: str) -> None:
+    storage.write_sealed_text(near_place, TEXT)
+    assert storage.read_sealed_text(near_place) == TEXT
+    whole = storage.read_bytes(near_place)
     for content in damages(whole, 1):
-        storage.write_bytes(place, content)
+        storage.write_bytes(near_place, content)
         try:
-            read = storage.read_sealed_text(place)
+            read = storage.read_sealed_text(near_place)
         except storage.CorruptError:
             continue
         # What was cut before its last line looks as an earlier version wrote it: its own hash tells.

@@ -10,8 +10,10 @@ import typer
 
 from postlude.cli.arguments import AsJson, Model
 from postlude.cli.output import say_answer, show_report
+from postlude.cli.storage import with_storage
 
 
+@with_storage
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What to answer; without it, talk.", show_default=False)] = None,
@@ -58,18 +60,22 @@ def converse(answer: Callable[[Sequence[dict[str, str]]], Iterator[str]]) -> Non
         messages.append({"role": "assistant", "content": reply})
 
 
+@with_storage
 def export(
     artifact: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run, or one of its stages.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
 ) -> None:
     """Write a stage's model as a Hugging Face directory, or its adapter as PEFT has it."""
+    from postlude.storage import is_encrypted
     from postlude.workflow import models
 
     models.export(artifact, output, merge=merge)
-    typer.echo(f"Wrote {output}")
+    in_clear = is_encrypted(artifact) and not is_encrypted(output)
+    typer.echo(f"Wrote {output}{', in clear: the artifact is encrypted, and this copy is not' * in_clear}")
 
 
+@with_storage
 def verify(model: Model, as_json: AsJson = False) -> None:
     """Compare packed logits with those of transformers, and what a model holds with what its source says."""
     from postlude.workflow import models

@@ -8,10 +8,12 @@ import typer
 
 from postlude.cli.arguments import AsJson, RunPath
 from postlude.cli.output import announce, show_address
+from postlude.cli.storage import with_storage
 
 _PEM = "A file in PEM."
 
 
+@with_storage
 def dashboard(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A folder of runs, or a run.")] = "runs",
     host: Annotated[str, typer.Option(help="Where it listens.")] = "127.0.0.1",
@@ -42,6 +44,7 @@ def dashboard(
     )
 
 
+@with_storage
 def report(
     run: RunPath,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.html", help="Where to write it.")],

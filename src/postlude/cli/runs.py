@@ -8,6 +8,7 @@ import typer
 
 from postlude.cli.arguments import AsJson, ManifestPath, Overrides, RunPath
 from postlude.cli.output import announce, show_report
+from postlude.cli.storage import with_storage
 
 
 def run(
@@ -63,6 +64,7 @@ def run(
     raise typer.Exit(code)
 
 
+@with_storage
 def logs(
     run: RunPath,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
@@ -74,6 +76,7 @@ def logs(
         typer.echo(text, nl=False)
 
 
+@with_storage
 def stop(
     run: RunPath,
     now: Annotated[bool, typer.Option("--now", help="Kill it, without a checkpoint.")] = False,
@@ -85,6 +88,7 @@ def stop(
     announce(detached.stop(run, now, wait))
 
 
+@with_storage
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Show the state of a run: each stage, its step, its last checkpoint, and alarms."""
     from postlude.workflow import status as workflow
@@ -92,6 +96,7 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     show_report(workflow.status(run), as_json)
 
 
+@with_storage
 def runs(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A folder of runs: a path or a URI.")] = "runs",
     as_json: AsJson = False,
@@ -102,6 +107,7 @@ def runs(
     show_report(workflow.runs(directory), as_json)
 
 
+@with_storage
 def acknowledge(
     run: RunPath,
     alarms: Annotated[list[str] | None, typer.Argument(metavar="[ALARM]...", help="By default all.")] = None,
@@ -112,6 +118,7 @@ def acknowledge(
     announce(workflow.acknowledge(run, alarms or []))
 
 
+@with_storage
 def amend(
     run: RunPath,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage that is running or will go on.")],
@@ -142,6 +149,7 @@ def amend(
     show_report(told, as_json)
 
 
+@with_storage
 def checkpoint(
     run: RunPath,
     stage: Annotated[

@@ -30,6 +30,7 @@ import ray
 from postlude.cluster.failure import Outcome, outcome_of
 from postlude.processes import die_with_parent
 from postlude.secrecy import name_to_children
+from postlude.storage import rules
 from postlude.telemetry import openmp
 from postlude.telemetry.guard import guard_streams
 from postlude.telemetry.progress import console
@@ -56,6 +57,8 @@ class WorkerSetup:
     """Where modules are looked for, by default where this process does."""
     width: int = field(default_factory=lambda: console().width)
     """Columns of the terminal that shows what it prints, by default that of this process."""
+    rules: tuple[rules.Rule, ...] = field(default_factory=rules.current)
+    """What places need, by default as in this process."""
 
     def enter(self) -> None:
         """Make it that of this process."""
@@ -64,6 +67,7 @@ class WorkerSetup:
         sys.path.extend(entry for entry in self.path if entry not in sys.path and os.path.isdir(entry))
         os.environ.update({"OMP_NUM_THREADS": str(self.threads), **self.environment})
         name_to_children(self.environment)
+        rules.use(self.rules)
         guard_streams()
         openmp.wait_shortly()
 

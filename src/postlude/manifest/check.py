@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import ValidationError
 
+from postlude.manifest.component import Config
 from postlude.manifest.graph import Reference, references
 from postlude.manifest.problem import Problem
 from postlude.manifest.refusals import schema_problems
 from postlude.manifest.schema import Manifest, StageConfig
+from postlude.manifest.storage import Places
+from postlude.manifest.storage import problems as places_problems
 from postlude.manifest.subschema import STAGE
 from postlude.manifest.value import KeyPath, Value, locate
 from postlude.nearest import suggestion_or_list
@@ -28,6 +31,28 @@ def validate(value: Value) -> tuple[Manifest | None, list[Problem]]:
         problems = schema_problems(value, error)
     problems += _misreferences(value)
     return (None if problems else manifest), problems
+
+
+def validate_places(value: Value) -> tuple[Places | None, list[Problem]]:
+    """The rules of a value that has nothing but the key ``storage``; None, and what is wrong, if they are none."""
+    problems = []
+    try:
+        places = _OnlyPlaces.model_validate(value.plain()).storage
+    except ValidationError as error:
+        places, problems = None, schema_problems(value, error)
+    problems += _misplaced(value)
+    return (None if problems else places), problems
+
+
+class _OnlyPlaces(Config):
+    storage: Places
+
+
+def _misplaced(value: Value, run_dir: str | None = None) -> Iterator[Problem]:
+    """What is wrong with the rules of storage among each other."""
+    for path, what in places_problems({k: rule.plain() for k, rule in value.mapping("storage").items()}, run_dir):
+        origin, key = locate(value, ("storage", *path))
+        yield Problem(origin, key, what)
 
 
 def _misreferences(value: Value) -> Iterator[Problem]:
@@ -74,6 +99,7 @@ def _misreferences(value: Value) -> Iterator[Problem]:
             if isinstance(of, str) and of not in stages:
                 what = f"there is no stage '{of}'.{suggestion_or_list(of, stages)}"
                 yield at(("alarms", number, "stages", place), what)
+    yield from _misplaced(value, value.text("run_dir") or Manifest.model_fields["run_dir"].default)
     if len(used) < len(stages):
         return  # what a stage of an unknown recipe would use is not known
     read = {reference.name for named in used.values() for reference in named if reference.to == "data"}

@@ -58,6 +58,7 @@ KINDS = (
     "environments",
     "engines",
     "providers",
+    "keys",
 )
 
 

@@ -14,6 +14,7 @@ from postlude.manifest.amend import change_at
 from postlude.manifest.component import Config, names
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
+from postlude.manifest.storage import described, places_in, rule_for
 from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Setting, dotted
 from postlude.nearest import suggestion_or_list
@@ -45,8 +46,10 @@ def explain(resolved: Resolved, key: str) -> Explanation:
     path = _path(resolved, key)
     place = _Place(resolved, path)
     if not _is_leaf(place.value):
-        return Explanation(f"{dotted(path)}:", [*_leaves(resolved, place.value, path, ())], place.meaning)
-    return Explanation(f"{dotted(path)}: {_shown(place.value)}", [*_story(place)], place.meaning)
+        rows = [*_leaves(resolved, place.value, path, ()), *_rules(resolved, () if path == ("storage",) else path)]
+        return Explanation(f"{dotted(path)}:", rows, place.meaning)
+    rows = [*_story(place), *(("storage", rule) for _, rule in _rules(resolved, path))]
+    return Explanation(f"{dotted(path)}: {_shown(place.value)}", rows, place.meaning)
 
 
 def _path(resolved: Resolved, key: str) -> KeyPath:
@@ -126,6 +129,15 @@ def _leaves(resolved: Resolved, tree: Any, path: KeyPath, below: KeyPath) -> Ite
             yield from _leaves(resolved, item, path, (*below, key))
     else:
         yield f"{dotted(below)}: {_shown(tree)}", str(resolved.origin((*path, *below)))
+
+
+def _rules(resolved: Resolved, path: KeyPath) -> Iterator[tuple[str, str]]:
+    """Each place that the manifest names below a key, and the rule of ``storage`` that it falls under."""
+    rules = resolved.manifest.storage or {}
+    for key, uri in places_in(resolved.tree) if rules else ():
+        if key[: len(path)] == path:
+            found = rule_for(rules, uri)
+            yield f"{dotted(key)}: {uri}", f"under {described(*found)}" if found else "under no rule"
 
 
 def _is_leaf(tree: Any) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from postlude.manifest import assignments
-from postlude.manifest.check import validate
+from postlude.manifest.check import validate, validate_places
 from postlude.manifest.component import BrokenExtension, import_plugin
 from postlude.manifest.problem import Problem, refusal
 from postlude.manifest.resolve import resolve
 from postlude.manifest.schema import Manifest
+from postlude.manifest.storage import Places
 from postlude.manifest.subschema import MANIFEST, Subschema
 from postlude.manifest.text import parse
 from postlude.manifest.value import SCHEMA_DEFAULT, KeyPath, Origin, Setting, Value
@@ -74,6 +75,19 @@ def load(text: str | bytes, name: str, overrides: Sequence[str] = ()) -> Resolve
     _refuse_without_effect(assigned, value, name)
     tree = _without_default_nulls(manifest.model_dump(mode="json", by_alias=True), value, MANIFEST)
     return Resolved(name, manifest, tree, value)
+
+
+def load_places(text: str | bytes, name: str) -> Places:
+    """What a file says under ``storage``: a manifest, a run's lock, or one that has nothing else. ManifestError."""
+    value = parse(text, name)
+    written = value.get("storage") or value.at(("manifest", "storage"))
+    if written is None:
+        what = "it has no key 'storage', in which the rules would stand by their prefixes"
+        raise refusal(name, [Problem(value.origin, "", what)])
+    places, problems = validate_places(replace(value, content={"storage": written}))
+    if places is None:
+        raise refusal(name, problems)
+    return places
 
 
 def restore(tree: dict[str, Any]) -> Manifest:

@@ -17,6 +17,7 @@ from postlude.manifest.change import Change, from_step, never
 from postlude.manifest.component import Component, Config, Name, Named, Positive, Seed, default_name
 from postlude.manifest.compute import Compute, Parallel
 from postlude.manifest.starter import StarterFiles
+from postlude.manifest.storage import Places
 
 
 class NamesDatasets:
@@ -404,7 +405,7 @@ def _day(text: str | None) -> str | None:
 class Manifest(Config):
     """A resolved manifest: ``defaults`` have been folded into the stages."""
 
-    later = ("alarms", "notify")
+    later = ("alarms", "notify", "storage")
     changes = {
         "name": never("the run has it"),
         "seed": never("the order of the data and every sample follow from it"),
@@ -416,6 +417,7 @@ class Manifest(Config):
         "sinks": never("they are opened when a stage starts: others may be given to a resume"),
         "alarms": never("they are read when a stage starts: others may be given to a resume"),
         "notify": never("they are read when a run starts: others may be given to a resume"),
+        "storage": never("processes have the rules since they started: others may be given to a resume"),
         "stages": never("what a stage says of a key holds for it"),
     }
 
@@ -442,3 +444,5 @@ class Manifest(Config):
     """Who is told of alarms as they come."""
     stages: Annotated[dict[Name, Annotated[StageConfig, Named("recipes", key="recipe")]], Field(min_length=1)]
     """What is to be done, by name. Which stage waits for which follows from ``{from: STAGE}`` wherever it stands."""
+    storage: Places | None = None
+    """What places need, by the longest prefix that fits: ``{"s3://company-data/": {role: ARN, read_only: true}}``."""

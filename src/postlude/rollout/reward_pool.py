@@ -24,6 +24,7 @@ from postlude.errors import UserError
 from postlude.manifest.component import Component
 from postlude.processes import die_with_parent
 from postlude.rollout.reward import RewardFunction, call
+from postlude.storage import rules
 from postlude.telemetry.guard import guard_streams
 from postlude.telemetry.hardware import machine_bytes
 
@@ -150,7 +151,9 @@ class _Process:
         self.connection: Connection
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), memory), name="rewards", daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, os.getpid(), memory, rules.current()), name="rewards", daemon=True
+        )
         self._process.start()
         theirs.close()
         self.task: int | None = None
@@ -167,9 +170,10 @@ def _unscored(reason: str, task: Task) -> Unscored:
     return Unscored(reason, f"{reason}, at the record '{task.example_id}'.")
 
 
-def _serve(connection: Connection, parent: int, memory: int) -> None:
+def _serve(connection: Connection, parent: int, memory: int, places: tuple[rules.Rule, ...]) -> None:
     """Compute rewards until nobody asks any more."""
     die_with_parent(parent)
+    rules.use(places)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     guard_streams()
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -12,6 +12,7 @@ from postlude.storage.commits import (
     sha256_of,
     verify,
 )
+from postlude.storage.encryption import is_encrypted
 from postlude.storage.errors import (
     CorruptError,
     LockedError,
@@ -40,14 +41,23 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import copy_file, copy_folder, fetch, link_file, new_folder
+from postlude.storage.folders import (
+    clear_path,
+    copy_file,
+    copy_folder,
+    fetch,
+    folder_for_copy,
+    has_path,
+    link_file,
+    new_folder,
+)
 from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guard, shared_guard
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal
 from postlude.storage.locks import holder, lock
 from postlude.storage.reader import Entries, Part, Reader
 from postlude.storage.schema import Line, NewerSchema
-from postlude.storage.scratch import Scratch, scratch_folder
+from postlude.storage.scratch import Scratch, memory_folder, scratch_folder
 from postlude.storage.sealed import (
     damaged,
     is_as_named,

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import exact_json, files, guards
+from postlude.storage import conditional, encryption, exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
@@ -85,6 +85,7 @@ class HashedFile(io.BufferedIOBase):
             return
         try:
             with self._file:
+                encryption.finish(self._file)
                 self._file.flush()
                 if files.is_local(self._uri):
                     with writing(self._uri):
@@ -92,18 +93,33 @@ class HashedFile(io.BufferedIOBase):
         finally:
             super().close()
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        elif not self.closed:  # an object would appear whole
+            try:
+                self._file.__exit__(kind, error, trace)
+            finally:
+                super().close()
+
+    def __del__(self) -> None:
+        self.__exit__(GeneratorExit, None, None)
+
 
 def open_hashed(uri: str) -> HashedFile:
     """Open a file for writing, whose ``digest`` is known when it is closed."""
     return HashedFile(uri, files.open_file(uri, "wb"))
 
 
-def begin(uri: str) -> None:
-    """Make room for a folder that will be committed: whatever stood there is gone."""
+def begin(uri: str, named: str | None = None) -> None:
+    """Make room for a folder that will be committed, under the name ``named`` if it gets another: whatever stood there
+    is gone."""
     discard(uri)
     if files.is_local(uri):
         with writing(uri):
             guards.make_folders(files.local_path(uri))
+    if encryption.is_encrypted(uri):
+        encryption.new_key(uri, named or files.name(uri))
 
 
 def commit(uri: str, digests: Mapping[str, Digest], extra: Mapping[str, Any] | None = None) -> None:
@@ -140,8 +156,10 @@ def _put_marker(uri: str, content: bytes, guard: guards.Guard | None) -> None:
         if guard.number is not None:
             if files.create(place, content):
                 return
-            if _read_marker(uri).number > guard.number:
+            tag = conditional.tag_of(place)
+            if _read_marker(uri).number > guard.number or conditional.swap(place, content, tag) is None:
                 raise guard.lost(f"a process that had it later has committed '{uri}'")
+            return
     files.write_bytes(place, content)
 
 

@@ -6,12 +6,12 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from postlude.storage import commits, files, guards
+from postlude.storage import commits, encryption, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing, writing_below
-from postlude.storage.scratch import scratch_folder
+from postlude.storage.scratch import memory_folder, scratch_folder
 
 
 @contextmanager
@@ -19,17 +19,27 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
     """A local folder to write into, which replaces the folder ``uri`` when the block ends without an error.
 
     It is committed, with ``extra`` in the marker, before it has its name; so there is no moment at which part of
-    it stands there. After an error or a kill nothing does. ``extra`` is read when the block ends.
+    it stands there. After an error or a kill nothing does. ``extra`` is read when the block ends. What is going to be
+    encrypted is written in memory.
     """
+    is_encrypted = encryption.is_encrypted(uri)
     if files.is_local(uri):
         path = files.local_path(uri)
         above, base = files.parent(path), files.name(path)
         work, retired = (os.path.join(above, files.unfinished_name(base, role)) for role in ("new", "old"))
-        commits.begin(work)
+        commits.begin(work, base)
         try:
-            with writing_below(uri):
-                yield work
-            commits.commit(work, {below: _settle(work, below) for below in files.files_below(work)}, extra)
+            if is_encrypted:
+                with memory_folder("new") as above_it:
+                    folder = os.path.join(above_it, "content")
+                    os.mkdir(folder)
+                    yield folder
+                    digests = {below: _upload(folder, work, below) for below in files.files_below(folder)}
+            else:
+                with writing_below(uri):
+                    yield work
+                digests = {below: _settle(work, below) for below in files.files_below(work)}
+            commits.commit(work, digests, extra)
             guards.check(uri, now=True)
             with writing(uri):
                 files.remove(retired)
@@ -41,7 +51,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
             files.remove(work)
             files.remove(retired)
     else:
-        with scratch_folder("new") as folder:
+        with folder_for_copy(uri, "new") as folder:
             work = os.path.join(folder, "content")
             os.mkdir(work)
             with writing_below(work):
@@ -61,6 +71,36 @@ def fetch(uri: str, into: str) -> str:
     if not _is_copy(into, commits.read_marker(uri)):
         copy_folder(uri, into)
     return into
+
+
+def has_path(uri: str) -> bool:
+    """Whether other libraries can read what stands there by its path: it is local, and in clear."""
+    return files.is_local(uri) and not encryption.is_encrypted(uri)
+
+
+def folder_for_copy(uri: str, for_what: str) -> AbstractContextManager[str]:
+    """A scratch folder for a clear copy of what stands there, or will: in memory where that is encrypted."""
+    return memory_folder(for_what) if encryption.is_encrypted(uri) else scratch_folder(for_what)
+
+
+_in_memory: dict[tuple[str, str], tuple[int, str]] = {}
+"""Clear copies in memory of encrypted files, by place and fingerprint: descriptors and paths. They go with the
+process."""
+os.register_at_fork(after_in_child=_in_memory.clear)  # those of the parent have its number in their paths
+
+
+def clear_path(uri: str) -> str:
+    """A path by which other libraries can read, or map, a local file: its own or, of an encrypted one, that of a copy
+    in memory, which no folder names and which any process of this user can open for as long as this one lives."""
+    if has_path(uri):
+        return files.local_path(uri)
+    key = files.local_path(uri), files.modified_fingerprint(uri)
+    if key not in _in_memory:
+        descriptor = os.memfd_create("postlude", os.MFD_CLOEXEC)
+        with files.open_file(uri) as source, open(descriptor, "wb", closefd=False) as file:
+            shutil.copyfileobj(source, file, 2**20)
+        _in_memory[key] = descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    return _in_memory[key][1]
 
 
 def _is_copy(uri: str, marker: commits.Marker) -> bool:
@@ -91,8 +131,10 @@ def copy_folder(uri: str, target: str, bring: Callable[[str, str], None] = copy_
 
 def link_file(uri: str, target: str) -> None:
     """Give a file that is never written again, as those of a committed folder, a second name, which replaces what had
-    that name; a copy where there can be no link: behind remote URIs, and between file systems."""
-    if files.is_local(uri) and files.is_local(target):
+    that name; a copy where there can be no link: behind remote URIs, between file systems, and where one of them is
+    encrypted."""
+    may_share = not encryption.is_encrypted(uri) and not encryption.is_encrypted(target)
+    if files.is_local(uri) and files.is_local(target) and may_share:
         source, path = files.local_path(uri), files.local_path(target)
         with writing(target):
             guards.make_folders(os.path.dirname(path))

@@ -4,6 +4,8 @@ A process that holds the lock of a folder has it guarded by the lock; one that w
 was given (:meth:`Guard.shared`, :func:`guarded`). So nothing outside ``storage`` has to remember. Where nothing is
 guarded, as for readers and for files of a user's own, a check costs a look into an empty dictionary.
 
+Nothing is written to a place that the rules of storage have as read-only either.
+
 Between a look and the write that follows it there are microseconds in which a folder may still change hands; what is
 written by then is told apart by the number that markers repeat, where there is one.
 """
@@ -16,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from postlude.storage import uris
-from postlude.storage.errors import LockedError
+from postlude.storage.errors import LockedError, NotWritable
 from postlude.storage.holders import Holder
+from postlude.storage.rules import rule_of
 
 Identity = tuple[int, int]
 """Of a local file or folder: device and inode."""
@@ -123,7 +126,9 @@ def shared_guard(folder: str) -> Guard | None:
 
 
 def check(uri: str, now: bool = False) -> None:
-    """LockedError if the place is guarded and this process may no longer write there."""
+    """LockedError if the place is guarded and this process may no longer write there; NotWritable if nothing of ours
+    may."""
+    _check_rule(uri)
     guard = guard_of(uri)
     if guard is not None:
         guard.check(now)
@@ -131,7 +136,8 @@ def check(uri: str, now: bool = False) -> None:
 
 def make_folders(path: str) -> None:
     """Make a local folder and those above it that are missing. A guarded folder that is gone is never made anew from
-    below: LockedError."""
+    below: LockedError. NotWritable as :func:`check`."""
+    _check_rule(path)
     folder, guard = _find(path or ".")
     if guard is None:
         os.makedirs(path or ".", exist_ok=True)
@@ -150,6 +156,14 @@ def make_folders(path: str) -> None:
         except FileNotFoundError:
             guard.check(now=True)
             raise
+
+
+def _check_rule(uri: str) -> None:
+    if (rule := rule_of(uri)).read_only:
+        raise NotWritable(
+            f"'{uri}' is not written: the manifest has '{rule.prefix}' as read-only (storage, read_only: true). Choose "
+            "another place, or give it a rule of its own."
+        )
 
 
 def identity(path: str) -> Identity | None:

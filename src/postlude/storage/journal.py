@@ -5,6 +5,8 @@ add; what a killed or full disk leaves of a line is never read, and is taken awa
 
 A remote journal is a folder of numbered segments (``metrics.jsonl/00000001.jsonl``), since an object cannot be
 appended to. A writer puts its last segment again, longer, until it has :data:`SEGMENT_BYTES`.
+
+Where a journal is encrypted, a local one is line by line, and a remote one segment by segment.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from postlude.storage import exact_json, files, guards
+from postlude.storage import conditional, encryption, exact_json, files, guards
 from postlude.storage.commits import checksum
-from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
+from postlude.storage.errors import CorruptError, NotFound, NotWritable, StorageFull, writing
 from postlude.storage.locks import NoFlock, flock
 from postlude.storage.schema import Line
+
+if TYPE_CHECKING:
+    from postlude.storage.envelope import FileCipher
 
 SEGMENT_BYTES = 2**18
 """A remote segment that has grown to this size is left alone."""
@@ -71,7 +76,9 @@ class Journal:
     def last(self) -> dict[str, Any] | None:
         """The last entry that arrived whole, read from the end, however long the journal is; None if there is none."""
         for place in reversed(self._storage.stamps()):
-            size, count = files.size_bytes(place), _TAIL_BYTES
+            size, count = 0, _TAIL_BYTES
+            with suppress(NotFound):  # an encrypted one that was torn in its first line
+                size = files.size_bytes(place)
             start = size
             while start > 0:
                 start = max(0, size - count)
@@ -118,7 +125,7 @@ class Journal:
         if before:
             files.write_bytes(files.free_place(self.uri), b"".join(before))
         if files.is_local(self.uri):
-            files.write_bytes(self.uri, b"".join(lines))
+            files.write_bytes(self.uri, b"".join(lines), lines=True)
             return
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, lines, strict=False)))
         self._storage.replace(before[:shared])
@@ -188,17 +195,42 @@ class _LocalLines:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.path = uri, files.local_path(uri)
+        self._cipher: tuple[bytes, FileCipher] | None = None
+        """Of the file that begins so."""
 
     def append(self, line: bytes, sync: bool) -> None:
         guards.check(self.uri)  # before the file is made
+        is_encrypted = encryption.is_encrypted(self.uri)
+        if is_encrypted:
+            self._prepare_for_lines()
         with writing(self.uri), self._lock_file() as descriptor:
             guards.check(self.uri)  # now that nobody else writes it
-            os.ftruncate(descriptor, _end_of_last_line(descriptor))
+            end = _end_of_last_line(descriptor)
+            os.ftruncate(descriptor, end)
+            if is_encrypted:
+                line = self._sealed(descriptor, end, line)
             written = 0
             while written < len(line):
                 written += os.write(descriptor, line[written:])
             if sync:
                 os.fsync(descriptor)
+
+    def _prepare_for_lines(self) -> None:
+        """A copy of a journal has come as a file to which nothing can be added."""
+        begin = b""
+        with suppress(FileNotFoundError), open(self.path, "rb") as file:
+            begin = file.read(encryption.LINES_BEGIN_BYTES)
+        if not encryption.begins_lines(begin):
+            files.write_bytes(self.uri, files.read_bytes(self.uri), lines=True)
+
+    def _sealed(self, descriptor: int, end: int, line: bytes) -> bytes:
+        """A line as it is added to what ends there: in an empty file it follows the header."""
+        if end == 0:
+            return encryption.seal(self.uri, line, lines=True)
+        begin = os.pread(descriptor, encryption.LINES_BEGIN_BYTES, 0)
+        if self._cipher is None or self._cipher[0] != begin:
+            self._cipher = begin, encryption.cipher_of(self.uri, begin)
+        return self._cipher[1].seal_line(end, line)
 
     @contextmanager
     def _lock_file(self) -> Iterator[int]:
@@ -243,10 +275,11 @@ class _LocalLines:
     def replace(self, lines: list[bytes]) -> None:
         content = b"".join(lines)
         try:
-            files.write_bytes(self.uri, content)
+            files.write_bytes(self.uri, content, lines=True)
         except StorageFull:
             # Needs no room, but may surprise a reader that is in the middle of the file.
-            os.truncate(self.path, len(content))
+            size = len(content)
+            os.truncate(self.path, files.place_of_line(self.uri, size) if encryption.is_encrypted(self.uri) else size)
 
 
 def _end_of_last_line(descriptor: int) -> int:
@@ -268,6 +301,9 @@ class _RemoteLines:
         self._number: int | None = None
         """The segment that this writer puts again; None until it has made one."""
         self._content = b""
+        self._tried = b""
+        """What it put last, whether that arrived or not."""
+        self._tag: str | None = None
         self._held_back = False
         self._put_at = -PUT_SECONDS
 
@@ -288,10 +324,24 @@ class _RemoteLines:
             number = max(self._numbers(), default=0) + 1
             while not files.create(self._segment(number), self._content):
                 number += 1
-            self._number = number
+            self._number, self._tag = number, conditional.tag_of(self._segment(number))
+            self._tried = self._content
         else:
-            files.write_bytes(self._segment(self._number), self._content)
+            self._put_again(self._segment(self._number))
         self._held_back, self._put_at = False, time.monotonic()
+
+    def _put_again(self, segment: str) -> None:
+        """Replace a segment by a longer one, unless a process that has the journal now has cut it."""
+        tried, self._tried = self._tried, self._content
+        tag = conditional.swap(segment, self._content, self._tag)
+        if tag is None:
+            self._tag = conditional.tag_of(segment)
+            if files.read_bytes(segment) == tried:  # by a try whose answer got lost
+                tag = conditional.swap(segment, self._content, self._tag)
+        if tag is None:
+            guards.check(self.uri, now=True)
+            raise NotWritable(f"'{segment}' was changed by another process. See that nothing else writes there.")
+        self._tag = tag
 
     def size_bytes(self) -> int:
         return sum(map(files.size_bytes, self._files()))

@@ -13,13 +13,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from postlude.storage.errors import writing
+from postlude.storage.errors import StorageError, writing
 
 BEGINNING = "postlude-"
 """Of the names of all these folders."""
+SHARED_MEMORY = "/dev/shm"
 _NEW = ".new-"
 """Before the name of one that is not locked yet, of which nothing is ever older than a moment."""
 _MOMENT_SECONDS = 3600.0
@@ -53,6 +54,16 @@ def scratch_folder(for_what: str, above: str | None = None) -> Iterator[str]:
         yield str(scratch.path)
     finally:
         scratch.close()
+
+
+def memory_folder(for_what: str) -> AbstractContextManager[str]:
+    """The same in memory, for what may not touch a disk. StorageError where this machine has no shared memory."""
+    if not os.path.isdir(SHARED_MEMORY):
+        raise StorageError(
+            f"This machine has no '{SHARED_MEMORY}', in which other libraries could read and write what is encrypted. "
+            "Use one that has it, or a place without 'encrypt'."
+        )
+    return scratch_folder(for_what, SHARED_MEMORY)
 
 
 def sweep(above: str) -> None:

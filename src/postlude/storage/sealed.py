@@ -17,9 +17,10 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from postlude.storage import exact_json, files, guards
+from postlude.storage import encryption, exact_json, files, guards
 from postlude.storage.commits import checksum, read_marker, sha256_of
 from postlude.storage.errors import CorruptError, NotFound, writing
 from postlude.storage.files import free_place
@@ -107,11 +108,12 @@ def write_once(uri: str, content: bytes) -> str:
 
 
 def is_as_named(uri: str) -> bool:
-    """Whether a file holds what its name says; True where that says nothing, False where there is no such file."""
+    """Whether a file holds what its name says; True where that says nothing, False where there is no such file, or an
+    encrypted one that is damaged."""
     match = _NAMED.fullmatch(files.name(uri))
     try:
         return not match or sha256_of(uri).startswith(match[2])
-    except NotFound:
+    except (NotFound, CorruptError):
         return False
 
 
@@ -130,6 +132,11 @@ def whole_files(folder: str, ending: str = "") -> dict[str, str]:
 def set_aside(uri: str) -> str:
     """Keep a damaged file under a name that nothing reads, and return its URI."""
     place = free_place(uri)
+    if encryption.is_encrypted(uri):
+        with suppress(CorruptError):  # what cannot be decrypted here cannot be there either
+            files.write_bytes(place, files.read_bytes(uri))
+            files.remove(uri)
+            return place
     if files.is_local(uri):
         guards.check(uri, now=True)
         with writing(place):

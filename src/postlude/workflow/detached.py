@@ -18,10 +18,10 @@ from postlude import storage
 from postlude.cluster.providers.base import provider_of, variables_set
 from postlude.errors import ComputeError, UserError
 from postlude.manifest.assignments import HANDED_ON, holds_secret
-from postlude.manifest.load import load
 from postlude.manifest.value import without_value
 from postlude.runs import Run
 from postlude.telemetry.progress import waiting
+from postlude.workflow.manifest import open_manifest
 from postlude.workflow.plan import make_plan
 from postlude.workflow.run import run_of
 from postlude.workflow.selection import Selection
@@ -38,7 +38,7 @@ def detach(manifest_path: str, overrides: Sequence[str], options: Sequence[str])
 
     ``options`` are those of the command. What is wrong with the manifest is raised here: nothing is started then.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = open_manifest(manifest_path, overrides)
     run = run_of(resolved)
     if run.holder() is not None:
         run.hold().release()  # says who has it

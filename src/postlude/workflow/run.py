@@ -17,7 +17,7 @@ from postlude.cluster.fork_server import fork_server
 from postlude.cluster.keeper import Stopped, keep
 from postlude.cluster.providers.base import Provider, open_cluster, provider_of
 from postlude.manifest.assignments import handed_on
-from postlude.manifest.load import Resolved, load
+from postlude.manifest.load import Resolved
 from postlude.manifest.lock import LockedStage, dump_lock, read_lock
 from postlude.manifest.lock import lock as manifest_lock
 from postlude.manifest.problem import ManifestError
@@ -33,6 +33,7 @@ from postlude.training.interruption import Interruption
 from postlude.workflow.begin import mend_identity, mend_records, verify_inputs, verify_kept
 from postlude.workflow.compute import check_compute, threads_of
 from postlude.workflow.holding import hold, looking_after, must_leave
+from postlude.workflow.manifest import open_manifest
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
 from postlude.workflow.side_by_side import FUNCTION, StagesAtWork
@@ -55,7 +56,7 @@ def run(
     after another, for a debugger. ``wait_seconds``: how long to wait for another process that holds the run.
     :class:`UserError` on what the user can mend; the run can be continued.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, [*overrides, *handed_on()])
+    resolved = open_manifest(manifest_path, [*overrides, *handed_on()])
     check_compute(resolved.manifest)
     run = run_of(resolved)
     sinks_of(resolved.manifest.sinks, run.uri)  # what cannot work is told before anything is done
@@ -183,7 +184,7 @@ def dry_run(
     until: str | None = None,
 ) -> Plan:
     """What :func:`run` would do and why. Writes nothing, and can be asked while another process works on the run."""
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = open_manifest(manifest_path, overrides)
     return make_plan(resolved, run_of(resolved), Selection(stage, begin, until))
 
 

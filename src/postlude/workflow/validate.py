@@ -18,7 +18,7 @@ from postlude import storage
 from postlude.data.preview import Preview
 from postlude.errors import UserError
 from postlude.manifest.graph import datasets_used
-from postlude.manifest.load import Resolved, load
+from postlude.manifest.load import Resolved
 from postlude.manifest.schema import ModelPlace
 from postlude.model.load import weights_are_checked
 from postlude.stages.parts import Mode
@@ -31,6 +31,9 @@ from postlude.training.workers import Workers
 from postlude.workflow.begin import verify_paths
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
 from postlude.workflow.fingerprint import places
+from postlude.workflow.manifest import open_manifest
+from postlude.workflow.probe import Probed
+from postlude.workflow.probe import probe as try_all
 from postlude.workflow.run import run_of, workers_for
 from postlude.workflow.selection import Selection
 
@@ -42,6 +45,7 @@ class Report:
     manifest: str
     stages: list[StageReport] = field(default_factory=list)
     error: UserError | None = None
+    access: Probed | None = None
 
     @property
     def exit_code(self) -> int:
@@ -54,10 +58,11 @@ class Report:
             "ok": self.error is None,
             "error": self.error.to_json() if self.error else None,
             "stages": [stage.to_json() for stage in self.stages],
+            **({"access": self.access.to_json()} if self.access else {}),
         }
 
     def render(self) -> RenderableType:
-        parts: list[RenderableType] = []
+        parts: list[RenderableType] = [self.access.render(), Text()] if self.access and self.access.trials else []
         for stage in self.stages:
             parts += [*stage.render(), Text()]
         return Group(*parts, self._verdict())
@@ -83,12 +88,14 @@ def validate(
     """
     report = Report(manifest_path)
     try:
-        resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+        resolved = open_manifest(manifest_path, overrides)
         check_compute(resolved.manifest)
         sinks_of(resolved.manifest.sinks, run_of(resolved).uri)
         if probe:
             with workers_for(resolved.manifest):
                 pass
+            report.access = try_all(resolved)
+            report.access.require()
         with storage.scratch_folder("validate") as scratch:
             for name in Selection().stages(resolved.manifest):
                 report.stages.append(_stage(resolved, name, scratch, sample, synthetic))
@@ -126,7 +133,7 @@ def preview(
 
     Data and models that another stage makes are taken from the run, if they are there. Writes nothing into the run.
     """
-    resolved = load(storage.read_bytes(manifest_path), manifest_path, overrides)
+    resolved = open_manifest(manifest_path, overrides)
     name = Selection(stage).stages(resolved.manifest)[-1 if stage else 0]
     with storage.scratch_folder("validate") as scratch:
         task = StageTask(resolved.tree, name, storage.join(scratch, resolved.manifest.name), threads=1)

@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from postlude import secrecy, storage
 from postlude.processes import die_with_parent, take_name
 from postlude.runs import Run
+from postlude.storage import rules
 from postlude.telemetry import events
 from postlude.telemetry.alarms import since_begun
 from postlude.telemetry.sinks.delivery import Delivery, news_of
@@ -46,6 +47,8 @@ class Order:
     """Variables that it has besides."""
     guard: storage.Guard | None
     closing_seconds: float = CLOSING_SECONDS
+    rules: tuple[rules.Rule, ...] = field(default_factory=rules.current)
+    """What places need, by default as in the process that makes the order."""
 
 
 class Follower:
@@ -123,6 +126,7 @@ def main() -> None:
     os.environ.update(order.environment)
     secrecy.name_to_children(order.environment)
     secrecy.learn_from(order.secrets)
+    rules.use(order.rules)
     with suppress(OSError):
         os.nice(10)  # the work itself comes first
     over = threading.Event()

@@ -1,0 +1,124 @@
+"""Credentials by rule: roles that are assumed for a prefix, renewed in every process, and kept from everybody."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import traceback
+from typing import Any
+
+import pytest
+
+from postlude import storage
+from postlude.data.room import Room
+from postlude.manifest.storage import PlaceRule
+from postlude.secrecy import without_secrets
+from postlude.storage import credentials
+from postlude.storage.policies import session_policy
+from postlude.storage.rules import Rule, rules_in, use
+from roles import Account, policy
+
+READ = policy("s3:GetObject", "s3:ListBucket")
+ALL = policy("s3:*", "kms:*")
+PART_BYTES = 5 * 2**20
+
+
+@pytest.fixture
+def assumed(monkeypatch: pytest.MonkeyPatch) -> list[Rule]:
+    """The rules whose roles were assumed in this process, one after another."""
+    rules: list[Rule] = []
+    first = credentials.assume
+    monkeypatch.setattr(credentials, "assume", lambda rule: rules.append(rule) or first(rule))
+    return rules
+
+
+def test_each_prefix_is_spoken_to_with_its_own_role(account: Account, bucket: str, assumed: list[Rule]) -> None:
+    account.store.client().put_object(Bucket=bucket, Key="data/a", Body=b"text")
+    places = {
+        f"s3://{bucket}/data/": PlaceRule(role=account.role("reader", READ), read_only=True),
+        f"s3://{bucket}/runs/": PlaceRule(role=account.role("trainer", ALL)),
+        f"s3://{bucket}/weak/": PlaceRule(role=account.role("weak", READ)),
+    }
+    use(rules_in(places, "my run"))
+    with account.enforced():
+        assert storage.read_bytes(f"s3://{bucket}/data/a") == b"text"
+        assert storage.list_directory(f"s3://{bucket}/data") == ["a"]
+        storage.write_bytes(f"s3://{bucket}/runs/b", b"mine")
+        assert storage.read_bytes(f"s3://{bucket}/runs/b") == b"mine"
+        with pytest.raises(storage.StorageError):
+            storage.write_bytes(f"s3://{bucket}/weak/c", b"mine")
+        with pytest.raises(storage.StorageError):
+            storage.read_bytes(f"s3://{bucket}/elsewhere")
+    assert [rule.prefix for rule in assumed] == [f"s3://{bucket}/{name}" for name in ("data", "runs", "weak")]
+
+
+def test_a_session_is_narrowed_to_its_prefix() -> None:
+    whole = {"List", "Read", "Write", "Remove", "Uploads", "Parts"}
+    for rule, names in (
+        (Rule(prefix="s3://b/data"), whole),
+        (Rule(prefix="s3://b/data", read_only=True), {"List", "Read"}),
+    ):
+        statements = {each["Sid"]: each for each in session_policy(rule)["Statement"]}
+        assert statements.keys() == names
+        assert statements["Read"]["Resource"] == ["arn:aws:s3:::b/data", "arn:aws:s3:::b/data/*"]
+        assert statements["List"]["Resource"] == ["arn:aws:s3:::b"]
+        assert statements["List"]["Condition"] == {"StringLike": {"s3:prefix": ["data", "data/*"]}}
+    assert len(json.dumps(session_policy(Rule(prefix="s3://b/data")), separators=(",", ":"))) < 2048, "AWS's limit"
+
+
+def test_a_session_is_renewed_before_it_ends_and_in_the_middle_of_an_upload(
+    account: Account, bucket: str, assumed: list[Rule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(rules_in({f"s3://{bucket}/": PlaceRule(role=account.role("trainer", ALL))}))
+    with account.enforced():
+        for number in range(3):
+            storage.write_bytes(f"s3://{bucket}/{number}", b"x")
+        assert len(assumed) == 1
+        monkeypatch.setattr(credentials, "RENEWED_BEFORE", 2.0)
+        monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", PART_BYTES)
+        storage.files._filesystem.cache_clear()
+        with storage.open_file(f"s3://{bucket}/large", "wb") as file:
+            for _ in range(2):
+                file.write(bytes(PART_BYTES))
+        assert len(assumed) >= 4, "with the beginning, each part and the end of the upload"
+    assert storage.size_bytes(f"s3://{bucket}/large") == 2 * PART_BYTES
+
+
+def _read(uri: str) -> tuple[bytes, int]:
+    count = []
+    first = credentials.assume
+    credentials.assume = lambda rule: count.append(rule) or first(rule)
+    return storage.read_bytes(uri), len(count)
+
+
+def test_a_fork_has_a_session_of_its_own(account: Account, bucket: str) -> None:
+    use(rules_in({f"s3://{bucket}/": PlaceRule(role=account.role("trainer", ALL))}))
+    with account.enforced():
+        storage.write_bytes(f"s3://{bucket}/a", b"text")
+        assert Room(_read, "it")(f"s3://{bucket}/a") == (b"text", 1)
+        assert storage.read_bytes(f"s3://{bucket}/a") == b"text"
+
+
+@pytest.mark.parametrize("wrong", ["role", "profile"])
+def test_a_role_that_cannot_be_assumed_is_told(account: Account, bucket: str, wrong: str) -> None:
+    rule = {"role": PlaceRule(role=f"arn:aws:iam::{123456789012}:role/foreign"), "profile": PlaceRule(profile="nobody")}
+    use(rules_in({f"s3://{bucket}/": rule[wrong]}))
+    with account.enforced(), pytest.raises(storage.StorageError) as told:
+        storage.read_bytes(f"s3://{bucket}/a")
+    assert {"role": "cannot be assumed for", "profile": "nobody"}[wrong] in str(told.value)
+
+
+def test_credentials_are_in_no_text_and_no_pickle(account: Account, bucket: str) -> None:
+    use(rules_in({f"s3://{bucket}/": PlaceRule(role=account.role("weak", READ))}))
+    connection = credentials.connection_of(storage.rules.rule_of(f"s3://{bucket}/a"))
+    with account.enforced():
+        with pytest.raises(storage.StorageError) as told:
+            storage.write_bytes(f"s3://{bucket}/a", b"x")
+        given: Any = credentials._session(connection.rule, os.getpid()).get_credentials().get_frozen_credentials()
+    held = [given.secret_key, given.token, account.key["SecretAccessKey"]]
+    said = "".join(traceback.format_exception(told.value)) + repr(connection) + repr(pickle.dumps(connection))
+    assert not any(secret in said for secret in held)
+    assert without_secrets(f"{given.secret_key} {given.token}") == "<SecretAccessKey> <SessionToken>"
+    with pytest.raises(Exception, match="pickle"):
+        pickle.dumps(storage.files._filesystem("s3", connection, os.getpid()))
