@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from postlude.manifest.alarms import AlarmRule, rules_for
 from postlude.telemetry import events
-from postlude.telemetry.alarms import StageWatch, Watch, standing
+from postlude.telemetry.alarms import StageWatch, Watch, left_behind, standing
 
 NOW = "2026-01-01T00:00:00Z"
 
@@ -259,3 +259,14 @@ def test_an_alarm_stands_until_it_is_over_and_acknowledged() -> None:
     assert standing([alarm, known, over]) == standing([alarm, over, known]) == []
     assert [each.acknowledged for each in standing([alarm, known, over, alarm])] == [False], "it is armed again"
     assert standing([only_happened, events.AlarmAcknowledged(time=NOW, kind="x", what=only_happened.what)]) == []
+
+
+def test_what_nobody_looks_at_any_more_is_over() -> None:
+    kept, removed, leak = ({"time": NOW, "stage": "sft", "what": name, "reason": "", "rule": name} for name in "abc")
+    happened = [events.Alarm.model_validate({"kind": "alarm", **each}) for each in (kept, removed, leak)]
+    rules = [AlarmRule(name="a", metric="x", above=1.0), AlarmRule(name="c", metric="worker_behind", above=1.0)]
+    assert [(kind, fields["what"]) for kind, fields in left_behind(rules, "sft", happened)] == [
+        ("alarm_over", "b"),
+        ("alarm_over", "c"),
+    ]
+    assert list(left_behind(rules, "other", happened)) == []

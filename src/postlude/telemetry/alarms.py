@@ -241,6 +241,19 @@ def since_begun(happened: Sequence[events.Event], stage: str) -> list[events.Eve
     return of_stage[last + 1 :]
 
 
+def left_behind(
+    rules: Iterable[AlarmRule], stage: str, happened: Sequence[events.Event]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events that say that alarms are over to whose end nobody looks any more, while nothing works on the stage:
+    those of workers, and of rules that are no more. ``rules`` are those that hold."""
+    watched = {rule.called for rule in rules if not rule.of_workers}
+    for each in standing(since_begun(happened, stage)):
+        alarm = each.alarm
+        if alarm.rule and each.over is None and alarm.rule not in watched:
+            reason = "its workers, or its rule, are gone"
+            yield "alarm_over", {"what": alarm.what, "reason": reason, "rule": alarm.rule, "step": None, "timed": True}
+
+
 # --- what stands ----------------------------------------------------------------------------------------------
 
 
