@@ -103,6 +103,7 @@ _DEFAULTS: tuple[dict[str, Any], ...] = (
     {"name": "gradient not finite", "metric": "grad_norm*", "not_finite": True, "for": 4},
     {"name": "loss spike", "metric": "loss", "deviates": 8.0, "least": 0.5, "direction": "up"},
     {"name": "gradient spike", "metric": "grad_norm*", "rises": 10.0, "least": 1.0},
+    {"name": "update spike", "metric": "update_ratio*", "rises": 10.0, "least": 0.001},
     {"name": "no progress", "metric": "loss", "stalls": 2000, "over": 100, "without": "groups_alike"},
     {"name": "no progress of the reward", "metric": "reward", "stalls": 500, "over": 50, "better": "higher"},
     {"name": "trained share fallen", "metric": "trained_share", "falls": 0.5, "for": 5},
