@@ -190,7 +190,7 @@ SPIKES = [AlarmRule(name="spike", metric="x", above=5.0, quiet=2), AlarmRule(nam
 
 def live(lines: Iterable[dict[str, Any]], happened: list[events.Event], stage: str = "sft") -> None:
     """Go through a stage's lines, adding to the events."""
-    watch = StageWatch(SPIKES, stage, happened)
+    watch = StageWatch({0: SPIKES}, stage, happened)
     for line in lines:
         for kind, fields in watch.take(line):
             known = {"alarm": events.Alarm, "alarm_over": events.AlarmOver}

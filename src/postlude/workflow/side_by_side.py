@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from postlude import storage
 from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
-from postlude.manifest.alarms import rules_for
+from postlude.manifest.alarms import AlarmRule
+from postlude.manifest.amend import rules_by_step
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run, final_account
@@ -184,16 +185,21 @@ class StagesAtWork:
         def tell(kind: str, **fields: Any) -> None:
             progress.event(events.record(self.run.events, kind, name, **fields))
 
-        rules = rules_for(manifest.alarms, name)
-        observer = Observer(stage.readings, tell, compute.supervision.readings_seconds, rules)
+        seconds = compute.supervision.readings_seconds
+        observer = Observer(stage.readings, tell, seconds, lambda step: self._rules(name, step))
         return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress), observer)
+
+    def _rules(self, name: str, step: int | None = None) -> list[AlarmRule]:
+        """The rules for alarms that hold at a step of a stage, after all amendments where none is given."""
+        rules = rules_by_step(self.resolved.manifest, name, self.run.stage(name).applied_amendments())
+        return rules[max(first for first in rules if step is None or first <= step)]
 
     def _close_alarms(self, name: str) -> None:
         """Tell that alarms to whose end nobody looks any more are over."""
         happened: list[events.Event] = []
         with suppress(storage.CorruptError):
             happened = events.read(self.run.events)
-        for kind, fields in left_behind(rules_for(self.resolved.manifest.alarms, name), name, happened):
+        for kind, fields in left_behind(self._rules(name), name, happened):
             events.record(self.run.events, kind, name, **fields)
 
     def _end(self, decision: Decision, summary: Any = None, error: BaseException | None = None) -> None:
