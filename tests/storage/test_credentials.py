@@ -15,7 +15,7 @@ import pytest
 from postlude import storage
 from postlude.data.room import Room
 from postlude.data.sources.query import Query
-from postlude.manifest.storage import PlaceRule
+from postlude.manifest.storage import Encryption, PlaceRule
 from postlude.secrecy import without_secrets
 from postlude.storage import credentials
 from postlude.storage.policies import session_policy
@@ -36,6 +36,7 @@ def assumed(monkeypatch: pytest.MonkeyPatch) -> list[Rule]:
     return rules
 
 
+@pytest.mark.capability("A role is assumed for each prefix of a store, by each process for itself")
 def test_each_prefix_is_spoken_to_with_its_own_role(account: Account, bucket: str, assumed: list[Rule]) -> None:
     account.store.client().put_object(Bucket=bucket, Key="data/a", Body=b"text")
     places = {
@@ -56,18 +57,21 @@ def test_each_prefix_is_spoken_to_with_its_own_role(account: Account, bucket: st
     assert [rule.prefix for rule in assumed] == [f"s3://{bucket}/{name}" for name in ("data", "runs", "weak")]
 
 
-def test_a_session_is_narrowed_to_its_prefix() -> None:
-    whole = {"List", "Read", "Write", "Remove", "Uploads", "Parts"}
-    for rule, names in (
-        (Rule(prefix="s3://b/data"), whole),
-        (Rule(prefix="s3://b/data", read_only=True), {"List", "Read"}),
-    ):
-        statements = {each["Sid"]: each for each in session_policy(rule)["Statement"]}
-        assert statements.keys() == names
-        assert statements["Read"]["Resource"] == ["arn:aws:s3:::b/data", "arn:aws:s3:::b/data/*"]
-        assert statements["List"]["Resource"] == ["arn:aws:s3:::b"]
-        assert statements["List"]["Condition"] == {"StringLike": {"s3:prefix": ["data", "data/*"]}}
-    assert len(json.dumps(session_policy(Rule(prefix="s3://b/data")), separators=(",", ":"))) < 2048, "AWS's limit"
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_session_is_narrowed_to_its_prefix(read_only: bool) -> None:
+    key = Encryption(key="alias/a")
+    of_bucket, of_objects, of_key = session_policy(
+        Rule(prefix="s3://b/data", read_only=read_only, encrypt=key, role="arn:aws-cn:iam::1:role/r")
+    )["Statement"]
+    assert of_objects["Resource"] == ["arn:aws-cn:s3:::b/data", "arn:aws-cn:s3:::b/data/*"]
+    assert of_bucket["Resource"] == ["arn:aws-cn:s3:::b"]
+    assert of_bucket["Condition"] == {"StringLike": {"s3:prefix": ["data", "data/*"]}}
+    assert of_key["Condition"] == {"ForAnyValue:StringEquals": {"kms:ResourceAliases": "alias/a"}}
+    actions = {action for each in (of_bucket, of_objects, of_key) for action in each["Action"]}
+    reads = {"s3:ListBucket", "s3:GetObject", "kms:Decrypt"}
+    assert actions == reads if read_only else actions > {*reads, "s3:PutObject", "s3:DeleteObject"}
+    long = session_policy(Rule(prefix="s3://" + "b" * 63 + "/" + "f" * 250, encrypt=key))
+    assert len(json.dumps(long, separators=(",", ":"))) <= 2048, "what AWS takes"
 
 
 def test_a_session_is_renewed_before_it_ends_and_in_the_middle_of_an_upload(

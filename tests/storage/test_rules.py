@@ -144,6 +144,7 @@ WRITES: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.parametrize("near_place", ["local", "memory"], indirect=True)
+@pytest.mark.capability("Nothing is written to places that the manifest has as read-only")
 @pytest.mark.parametrize("below", ["file", "folder/deep/new"])
 @pytest.mark.parametrize("write", WRITES)
 def test_nothing_is_written_to_what_is_read_only(near_place: str, write: str, below: str) -> None:

@@ -45,6 +45,9 @@ def wrong(done: Any) -> dict[str, str]:
     return {trial["what"]: trial["why"] for trial in done.json["trials"] if trial["verdict"] == "WRONG"}
 
 
+@pytest.mark.capability(
+    "The least policies of a manifest are printed, and tried: what is missing, and what is too much"
+)
 @pytest.mark.long
 def test_the_printed_policies_are_enough_and_each_statement_is_needed(
     granted: Any, account: Account, bucket: str
