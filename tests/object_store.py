@@ -6,6 +6,7 @@ A child process finds the credentials as a user's would: in the files that ``AWS
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from store_proxy import Proxy, proxy_before
 
 REGION = "us-east-1"
 KEY, SECRET = "AKIAPOSTLUDETESTS000", "the-secret-of-the-tests"
@@ -55,7 +58,8 @@ class ObjectStore:
 @pytest.fixture(scope="session")
 def object_store_server() -> Iterator[ObjectStore]:
     pytest.importorskip("moto", reason="no stand-in for object stores: install 'moto[server]'")
-    server = subprocess.Popen([sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, "-c", _SERVE], subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
     port = server.stdout.readline().strip()
     assert port, "the stand-in for object stores does not start"
@@ -85,6 +89,18 @@ def object_store(
     files._filesystem.cache_clear()
     yield object_store_server
     files._filesystem.cache_clear()
+
+
+@pytest.fixture
+def proxy(object_store: ObjectStore) -> Iterator[Proxy]:
+    """What stands before the server from now on, for this process and its children."""
+    from postlude.storage import files
+
+    config = Path(os.environ["AWS_CONFIG_FILE"])
+    with proxy_before(object_store.endpoint) as before:
+        config.write_text(config.read_text().replace(object_store.endpoint, before.endpoint))
+        files._filesystem.cache_clear()
+        yield before
 
 
 @pytest.fixture

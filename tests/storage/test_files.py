@@ -85,7 +85,7 @@ def refuse_behind_the_end(patch: pytest.MonkeyPatch) -> None:
     read = MemoryFileSystem.cat_file
 
     def cat_file(self, path, start=None, end=None, **options):
-        if start >= self.info(path)["size"]:
+        if start is not None and start >= self.info(path)["size"]:
             raise OSError(errno.EINVAL, "The requested range is not satisfiable")
         return read(self, path, start, end, **options)
 
@@ -140,6 +140,8 @@ def test_a_missing_file_is_named(place: str) -> None:
 
 def test_a_protocol_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules, "postlude.storage.object_store", raising=False)
+    files._filesystem.cache_clear()
     with pytest.raises(storage.StorageError, match=r"pip install 'postlude\[s3\]'"):
         storage.exists("s3a://bucket/key")
 
@@ -308,10 +310,10 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, e
         monkeypatch.setattr(MemoryFileSystem, name, fail)
     uri = "memory://far/away"
     for look in (storage.is_directory, storage.exists, storage.list_directory, storage.size_bytes, storage.read_bytes):
-        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be read \(.*no route\)"):
+        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be read.*\(.*no route\)"):
             look(uri)
     for write in (storage.write_bytes, files.create):
-        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be written \(.*no route\)"):
+        with pytest.raises(storage.StorageError, match=r"'memory://far/away' cannot be written.*\(.*no route\)"):
             write(uri, b"x")
 
 

@@ -337,21 +337,3 @@ def test_a_store_that_cannot_tell_two_takers_apart_is_refused(stores: None, prot
     with pytest.raises(storage.StorageError, match="cannot make an object only where there is none"):
         storage.lock(f"{protocol}://runs/r/run.lock")
     assert storage.list_directory(f"{protocol}://runs/r") == []
-
-
-def test_a_store_that_asks_for_another_try_gets_it(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, refused = MemoryFileSystem.pipe_file, []
-
-    class Said(Exception):
-        response = {"Error": {"Code": "ConditionalRequestConflict"}}
-
-    def conflict(self: MemoryFileSystem, *arguments: Any, **options: Any) -> Any:
-        if len(refused) < 2:
-            refused.append(1)
-            raise OSError("busy") from Said()
-        return pipe(self, *arguments, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", conflict)
-    assert storage.create(uri, b"once")
-    assert len(refused) == 2
-    assert not storage.create(uri, b"twice")

@@ -43,6 +43,7 @@ for command in (
     manifests.recipes,
     manifests.explain,
     manifests.flow,
+    manifests.access,
     manifests.certificates,
     manifests.schema,
 ):

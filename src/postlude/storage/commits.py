@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from postlude.storage import encryption, exact_json, files, guards
+from postlude.storage import conditional, encryption, exact_json, files, guards
 from postlude.storage.errors import CorruptError, NotFound, writing
 
 MARKER = "COMMITTED"
@@ -93,6 +93,18 @@ class HashedFile(io.BufferedIOBase):
         finally:
             super().close()
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        elif not self.closed:  # an object would appear whole
+            try:
+                self._file.__exit__(kind, error, trace)
+            finally:
+                super().close()
+
+    def __del__(self) -> None:
+        self.__exit__(GeneratorExit, None, None)
+
 
 def open_hashed(uri: str) -> HashedFile:
     """Open a file for writing, whose ``digest`` is known when it is closed."""
@@ -144,8 +156,10 @@ def _put_marker(uri: str, content: bytes, guard: guards.Guard | None) -> None:
         if guard.number is not None:
             if files.create(place, content):
                 return
-            if _read_marker(uri).number > guard.number:
+            tag = conditional.tag_of(place)
+            if _read_marker(uri).number > guard.number or conditional.swap(place, content, tag) is None:
                 raise guard.lost(f"a process that had it later has committed '{uri}'")
+            return
     files.write_bytes(place, content)
 
 

@@ -266,6 +266,9 @@ class Writer(io.BufferedIOBase):
         finally:
             self._end()
 
+    def __del__(self) -> None:
+        self.__exit__(GeneratorExit, None, None)
+
     def _end(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from postlude.errors import UserError
+from postlude.storage import refusals
 from postlude.storage.uris import is_local
 
 
@@ -53,7 +54,8 @@ _IN_WORDS = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 def reading(uri: str) -> Iterator[None]:
     """Tell what prevents a read from ``uri`` as a :class:`StorageError`."""
     try:
-        yield
+        with _of_a_store(uri, NotReadable, "cannot be read"):
+            yield
     except StorageError:
         raise
     except FileNotFoundError as error:
@@ -67,7 +69,7 @@ def reading(uri: str) -> Iterator[None]:
             raise NotFound(f"There can be nothing at '{uri}' ({_reason(error)}). Check the path.") from error
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK and is_local(uri):
             raise NotReadable(f"'{uri}' cannot be read ({_reason(error)}). Look after its disk.") from error
-        if (told := _of_a_store(error, uri)) is not None:
+        if (told := _said_of_a_store(error, uri)) is not None:
             raise NotReadable(f"'{uri}' cannot be read ({told}). {_LOOK_AFTER_STORE}") from error
         raise
 
@@ -76,7 +78,8 @@ def reading(uri: str) -> Iterator[None]:
 def writing(uri: str) -> Iterator[None]:
     """Tell what prevents a write to ``uri`` as a :class:`StorageError`."""
     try:
-        yield
+        with _of_a_store(uri, NotWritable, "cannot be written"):
+            yield
     except StorageError:
         raise
     except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
@@ -93,7 +96,7 @@ def writing(uri: str) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK and is_local(uri):
             raise NotWritable(f"'{uri}' cannot be written ({_reason(error)}). Look after its disk.") from error
-        if (told := _of_a_store(error, uri)) is not None:
+        if (told := _said_of_a_store(error, uri)) is not None:
             raise NotWritable(f"'{uri}' cannot be written ({told}). {_LOOK_AFTER_STORE}") from error
         raise
 
@@ -145,7 +148,20 @@ def _number(error: BaseException) -> int | None:
     return number if number in _OF_WRITING else None
 
 
-def _of_a_store(error: Exception, uri: str) -> str | None:
+@contextmanager
+def _of_a_store(uri: str, kind: type[StorageError], cannot: str) -> Iterator[None]:
+    """Tell what an object store refuses as an error of a kind."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if is_local(uri) or isinstance(error, FileExistsError) or (told := refusals.in_words(error)) is None:
+            raise
+        raise kind(f"'{uri}' {cannot}: {told[0]}. {told[1]}") from error
+
+
+def _said_of_a_store(error: Exception, uri: str) -> str | None:
     """What a store far away, or the library that talks to it, says is wrong; None if it is another's error. Not all of
     them make errors of the system of theirs."""
     is_its_own = isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in ("builtins", "postlude")

@@ -18,14 +18,14 @@ import io
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, Any
 
+from postlude.manifest.storage import S3
 from postlude.nearest import nearest
-from postlude.storage import encryption, guards
+from postlude.storage import encryption, guards, remote_files
 from postlude.storage.credentials import Connection, connection_of, options
 from postlude.storage.errors import NotReadable, StorageError, reading, writing
 from postlude.storage.rules import rule_of
@@ -41,7 +41,6 @@ NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 _LONGEST_NAME_BYTES = 255
 """What file systems take."""
-_TRIES, _PAUSE_SECONDS = 5, 0.2
 _BUFFER_BYTES = 2**16
 """Of a file that is decrypted: a frame."""
 
@@ -70,17 +69,23 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
             path = local_path(uri)
             binary = _open_for_writing(uri, path) if writes else io.BufferedReader(io.FileIO(path))
         else:
-            filesystem, path = _remote(uri)
-            binary = filesystem.open(path, mode[0] + "b")
+            binary = _open_object(uri, writes)
     if cipher is not None:
         binary = encryption.writer(binary, cipher)
     elif is_encrypted:
         binary = io.BufferedReader(encryption.reader(uri, binary), _BUFFER_BYTES)
-    return binary if mode.endswith("b") else io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
+    if mode.endswith("b"):
+        return binary
+    kind = io.TextIOWrapper if is_local(uri) or not writes else remote_files.TextWriter
+    return kind(binary, encoding="utf-8", newline="\n")
 
 
 def read_bytes(uri: str) -> bytes:
     """The content of a file. :class:`~postlude.storage.errors.NotFound` if there is none."""
+    if not is_local(uri) and not encryption.is_encrypted(uri):
+        filesystem, path = remote(uri)
+        with reading(uri):
+            return filesystem.cat_file(path)
     with open_file(uri, "rb") as file:
         return file.read()
 
@@ -92,7 +97,7 @@ def read_range(uri: str, start: int, count: int) -> bytes:
     if is_local(uri):
         with reading(uri), io.FileIO(local_path(uri)) as file:
             return os.pread(file.fileno(), count, start)  # a short count is as good as any
-    filesystem, path = _remote(uri)
+    filesystem, path = remote(uri)
     with reading(uri):
         try:
             return filesystem.cat_file(path, start=start, end=start + count)
@@ -116,8 +121,7 @@ def _read_encrypted_range(uri: str, start: int, count: int) -> bytes:
         if is_local(uri):
             file: Any = io.FileIO(local_path(uri))
         else:
-            filesystem, path = _remote(uri)
-            file = filesystem.open(path, "rb", cache_type="none")
+            file = _open_object(uri, writes=False)
         with encryption.reader(uri, file) as content:
             content.seek(start)
             pieces = []
@@ -150,7 +154,7 @@ def write_bytes(uri: str, content: bytes, lines: bool = False) -> None:
             guards.check(uri)  # again: the disk may have taken its time
             os.replace(unnamed, local_path(uri))
     else:
-        filesystem, path = _remote(uri)
+        filesystem, path = remote(uri)
         with writing(uri):
             filesystem.pipe_file(path, content)
 
@@ -167,7 +171,11 @@ def create(uri: str, content: bytes) -> bool:
                     guards.check(uri)
                     _give_name(unnamed, local_path(uri))
             else:
-                _create_object(*_remote(uri), content)
+                filesystem, path = remote(uri)
+                if is_object_store(filesystem):
+                    filesystem.put_if(path, content, IfNoneMatch="*")
+                else:
+                    filesystem.pipe_file(path, content, mode="create")
         except FileExistsError:
             return False
     return True
@@ -186,7 +194,7 @@ def exists(uri: str) -> bool:
     """Whether there is a file or a folder."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
-    filesystem, path = _remote(uri)
+    filesystem, path = remote(uri)
     with reading(uri):
         return filesystem.exists(path)
 
@@ -195,7 +203,7 @@ def is_directory(uri: str) -> bool:
     """Whether there is a folder: for remote URIs, whether anything stands below."""
     if is_local(uri):
         return os.path.isdir(local_path(uri))
-    filesystem, path = _remote(uri)
+    filesystem, path = remote(uri)
     with reading(uri):
         return filesystem.isdir(path)
 
@@ -207,7 +215,7 @@ def list_directory(uri: str) -> list[str]:
             if is_local(uri):
                 names = os.listdir(local_path(uri))
             else:
-                filesystem, path = _remote(uri)
+                filesystem, path = remote(uri)
                 entries = filesystem.ls(path, detail=False)
                 names = [name(entry) for entry in entries if entry.strip("/") != path.strip("/")]
     except FileNotFoundError:
@@ -225,7 +233,7 @@ def files_below(uri: str, with_keys: bool = False) -> list[str]:
         held = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
         below = [os.path.relpath(path, folder) for path in held]
     else:
-        filesystem, path = _remote(uri)
+        filesystem, path = remote(uri)
         with reading(uri):
             below = [entry.removeprefix(path).lstrip("/") for entry in filesystem.find(path)]
     return sorted(path for path in below if with_keys or not encryption.hides(uri, name(path)))
@@ -242,7 +250,7 @@ def remove(uri: str) -> None:
             else:
                 os.remove(path)
         return
-    filesystem, path = _remote(uri)
+    filesystem, path = remote(uri)
     with writing(uri):
         if filesystem.exists(path):
             filesystem.rm(path, recursive=True)
@@ -261,11 +269,11 @@ def size_bytes(uri: str) -> int:
         if is_local(uri):
             with open_file(uri) as file:
                 return file.seek(0, io.SEEK_END)
-        return encryption.content_bytes(uri, _remote_info(uri)["size"])
+        return encryption.content_bytes(uri, info(uri)["size"])
     if is_local(uri):
         with reading(uri):
             return os.stat(local_path(uri)).st_size
-    return _remote_info(uri)["size"]
+    return info(uri)["size"]
 
 
 def modified_fingerprint(uri: str) -> str:
@@ -274,13 +282,13 @@ def modified_fingerprint(uri: str) -> str:
         with reading(uri):
             status = os.stat(local_path(uri))
         return f"{status.st_size}-{status.st_mtime_ns}"
-    return _fingerprint(_remote_info(uri))
+    return _fingerprint(info(uri))
 
 
 def modified_fingerprints(uri: str) -> dict[str, str]:
     """:func:`modified_fingerprint` of every file in a remote folder that is not empty, by name, with one request for
     all; none if there is no such folder."""
-    filesystem, path = _remote(uri)
+    filesystem, path = remote(uri)
     try:
         with reading(uri):
             entries = filesystem.ls(path, detail=True)
@@ -301,7 +309,7 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     if is_local(pattern):
         return sorted(glob.glob(local_path(pattern), recursive=True))
-    filesystem, path = _remote(pattern)
+    filesystem, path = remote(pattern)
     with reading(pattern):
         matches = filesystem.glob(path)
     protocol = pattern.partition("://")[0]
@@ -365,41 +373,21 @@ def _open_for_writing(uri: str, path: str) -> IO[bytes]:
 # --- remote ---------------------------------------------------------------------------------------------------
 
 
-def require_exclusive(uri: str) -> None:
-    """StorageError unless the store makes an object only where there is none, as :func:`create` does: asked of its file
-    system, and tried beside ``uri``."""
-    from fsspec import AbstractFileSystem
-
-    filesystem, _ = _remote(uri)
-    looks_before = getattr(filesystem.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file
-    probe = f"{uri}.{secrets.token_hex(4)}{UNFINISHED}"
-    try:
-        if not looks_before and create(probe, b"1") and not create(probe, b"2"):
-            return
-    finally:
-        remove(probe)
-    raise StorageError(
-        f"'{parent(uri)}' is on a store that cannot make an object only where there is none, so that two processes "
-        "could write to it at once. Choose a place that can: this machine, S3 or Google Cloud Storage."
-    )
+def _open_object(uri: str, writes: bool) -> Any:
+    filesystem, path = remote(uri)
+    if writes:
+        return remote_files.RemoteWriter(uri, filesystem.open(path, "wb"))
+    if is_object_store(filesystem):
+        return io.BufferedReader(remote_files.RemoteReader(uri, filesystem, path), buffer_size=2**13)
+    return filesystem.open(path, "rb")
 
 
-def _create_object(filesystem: Any, path: str, content: bytes) -> None:
-    """Make an object. FileExistsError if there is one. A store may ask for another try when two are at it."""
-    for attempt in range(_TRIES):
-        try:
-            filesystem.pipe_file(path, content, mode="create")
-            return
-        except FileExistsError:
-            raise
-        except OSError as error:
-            said = getattr(error.__cause__, "response", {}).get("Error", {})
-            if said.get("Code") != "ConditionalRequestConflict" or attempt == _TRIES - 1:
-                raise
-            time.sleep(attempt * _PAUSE_SECONDS)
+def is_object_store(filesystem: Any) -> bool:
+    """Whether it writes under conditions."""
+    return hasattr(filesystem, "put_if")
 
 
-def _remote(uri: str) -> tuple[Any, str]:
+def remote(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI and the path in it. StorageError if the protocol cannot be used here."""
     filesystem = _filesystem(uri.partition("://")[0], connection_of(rule_of(uri)), os.getpid())
     return filesystem, filesystem._strip_protocol(uri)
@@ -411,10 +399,14 @@ def _filesystem(protocol: str, connection: Connection, pid: int) -> Any:
     import fsspec
 
     try:
+        if protocol in S3:
+            from postlude.storage.object_store import ObjectStore
+
+            return ObjectStore(**options(protocol, connection))
         # A listing that is cached hides what another process writes.
         return fsspec.filesystem(protocol, use_listings_cache=False, **options(protocol, connection))
     except ImportError as error:
-        remedy = "Install it with: pip install 'postlude[s3]'." if protocol in ("s3", "s3a") else f"{error}."
+        remedy = "Install it with: pip install 'postlude[s3]'." if protocol in S3 else f"{error}."
         raise StorageError(f"'{protocol}://' needs a package that is not installed here. {remedy}") from error
     except ValueError as error:
         if protocol in fsspec.available_protocols():
@@ -427,8 +419,9 @@ def _filesystem(protocol: str, connection: Connection, pid: int) -> Any:
 os.register_at_fork(after_in_child=_filesystem.cache_clear)  # what it holds serves one process
 
 
-def _remote_info(uri: str) -> dict[str, Any]:
-    filesystem, path = _remote(uri)
+def info(uri: str) -> dict[str, Any]:
+    """What the store says of a remote file."""
+    filesystem, path = remote(uri)
     with reading(uri):
         return filesystem.info(path)
 

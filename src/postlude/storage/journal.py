@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
-from postlude.storage import encryption, exact_json, files, guards
+from postlude.storage import conditional, encryption, exact_json, files, guards
 from postlude.storage.commits import checksum
-from postlude.storage.errors import CorruptError, NotFound, StorageFull, writing
+from postlude.storage.errors import CorruptError, NotFound, NotWritable, StorageFull, writing
 from postlude.storage.locks import NoFlock, flock
 from postlude.storage.schema import Line
 
@@ -301,6 +301,9 @@ class _RemoteLines:
         self._number: int | None = None
         """The segment that this writer puts again; None until it has made one."""
         self._content = b""
+        self._tried = b""
+        """What it put last, whether that arrived or not."""
+        self._tag: str | None = None
         self._held_back = False
         self._put_at = -PUT_SECONDS
 
@@ -321,10 +324,24 @@ class _RemoteLines:
             number = max(self._numbers(), default=0) + 1
             while not files.create(self._segment(number), self._content):
                 number += 1
-            self._number = number
+            self._number, self._tag = number, conditional.tag_of(self._segment(number))
+            self._tried = self._content
         else:
-            files.write_bytes(self._segment(self._number), self._content)
+            self._put_again(self._segment(self._number))
         self._held_back, self._put_at = False, time.monotonic()
+
+    def _put_again(self, segment: str) -> None:
+        """Replace a segment by a longer one, unless a process that has the journal now has cut it."""
+        tried, self._tried = self._tried, self._content
+        tag = conditional.swap(segment, self._content, self._tag)
+        if tag is None:
+            self._tag = conditional.tag_of(segment)
+            if files.read_bytes(segment) == tried:  # by a try whose answer got lost
+                tag = conditional.swap(segment, self._content, self._tag)
+        if tag is None:
+            guards.check(self.uri, now=True)
+            raise NotWritable(f"'{segment}' was changed by another process. See that nothing else writes there.")
+        self._tag = tag
 
     def size_bytes(self) -> int:
         return sum(map(files.size_bytes, self._files()))

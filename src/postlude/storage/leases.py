@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from postlude.storage import commits, exact_json, files, guards, uris
+from postlude.storage import commits, conditional, exact_json, files, guards, uris
 from postlude.storage.errors import NotFound, StorageError
 from postlude.storage.guards import Guard, Lock
 from postlude.storage.holders import Holder
@@ -104,11 +104,14 @@ class Lease(Lock):
         self._how_lost: str | None = None
         self._renewed = clock()
         if not uris.is_local(uri):
-            files.require_exclusive(uri)
+            conditional.require_exclusive(uri)
         self.number: int = self._take()
+        self._tag = conditional.tag_of(_place(uri, self.number))
         self._standing = _standing(self.folder)
         self._guard = _LeaseGuard(uri, what, self.number, self._standing)
         self._guard.check(now=True)
+        if not uris.is_local(uri):
+            conditional.abort_uploads(self.folder, _place(uri, self.number))
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._heart.start()
@@ -165,7 +168,7 @@ class Lease(Lock):
         with suppress(OSError, StorageError):  # of a lease that is lost, or of a store that is not there
             self.check(now=True)
             self._record = {"released": self._record["token"]}
-            files.write_bytes(_place(self.uri, self.number), self._content())
+            conditional.swap(_place(self.uri, self.number), self._content(), self._tag)
         guards.lift(self)
 
     def _beat(self) -> None:
@@ -177,8 +180,20 @@ class Lease(Lock):
             with suppress(Exception):
                 self.check(now=True)
                 self._record["beat"] = beat
-                files.write_bytes(_place(self.uri, self.number), self._content())
-                self._renewed = begin
+                if self._renew():
+                    self._renewed = begin
+
+    def _renew(self) -> bool:
+        """Write the own lease anew, while it is what this process wrote last."""
+        place = _place(self.uri, self.number)
+        tag = conditional.swap(place, self._content(), self._tag)
+        if tag is None:  # taken away, or written by this process in a try whose answer got lost
+            self._tag = conditional.tag_of(place)
+            if exact_json.load(files.read_bytes(place)).get("token") != self._record["token"]:
+                self._how_lost = "another process has written its lease"
+            return False
+        self._tag = tag
+        return True
 
     def _content(self) -> bytes:
         return exact_json.dump(self._record).encode()
