@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, NoCredentialsError
 
 from postlude.storage import StorageError, policies
+from postlude.storage.keys import new_key_file
 from postlude.workflow.probe import explain, kind_of
 from roles import Account, policy
 
@@ -45,6 +48,9 @@ def wrong(done: Any) -> dict[str, str]:
     return {trial["what"]: trial["why"] for trial in done.json["trials"] if trial["verdict"] == "WRONG"}
 
 
+@pytest.mark.capability(
+    "The least policies of a manifest are printed, and tried: what is missing, and what is too much"
+)
 @pytest.mark.long
 def test_the_printed_policies_are_enough_and_each_statement_is_needed(
     granted: Any, account: Account, bucket: str
@@ -96,6 +102,7 @@ def test_what_is_printed_beside_the_roles(granted: Any, bucket: str) -> None:
     assert "Write" not in json.dumps(printed["data"])
 
 
+@pytest.mark.long
 def test_validate_probes_too(granted: Any, account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("postlude.workflow.validate.workers_for", lambda manifest: nullcontext())
     granted.give("trainer", without="Remove")
@@ -103,6 +110,21 @@ def test_validate_probes_too(granted: Any, account: Account, monkeypatch: pytest
         done = granted("validate", "MANIFEST", "--probe")
     assert done.exit_code == 4
     assert "the statement Remove is missing" in " ".join(done.err.split() + done.out.split())
+
+
+def test_a_probe_without_the_package_says_so_and_tries_what_it_can(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("boto3", "botocore", "botocore.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
+    new_key_file(str(tmp_path / "key"))
+    project.data["source"] = {"path": "s3://bucket/chats.jsonl"}
+    project.manifest["storage"] = {str(tmp_path / "runs"): {"encrypt": {"key": f"file:{tmp_path / 'key'}"}}}
+    done = project("access", "MANIFEST", "--probe", "--json")
+    assert wrong(done) == {"reach it": "it needs a package: pip install 'postlude[s3]'"}
+    assert [trial["verdict"] for trial in done.json["trials"]] == ["WRONG", "good", "good", "good"]
+    (tmp_path / "key").chmod(0o644)
+    assert "can be used by others" in wrong(project("access", "MANIFEST", "--probe", "--json"))["make a data key"]
 
 
 def refusal(code: str, operation: str = "PutObject", message: str = "said", **headers: str) -> ClientError:

@@ -83,6 +83,7 @@ def on_roles(project: Any, account: Account, bucket: str) -> Any:
     return project
 
 
+@pytest.mark.capability("Sessions of roles are renewed in every process of a run; no step is lost and no secret left")
 @pytest.mark.long
 def test_sessions_that_end_all_the_time_lose_no_step_and_leave_no_secret(
     on_roles: Any, account: Account, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

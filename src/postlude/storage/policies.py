@@ -36,8 +36,14 @@ Statement = dict[str, Any]
 
 
 def session_policy(rule: Rule) -> dict[str, Any]:
-    """What a session of the rule's role may do, whatever else the role may."""
-    return document([*of_place(rule.prefix, rule.read_only, rule.partition), *of_key(rule)])
+    """What a session of the rule's role may do, whatever else the role may. What holds for the same resources stands
+    together: AWS takes 2,048 characters."""
+    merged: dict[str, Statement] = {}
+    for each in (*of_place(rule.prefix, rule.read_only, rule.partition), *of_key(rule)):
+        rest = {key: value for key, value in each.items() if key not in ("Sid", "Action")}
+        known = merged.setdefault(repr(rest), {**rest, "Action": []})
+        known["Action"] += each["Action"]
+    return document(merged.values())
 
 
 def document(statements: Iterable[Statement]) -> dict[str, Any]:

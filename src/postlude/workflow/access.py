@@ -8,6 +8,7 @@ there: data are read, the run directory is written. Each group is one policy of 
 from __future__ import annotations
 
 import glob
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from postlude.manifest.storage import is_below, places_in, plain
 from postlude.storage import policies, uris
 from postlude.storage.rules import Rule, rule_of
 
+_FILE = re.compile(r"\.(jsonl|ndjson|json|parquet|csv|tsv|txt|log|jinja|gz|bz2|xz|zst|zstd)$", re.IGNORECASE)
 DAYS = 7
 """After so many days S3 throws away what was uploaded of an object that nobody has completed."""
 
@@ -65,8 +67,7 @@ def _folder(uri: str) -> str:
     """The folder that a file is in, or what a pattern matches; a folder is itself."""
     while glob.has_magic(uri):
         uri = uris.parent(uri).rstrip("/")
-    is_file = "." in uris.name(uri) and uri.count("/") > 2
-    return uris.parent(uri).rstrip("/") if is_file else uri
+    return uris.parent(uri).rstrip("/") if _FILE.search(uri) else uri
 
 
 def access(resolved: Resolved) -> dict[str, Any]:

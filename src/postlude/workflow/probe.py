@@ -78,6 +78,9 @@ def probe(resolved: Resolved) -> Probed:
 
 
 def _of_place(need: Need) -> Iterator[Trial]:
+    if len(_refusals()) == 1:
+        yield Trial(need.uri, "reach it", "WRONG", "it needs a package: pip install 'postlude[s3]'")
+        return
     if need.rule.role is not None:
         yield _try(need.uri, "assume its role", lambda: credentials.assume(need.rule))
         if 0 < (need.rule.role_seconds or 0) < SHORT_SECONDS:
@@ -142,9 +145,7 @@ class _Place:
         return self.client(self.need.rule).list_objects_v2(Bucket=self.bucket, Prefix=self.folder, MaxKeys=10)
 
     def _first(self) -> str | None:
-        from botocore.exceptions import ClientError
-
-        with suppress(ClientError):  # which the attempt before has told
+        with suppress(*_refusals()):  # which the attempt before has told
             return next((each["Key"] for each in self._list().get("Contents", ()) if each["Size"]), None)
         return None
 
@@ -184,12 +185,10 @@ class _Place:
 
     def _refused(self, what: str, call: Callable[[], Any]) -> Trial:
         """A condition that does not hold, with which the store must not write."""
-        from botocore.exceptions import ClientError
-
         try:
             call()
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+        except _refusals() as error:
+            if kind_of(error) in ("PreconditionFailed", "412"):
                 return Trial(self.need.uri, f"{what}: is refused", "good")
             return Trial(self.need.uri, f"{what}: is refused", "WRONG", explain(error, policies.WRITE))
         why = "the store heeds no conditions: two processes could write a run at once. Choose one that does"
@@ -198,18 +197,14 @@ class _Place:
     def _denied(self) -> Trial:
         """A write that the credentials must not be able to make: asked of the role itself, since its session is
         narrowed anyway."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         what, rule = "write: is denied", self.need.rule.model_copy(update={"read_only": False})
         try:
             self.client(rule).put_object(Bucket=self.bucket, Key=self.key, Body=b"1")
-        except ClientError as error:
+        except _refusals() as error:
             denied = kind_of(error) in ("403 of S3", "403 of KMS")
             return Trial(self.need.uri, what, "good" if denied else "WRONG", "" if denied else explain(error))
-        except (BotoCoreError, StorageError) as error:
-            return Trial(self.need.uri, what, "WRONG", explain(error))
         left = f" '{self.key}' was left there."
-        with suppress(ClientError):
+        with suppress(*_refusals()):
             self.client(rule).delete_object(Bucket=self.bucket, Key=self.key)
             left = ""
         why = f"{self.need.who} may write what is only read: take {policies.WRITE[0]} from it.{left}"
@@ -241,12 +236,19 @@ def _same(one: bytes, other: bytes) -> None:
         raise StorageError("What comes back is another key. Use another service of keys.")
 
 
-def _try(place: str, what: str, call: Callable[[], Any], actions: tuple[str, ...] = ()) -> Trial:
-    from botocore.exceptions import BotoCoreError, ClientError
+def _refusals() -> tuple[type[Exception], ...]:
+    """What is raised where something is refused."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return (StorageError,)
+    return StorageError, BotoCoreError, ClientError
 
+
+def _try(place: str, what: str, call: Callable[[], Any], actions: tuple[str, ...] = ()) -> Trial:
     try:
         call()
-    except (ClientError, BotoCoreError, StorageError) as error:
+    except _refusals() as error:
         return Trial(place, what, "WRONG", explain(error, actions))
     return Trial(place, what, "good")
 
