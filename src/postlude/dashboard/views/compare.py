@@ -9,6 +9,7 @@ from nicegui import ui
 from postlude.dashboard import charts, frame
 from postlude.dashboard.charts import Line
 from postlude.dashboard.followed import Followed, Following
+from postlude.dashboard.views.drawing import Plot
 from postlude.dashboard.views.tables import Table
 from postlude.errors import UserError
 
@@ -42,7 +43,7 @@ async def show(following: Following, view: dict[str, str]) -> None:
     metrics = ui.select([view.get("metric", "loss")], value=view.get("metric", "loss"), label="Metric", with_input=True)
     metrics.classes("w-64").props("dense")
     none = frame.nothing("None of the runs has told this metric in this stage.")
-    chart = ui.echart({"series": []}).classes("w-full h-72")
+    chart = Plot().classes("w-full h-72")
     await _show_differences(following, runs)
     shown: list[object] = []
 
@@ -59,10 +60,8 @@ async def show(following: Following, view: dict[str, str]) -> None:
             metrics.set_options(known, value=metrics.value if metrics.value in known else None)
         none.set_visibility(options is None)
         chart.set_visibility(options is not None)
-        if options is not None and options != chart.options:
-            chart.options.clear()
-            chart.options.update(options)
-            chart.update()
+        if options is not None:
+            chart.draw(options)
 
     async def choose(metric: str | None) -> None:
         frame.remember(view, metric=metric)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import csv
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nicegui import ui
@@ -15,6 +15,7 @@ from nicegui.events import GenericEventArguments
 from postlude.dashboard import charts, frame
 from postlude.dashboard.charts import Line
 from postlude.dashboard.followed import Followed
+from postlude.dashboard.views.drawing import Plot
 from postlude.dashboard.views.tables import Table
 
 WIDTH = 600
@@ -39,8 +40,8 @@ class _Card:
     frame: ui.card
     nothing: ui.label
     buttons: ui.row
-    chart: ui.echart
-    options: charts.Options = field(default_factory=dict)
+    chart: Plot
+    is_drawn: bool = False
     is_ready: bool = False
     """Whether it has been told that dragging zooms, and that its tooltip follows the others'."""
 
@@ -176,7 +177,7 @@ class _StagePage:
                 button.props("flat dense size=sm")
                 button.props["aria-label"] = f"Download {title} as {kind}"
             nothing = frame.nothing(why[:1].upper() + why[1:] + "." if why else "")
-            chart = ui.echart({"series": []}).classes("w-full h-56")
+            chart = Plot().classes("w-full h-56")
             chart.on("chart:datazoom", self._zoomed, ["batch"], throttle=0.2)
         self.cards[title] = _Card(title, [], why, box, nothing, buttons, chart)
         return self.cards[title]
@@ -186,17 +187,14 @@ class _StagePage:
             element.set_visibility(bool(card.names))
         card.nothing.set_visibility(not card.names)
         card.frame.classes(**{"remove" if card.names else "add": "order-last"})
-        if card.names and options != card.options:
-            card.options = options
-            card.chart.options.clear()
-            card.chart.options.update(options)
-            card.chart.update()
+        if card.names and card.chart.draw(options):
+            card.is_drawn = True
             if card.is_ready:  # what the dragging left of itself
                 card.chart.run_chart_method("dispatchAction", {"type": "dataZoom", "start": 0, "end": 100})
 
     def _make_ready(self) -> None:
         """Tell charts that the browser has drawn that dragging zooms, and that they share one tooltip."""
-        fresh = [card for card in self.cards.values() if card.names and card.options and not card.is_ready]
+        fresh = [card for card in self.cards.values() if card.names and card.is_drawn and not card.is_ready]
         if not fresh:
             return
         cursor = {"type": "takeGlobalCursor", "key": "dataZoomSelect", "dataZoomSelectActive": True}
