@@ -158,3 +158,23 @@ def test_lines_that_were_written_anew_are_not_taken_for_others(tmp_path: Path) -
         index.samples(0)
     index.update()
     assert index.samples(0)[0]["issue"] == 7
+
+
+def test_lines_that_stand_side_by_side_are_one_request(
+    journal: storage.Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [*group(1, 0, 1.0, 0.0), *group(1, 1, 1.0), *group(1, 0, 0.5, 0.25, 0.0)]
+    for line in lines:
+        journal.append(line)
+    index = Rollouts(journal)
+    index.update()
+    asked: list[int] = []
+    read_range = storage.read_range
+
+    def counted(place: str, start: int, count: int) -> bytes:
+        asked.append(count)
+        return read_range(place, start, count)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    assert [line["reward"] for line in index.samples(0)] == [1.0, 0.0, 0.5, 0.25, 0.0]
+    assert len(asked) == 2

@@ -271,8 +271,17 @@ class Rollouts:
         """What the rollouts say of a group, read again: its lines, in the order of the journal. CorruptError where
         they are not there any more."""
         index = self._index
-        places = list(self._places)
-        return [self._line(row, places) for row in index.lines[index.order[index.starts[group] : index.ends[group]]]]
+        rows = index.lines[index.order[index.starts[group] : index.ends[group]]]
+        ends = rows["start"] + rows["bytes"]
+        is_apart = (rows["place"][1:] != rows["place"][:-1]) | (rows["start"][1:] != ends[:-1])
+        places, lines = list(self._places), []
+        for near in np.split(rows, np.flatnonzero(is_apart) + 1):  # one request for those that stand side by side
+            start, count = int(near["start"][0]), int(near["bytes"].sum())
+            content = storage.read_range(places[near["place"][0]], start, count)
+            for row in near:
+                first = int(row["start"]) - start
+                lines.append(self._line(row, places, content[first : first + int(row["bytes"])]))
+        return lines
 
     @property
     def _index(self) -> _Index:
@@ -281,9 +290,8 @@ class Rollouts:
             made = self._made = _Index.of(lines)
         return made
 
-    def _line(self, row: np.void, places: list[str]) -> dict[str, Any]:
+    def _line(self, row: np.void, places: list[str], content: bytes) -> dict[str, Any]:
         place, number = places[row["place"]], int(row["number"])
-        content = storage.read_range(place, int(row["start"]), int(row["bytes"]))
         entries = self._journal.entries(place, number, content)
         if len(entries) != 1 or entries[0].get("issue", _UNKNOWN) != row["issue"] or entries[0]["step"] != row["step"]:
             why = f"line {number} is another than was read: the stage has gone back, and writes it anew"
