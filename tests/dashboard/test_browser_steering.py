@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from dashboard.conftest import make_steps, new_run
 from dashboard.test_browser import Page, browser, loss, page, pressed, shown, until
 from postlude.runs import Stage
+from postlude.telemetry import events
 from postlude.workflow.amend import amend
 from workflow.conftest import Project
 
@@ -127,3 +131,77 @@ def test_a_run_that_is_amended_and_killed_is_the_calm_one(
     for name in ("sft", "rl"):
         assert made(project.run.stage(name)) == made(calm.run.stage(name)), name
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.capability("The live page: a run is stopped with a checkpoint, and its alarms are acknowledged")
+def test_an_alarm_is_acknowledged_and_the_run_stopped(browser: Any, page: Page, tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.manifest |= {"name": "stopped", "run_dir": str(page.folder)}
+    project.manifest["alarms"] = [{"name": "late", "metric": "step", "above": 2.0}]
+    project.stage |= {"steps": 100000, "checkpoint": {"every": 50000}}
+    project.write()
+    process = start(project)
+    try:
+        until(browser, lambda: project.told("alarm"))
+        browser.get(page.amend)
+        browser.get(f"{page.address}/?run=stopped&view=steer&stage=sft")
+        shown(browser, "sft: late: step is 3, above 2")
+        pressed(browser, "Acknowledge")
+        shown(browser, "acknowledged: late")
+        assert [each["what"] for each in project.told("alarm_acknowledged")] == ["late"]
+        until(browser, lambda: "ACKNOWLEDGE" not in browser.find_element("tag name", "body").text.split("\n"))
+        pressed(browser, "Stop with a checkpoint")
+        shown(browser, "saves its state after the step in progress and ends")
+        assert process.poll() is None
+        pressed(browser, "Stop")
+        shown(browser, "It has stopped.")
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    assert project.sft.status().state == "interrupted"
+    assert project.sft.checkpoints()[0].step == points(project.sft)[-1][0]
+
+
+def _gives_up_root() -> None:
+    """Let even root be refused what the modes of files refuse: PR_CAPBSET_DROP of CAP_DAC_OVERRIDE, before exec."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+@pytest.mark.capability("The live page: where nothing may be written, looking works, and acting tells why not")
+def test_a_folder_that_may_not_be_written_is_looked_at(browser: Any, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "runs", "kept")
+    run.stage("sft").enter("running")
+    make_steps(run, range(1, 21))
+    events.record(run.events, "alarm", "sft", what="late", reason="planted", step=3)
+    for place in (tmp_path / "runs").rglob("*"):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    (tmp_path / "runs").chmod(0o555)
+    command = [sys.executable, "-c", "from postlude.cli import main; main()", "dashboard", str(tmp_path / "runs")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([*command, "--port", "0", "--json"], **pipes, preexec_fn=_gives_up_root)
+    try:
+        address = json.loads(server.stdout.readline())["amend"]
+        browser.get(address)
+        shown(browser, "kept")
+        here = address.partition("/?")[0]
+        browser.get(f"{here}/?run=kept&view=stage&stage=sft")
+        until(browser, lambda: loss(browser) == points(run.stage("sft")))
+        browser.get(f"{here}/?run=kept&view=steer&stage=sft")
+        shown(browser, "sft: late: planted")
+        shown(browser, "gradients are clipped to it")
+        refused = "may not be written"
+        pressed(browser, "Acknowledge")
+        shown(browser, f"events.jsonl' {refused}")
+        choose(browser, "optimizer.lr", "0.0001", "0.5")
+        pressed(browser, "Show what it means")
+        shown(browser, "+ stages.sft.optimizer.lr: 0.5")
+        pressed(browser, "Amend")
+        shown(browser, f"amendments.jsonl' {refused}")
+    finally:
+        server.terminate()
+        _, said = server.communicate(timeout=30)
+        for place in (tmp_path / "runs", *(tmp_path / "runs").rglob("*")):
+            place.chmod(0o755)
+    assert "Traceback" not in said
+    assert not run.stage("sft").requests().amendments

@@ -41,6 +41,7 @@ class _Panel:
 
     def __init__(self, followed: Followed, stage: str, may_amend: bool) -> None:
         self.followed, self.stage, self.uri, self.may_amend = followed, stage, followed.run.uri, may_amend
+        self._client = ui.context.client
         self.steering: Steering | None = None
         self._seen: object = None
         self._standing: list[Standing] = []
@@ -134,7 +135,7 @@ class _Panel:
             async def go() -> None:
                 dialog.close()
                 if await do() is not None:
-                    ui.notify(done)
+                    self._say(done)
 
             with ui.row():
                 ui.button(title, on_click=go)
@@ -144,19 +145,23 @@ class _Panel:
 
     async def _checkpoint(self) -> None:
         if await self._try(ask_for_checkpoint, self.uri, self.stage, _by()) is not None:
-            ui.notify("It is asked for: the checkpoint comes after the step in progress.")
+            self._say("It is asked for: the checkpoint comes after the step in progress.")
 
     async def _acknowledge(self, name: str) -> None:
         if (told := await self._try(acknowledge, self.uri, [name])) is not None:
-            ui.notify(told)
+            self._say(told)
 
     async def _try(self, act: Callable[..., Any], *arguments: Any, **keys: Any) -> Any:
         """What an action returns; None, with a word of why, where it is refused."""
         try:
             return await asyncio.to_thread(act, *arguments, **keys)
         except (UserError, OSError) as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
+            self._say(str(error), type="negative", multi_line=True, timeout=0, close_button="Close")
             return None
+
+    def _say(self, text: str, **options: Any) -> None:
+        with self._client:  # the dialog or the row whose button was pressed may be gone by now
+            ui.notify(text, **options)
 
     # --- what stands ----------------------------------------------------------------------------------------
 
