@@ -142,7 +142,7 @@ def test_an_encrypted_run_that_is_killed_is_bitwise_a_clear_one_and_leaves_no_cl
     for command, words in (
         (["status", str(sealed / "small"), *place], "rl"),
         (["runs", str(sealed), *place], "small"),
-        (["verify", str(sealed / "small" / "rl"), "--json", *place], "agree"),
+        (["verify", str(sealed / "small" / "rl"), "--json", *place], '"not_compared": [],'),
         (["generate", str(sealed / "small" / "rl"), "--prompt", "a", "--max-tokens", "3", *place], ""),
         (["export", str(sealed / "small" / "rl"), str(tmp_path / "out"), *place], "in clear"),
         (["keys", "show", str(sealed / "small"), *place], "master.key"),
@@ -151,5 +151,5 @@ def test_an_encrypted_run_that_is_killed_is_bitwise_a_clear_one_and_leaves_no_cl
         with pytest.raises(SystemExit) as ended:
             app(command)
         assert not ended.value.code
-        assert words in "".join(capsys.readouterr().out.split("\n"))
+        assert words in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights(clear, "rl")

@@ -132,18 +132,21 @@ def key_to_read(uri: str, wanted: bytes, read: Read) -> tuple[DataKey, str]:
     """The data key of a file whose header names the key ``wanted``, and the file's path below the key's folder.
     CorruptError."""
     place, rule = _placed(uri)
-    known = _places.get(uris.parent(place))
-    for found in (known, _find(place, rule, read)) if known else (_find(place, rule, read),):
-        if found is None:
-            break
-        folder, content = found
-        if Record.read(uris.join(folder, RECORD), content).id == wanted:
-            if not uris.is_local(uri):
-                _places[uris.parent(place)] = found
-            return _unwrap(folder, content, rule), _below(place, folder)
+    found = _places.get(uris.parent(place))
+    if found is None or _id(found) != wanted:
+        found = _find(place, rule, read)
     if found is None:
         raise changed(uri, f"there is no {RECORD} above it, which would hold its key")
-    raise changed(uri, f"it is encrypted with another data key than that of '{found[0]}'")
+    if _id(found) != wanted:
+        raise changed(uri, f"it is encrypted with another data key than that of '{found[0]}'")
+    if not uris.is_local(uri):
+        _places[uris.parent(place)] = found
+    return _unwrap(*found, rule), _below(place, found[0])
+
+
+def _id(found: tuple[str, bytes]) -> bytes:
+    folder, content = found
+    return Record.read(uris.join(folder, RECORD), content).id
 
 
 def key_to_write(uri: str, read: Read, create: Create) -> tuple[DataKey, str]:
