@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from postlude import storage
+from postlude.storage import files
 from roles import Account
 
 _ALWAYS_RENEWED = '''
@@ -38,21 +40,23 @@ credentials.assume = assume
 
 
 @contextmanager
-def watched_processes(secret: str) -> Iterator[list[str]]:
-    """What has a secret among its arguments or its variables, of the processes that are below this one in the block."""
+def watched(secrets: Callable[[], set[str]]) -> Iterator[list[str]]:
+    """Where secrets are seen in the block: among arguments and variables of the processes below this one, and in what
+    Ray writes down of them."""
     found: list[str] = []
     over = threading.Event()
+    places: set[Path] = set()
 
     def watch() -> None:
-        while not over.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
-                for part in ("cmdline", "environ"):
-                    try:
-                        content = Path(f"/proc/{process.pid}/{part}").read_text(errors="replace")
-                    except OSError:
-                        continue
-                    if secret in content:
-                        found.append(f"{part} of {process.pid}")
+        while not over.wait(0.5):
+            looked_at = [Path(f"/proc/{process.pid}") for process in psutil.Process().children(recursive=True)]
+            files = [folder / part for folder in looked_at for part in ("cmdline", "environ")]
+            files += Path(tempfile.gettempdir()).glob("postlude-ray-*/r/session_*/logs/*.*")
+            for file in files:
+                with suppress(OSError):
+                    content = file.read_text(errors="replace")
+                    places.add(file)
+                    found.extend(str(file) for secret in secrets() if secret in content)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -61,6 +65,8 @@ def watched_processes(secret: str) -> Iterator[list[str]]:
     finally:
         over.set()
         thread.join()
+    assert {"cmdline", "environ"} < {place.name for place in places}
+    assert any("logs" in place.parts for place in places)
 
 
 @pytest.fixture
@@ -88,7 +94,8 @@ def on_roles(project: Any, account: Account, bucket: str) -> Any:
 def test_sessions_that_end_all_the_time_lose_no_step_and_leave_no_secret(
     on_roles: Any, account: Account, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = type(on_roles)(tmp_path / "plain") if (tmp_path / "plain").mkdir() is None else None
+    (tmp_path / "plain").mkdir()
+    plain = type(on_roles)(tmp_path / "plain")
     assert plain("run", "MANIFEST").exit_code == 0
     modules = tmp_path / "modules"
     modules.mkdir()
@@ -101,19 +108,25 @@ def test_sessions_that_end_all_the_time_lose_no_step_and_leave_no_secret(
         "compute": {"pools": {"train": {"workers": 1}}},
         "sinks": [{"name": "lines", "path": str(tmp_path / "told.txt")}],
     }
-    with account.enforced(), watched_processes(account.key["SecretAccessKey"]) as found:
+    written = modules / "always_renewed.secrets"
+
+    def secrets() -> set[str]:
+        return {account.key["SecretAccessKey"], *(written.read_text().split() if written.exists() else ())}
+
+    with account.enforced(), watched(secrets) as found:
         done = on_roles("run", "MANIFEST")
         assert done.exit_code == 0, done.err
         assert on_roles.lines() == plain.lines()
         storage.verify(on_roles.sft.artifact)
+        below = files.files_below(on_roles.run.uri)
+        kept = [storage.read_bytes(storage.join(on_roles.run.uri, name)) for name in below]  # as clear text
     assert (tmp_path / "told.txt").read_text().splitlines() == [f"sft {step}" for step in range(1, 5)]
-    secrets = {account.key["SecretAccessKey"], *(modules / "always_renewed.secrets").read_text().split()}
-    assert len(secrets) > 10, "so often was a role assumed anew"
+    assert len(secrets()) > 10, "so often was a role assumed anew"
     assert found == []
     client = account.store.client()
-    kept = [client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in account.store.keys(bucket)]
+    kept += [client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in account.store.keys(bucket)]
     beside = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in ("", ".secrets")]
     kept += [path.read_bytes() for path in beside if path.name != "user-credentials"]
     said = b"".join(kept) + (done.out + done.err).encode()
     assert on_roles.manifest["run_dir"].encode() in said, "the search finds what is there"
-    assert [secret for secret in secrets if secret.encode() in said] == []
+    assert [secret for secret in secrets() if secret.encode() in said] == []
