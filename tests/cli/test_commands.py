@@ -91,8 +91,10 @@ def test_the_commands_are_those_of_the_contract(terminal):
             "recipes",
             "explain",
             "flow",
+            "access",
             "certificates",
             "schema",
+            "keys",
         ]
     )
 

@@ -15,7 +15,7 @@ import pytest
 
 from postlude import storage
 from postlude.storage import files
-from roles import Account
+from roles import Account, for_moto
 
 _ALWAYS_RENEWED = '''
 """Sessions of roles are renewed after two seconds, and every secret of theirs is written down for the test."""
@@ -85,7 +85,7 @@ def on_roles(project: Any, account: Account, bucket: str) -> Any:
     }
     printed = project("access", "MANIFEST").json
     for name, part in (("reader", "data"), ("trainer", "run")):
-        account.role(name, printed[part][account.role(name)])
+        account.role(name, for_moto(printed[part][account.role(name)]))
     return project
 
 
