@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from typing import IO, Any
 
 from cryptography.exceptions import InvalidTag
@@ -96,6 +97,14 @@ class FileCipher:
         place = _place(number, is_last)
         try:
             return self._cipher.decrypt(place, sealed, place + self._bound)
+        except (InvalidTag, ValueError) as error:
+            raise changed(self._uri, f"its frame {number} is not authentic") from error
+
+    def open_frame_into(self, number: int, is_last: bool, sealed: Any, content: Any) -> None:
+        """The same, into a buffer of its size. CorruptError, which leaves there what nobody may use."""
+        place = _place(number, is_last)
+        try:
+            self._cipher.decrypt_into(place, sealed, place + self._bound, content)
         except (InvalidTag, ValueError) as error:
             raise changed(self._uri, f"its frame {number} is not authentic") from error
 
@@ -300,6 +309,7 @@ class Reader(io.RawIOBase):
         self._last = max(0, -(-self.size // FRAME_BYTES) - 1)
         self._at, self._ended = 0, False
         self._kept: tuple[int, bytes] = (-1, b"")
+        self._pool: ThreadPoolExecutor | None = None
 
     def readable(self) -> bool:
         return True
@@ -319,17 +329,60 @@ class Reader(io.RawIOBase):
         wanted = min(len(view), self.size - self._at)
         if wanted <= 0:
             if len(view) and not self._ended:
-                self._frames(self._last, self._last)
+                self._frame(self._last, self._sealed(self._last, self._last))
             return 0
         first = self._at // FRAME_BYTES
         last = min((self._at + wanted - 1) // FRAME_BYTES, first + BATCH_FRAMES - 1)
-        skip, done = self._at - first * FRAME_BYTES, 0
-        for frame in self._frames(first, last):
-            piece = memoryview(frame)[skip : skip + wanted - done]
-            view[done : done + len(piece)] = piece
-            done, skip = done + len(piece), 0
-        self._at += done
-        return done
+        view = view[: min(wanted, (last + 1) * FRAME_BYTES - self._at)]
+        try:
+            self._read(first, last, view)
+        except BaseException:
+            view[:] = bytes(len(view))
+            raise
+        self._at += len(view)
+        return len(view)
+
+    def _read(self, first: int, last: int, view: memoryview) -> None:
+        """Fill ``view`` from these frames, the first from where the reader is in it."""
+        sealed = b"" if first == last == self._kept[0] else self._sealed(first, last)
+        skip, done, whole = self._at - first * FRAME_BYTES, 0, []
+        for number, start in zip(range(first, last + 1), count(0, FRAME_BYTES + TAG_BYTES)):
+            length = min(FRAME_BYTES, self.size - number * FRAME_BYTES)
+            piece = sealed[start : start + length + TAG_BYTES]
+            if skip == 0 and len(view) - done >= length:
+                whole.append((number, piece, view[done : done + length]))
+                done += length
+            else:
+                part = memoryview(self._frame(number, piece))[skip : skip + len(view) - done]
+                view[done : done + len(part)] = part
+                done += len(part)
+            skip = 0
+        if len(whole) < BATCH_FRAMES // 2:
+            self._open_into(whole)
+            return
+        self._pool = self._pool or ThreadPoolExecutor(_THREADS - 1, thread_name_prefix="decryption")
+        other = self._pool.submit(self._open_into, whole[::2])
+        try:
+            self._open_into(whole[1::2])
+        finally:
+            other.result()
+
+    def _open_into(self, frames: list[tuple[int, Any, memoryview]]) -> None:
+        for number, sealed, out in frames:
+            self._cipher.open_frame_into(number, number == self._last, sealed, out)
+            self._ended = self._ended or number == self._last
+
+    def _sealed(self, first: int, last: int) -> memoryview:
+        """Some frames, as they stand."""
+        whole = FRAME_BYTES + TAG_BYTES
+        return memoryview(self._fetch(HEADER_BYTES + first * whole, (last + 1 - first) * whole))
+
+    def _frame(self, number: int, sealed: Any) -> bytes:
+        """One frame, which is kept until another is asked for."""
+        if number != self._kept[0]:
+            self._kept = number, self._cipher.open_frame(number, number == self._last, sealed)
+            self._ended = self._ended or number == self._last
+        return self._kept[1]
 
     def readall(self) -> bytes:
         content = bytearray(max(0, self.size - self._at))
@@ -340,26 +393,13 @@ class Reader(io.RawIOBase):
             self.readinto(bytearray(1))
         return bytes(content)
 
-    def _frames(self, first: int, last: int) -> list[bytes]:
-        if first == last == self._kept[0]:
-            return [self._kept[1]]
-        whole = FRAME_BYTES + TAG_BYTES
-        sealed = memoryview(self._fetch(HEADER_BYTES + first * whole, (last + 1 - first) * whole))
-        frames = [
-            self._cipher.open_frame(number, number == self._last, sealed[start : start + whole])
-            for number, start in zip(range(first, last + 1), range(0, whole * (last + 1 - first), whole), strict=True)
-        ]
-        for number, frame in zip(range(first, last + 1), frames, strict=True):
-            if len(frame) != min(FRAME_BYTES, self.size - number * FRAME_BYTES):
-                raise changed(self._uri, f"its frame {number} changed while it was read")
-        self._kept, self._ended = (last, frames[-1]), self._ended or last == self._last
-        return frames
-
     def close(self) -> None:
         if not self.closed:
             try:
                 self._close()
             finally:
+                if self._pool is not None:
+                    self._pool.shutdown()
                 super().close()
 
 
