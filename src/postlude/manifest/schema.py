@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import date
 from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -395,14 +396,10 @@ class TrainingStage(StageConfig):
 
 
 def _day(text: str | None) -> str | None:
-    if text is not None:
-        try:
-            exact = date.fromisoformat(text).isoformat() == text
-        except ValueError:
-            exact = False
-        if not exact:
-            raise PydanticCustomError("day", "it is no day; write one as 2026-01-31")
-    return text
+    with suppress(ValueError):
+        if text is None or date.fromisoformat(text).isoformat() == text:
+            return text
+    raise PydanticCustomError("day", "it is no day; write one as 2026-01-31")
 
 
 class Manifest(Config):
