@@ -17,6 +17,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from object_store import ObjectStore
+from postlude import storage
 from postlude.runs import Run
 from results import stage_differences
 from stages.conftest import write_random_model
@@ -165,3 +166,34 @@ def test_a_run_on_an_object_store_is_the_run_of_local_files(
         differences = stage_differences(tmp_path / "sources" / "runs" / "far", copy, stage)
         assert [line for line in differences if not line.startswith("model/lineage.json")] == []  # names its places
     assert object_store.uploads(bucket) == []
+
+
+def await_step(run: Run, step: int, controller: Controller) -> None:
+    while steps_done(run) < step:
+        assert controller.process.is_alive(), controller.ended()
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+@pytest.mark.capability("A controller that was stopped past its lease cannot commit over its successor")
+def test_of_two_controllers_one_writes(far: Callable[..., Controller], bucket: str) -> None:
+    short = {"LEASE_SECONDS": 6.0, "BELIEVED_SECONDS": 4.0, "HEARTBEAT_SECONDS": 0.5, "WATCH_SECONDS": 0.2}
+    run = Run(f"s3://{bucket}/all/runs/far")
+    held_up = far("run", "far.yaml", "--inline", **short)
+    await_step(run, 3, held_up)
+    code, said = far("run", "far.yaml", "--inline", **short).ended()
+    assert code == 1
+    assert "is in use by" in said
+    assert held_up.process.pid is not None
+    os.killpg(held_up.process.pid, signal.SIGSTOP)
+    successor = far("run", "far.yaml", "--inline", **short)
+    await_step(run, 8, successor)
+    os.killpg(held_up.process.pid, signal.SIGCONT)
+    code, said = held_up.ended()
+    assert code != 0
+    assert "no longer this process's" in said
+    code, said = successor.ended()
+    assert code == 0, said
+    for stage, steps in STEPS.items():
+        assert [line["step"] for line in run.stage(stage).metrics.read()] == list(range(1, steps + 1))
+        storage.verify(run.stage(stage).artifact)
