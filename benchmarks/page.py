@@ -1,15 +1,17 @@
-"""How fast the page has the curves of a very large run (benchmarks/big_run.py), and in how much memory, beside
-TensorBoard with the same metrics.
+"""How fast the page shows a very large run (benchmarks/big_run.py), in how much memory, and what it costs a training.
 
-python benchmarks/page.py FOLDER [--share 0.01] [--without-tensorboard]
+python benchmarks/page.py FOLDER [--share 0.1] --part PART
 
-- *cold*: from the start of the process until the curves of all metrics are there, TensorBoard's as soon as they reach
-  the last step.
-- *warm*: the same curves once more of the process that has them: ours at 600 pixel columns with their extremes as the
-  JSON that is sent, TensorBoard's as the JSON that its server answers to its page's request (1,000 points drawn by
-  chance, which is what it keeps).
+FOLDER holds the run, which is written there the first time. Each part is measured alone:
 
-Both read from a warm page cache. The server's memory is that of its readers, with the losses, rollouts and readings.
+- *readers*: what the server reads and sends, without server or browser, view by view;
+- *browser*: a server, and chromium at each of its views. *Cold* is from the start of the server's process, *warm* from
+  the start of the navigation, until the first chart has a pixel in its curve's colour, and until the last has. Then the
+  memory of the server, now and at most. The first look of a browser has nothing in its cache;
+- *tensorboard*: until TensorBoard's server has every curve to the last step (without a browser, to its favour), beside
+  every chart of the page painted, from the start of its process;
+- *training*: steps a second of a tiny model beside which the page is open in chromium, and of the same run without,
+  in turns.
 """
 
 from __future__ import annotations
@@ -17,22 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import struct
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import big_run
-import numpy as np
+import page_tensorboard
 import psutil
 
 from postlude import storage
+from postlude.dashboard.charts import COLORS
 from postlude.runs import Run
 from postlude.runs.columns import Columns
 from postlude.runs.losses import Losses
@@ -41,7 +45,24 @@ from postlude.runs.workers import Workers
 
 WIDTH = 600
 TURNS = 5
-PATIENCE_SECONDS = 1800
+LOOK_SECONDS = 120
+ROUNDS, ROUND_SECONDS = 8, 15
+VIEWS = ("stage&more=60", "workers", "data", "data&example=math:0000000114514fa2", "rollouts", "events", "overview")
+PAINTED = """
+window.painted = {};
+const color = [1, 3, 5].map(at => parseInt("%s".slice(at, at + 2), 16));
+const look = () => {
+  for (const canvas of document.querySelectorAll(".nicegui-echart canvas")) {
+    const id = canvas.closest(".nicegui-echart").id;
+    if (id in window.painted || !canvas.width) continue;
+    const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    for (let at = 0; at < data.length; at += 4)
+      if (color.every((part, place) => data[at + place] === part)) { window.painted[id] = performance.now(); break; }
+  }
+  requestAnimationFrame(look);
+};
+requestAnimationFrame(look);
+"""
 
 
 def timed(name: str, act: Callable[[], object]) -> float:
@@ -52,16 +73,9 @@ def timed(name: str, act: Callable[[], object]) -> float:
     return spent
 
 
-def mib(process: psutil.Process) -> float:
-    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20
-
-
-# --- ours ---------------------------------------------------------------------------------------------------
-
-
 def read(uri: str) -> None:
-    """In a process of its own: read the run as the page's server does, and tell what each view takes."""
-    stage, this = Run(uri).stage("policy"), psutil.Process()
+    """Read the run as the page's server does, and tell what each view takes."""
+    stage = Run(uri).stage("policy")
     columns, losses = Columns(stage.metrics), Losses(stage.examples)
     rollouts, workers = Rollouts(stage.rollouts), Workers(stage.readings)
 
@@ -77,7 +91,7 @@ def read(uri: str) -> None:
     print(f"  cold, since the process began: {time.time() - begun:.1f} s", flush=True)
     timed("warm, curves of every metric", curves)
     best = min(timed("again", curves) for _ in range(TURNS - 1))
-    print(f"ours, warm: {best:.3f} s, {curves() / 2**20:.1f} MiB sent; {mib(this):,.0f} MiB in use", flush=True)
+    print(f"curves of every metric, warm: {best:.3f} s, {curves() / 2**20:.1f} MiB sent", flush=True)
     timed("losses by example, read once", losses.update)
     worst = losses.ranked("worst", 20)
     timed("the worst, the forgotten, by source", lambda: (losses.ranked("forgotten", 20), losses.by_source()))
@@ -92,142 +106,175 @@ def read(uri: str) -> None:
         "every worker",
         lambda: [(workers.curve(r, "resident_bytes", WIDTH), workers.bands(r, WIDTH)) for r in workers.ranks],
     )
-    print(f"server: {mib(this):,.0f} MiB with everything, {peak_mib():,.0f} at most", flush=True)
 
 
-def peak_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
-# --- TensorBoard's ------------------------------------------------------------------------------------------
-
-
-def write_events(columns: Columns, folder: Path) -> None:
-    """The metrics as a TensorBoard event file: an event a step, as TensorFlow's record format has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {name: columns.column(name)[1].astype("<f4") for name in columns.names}
-    steps = columns.steps
-    with (folder / "events.out.tfevents.0000000000.big").open("wb") as file:
-        version = np.frombuffer(b"\x09" + struct.pack("<d", 0.0) + b"\x1a\x0dbrain.Event:2", np.uint8)
-        file.write(records(version[None]))
-        for digits in range(1, 5):  # steps whose varint has so many bytes are alike but for their numbers
-            places = np.flatnonzero((steps >= 128 ** (digits - 1) * (digits > 1)) & (steps < 128**digits))
-            for block in np.array_split(places, max(len(places) // 20_000, 1)):
-                if len(block):
-                    file.write(records(events(steps[block], digits, {n: v[block] for n, v in told.items()})))
-
-
-def events(steps: np.ndarray, digits: int, values: dict[str, np.ndarray]) -> np.ndarray:
-    """Serialised Event protocol buffers with a scalar summary each, [steps, bytes]."""
-    parts = [np.tile(np.frombuffer(b"\x09", np.uint8), (len(steps), 1))]
-    parts += [(1.7e9 + steps.astype("<f8")).view(np.uint8).reshape(-1, 8)]
-    shifted = [(steps >> 7 * place) & 127 | (128 if place + 1 < digits else 0) for place in range(digits)]
-    parts += [np.full((len(steps), 1), 0x10, np.uint8), np.stack(shifted, 1).astype(np.uint8)]
-    summary = []
-    for name, column in values.items():
-        tag = name.encode()
-        value = b"\x0a" + bytes([len(tag)]) + tag + b"\x15"
-        head = b"\x0a" + bytes([len(value) + 4]) + value
-        summary += [np.tile(np.frombuffer(head, np.uint8), (len(steps), 1)), column.view(np.uint8).reshape(-1, 4)]
-    size = sum(part.shape[1] for part in summary)
-    length = bytes([size & 127 | 128, size >> 7]) if size > 127 else bytes([size])
-    parts += [np.tile(np.frombuffer(b"\x2a" + length, np.uint8), (len(steps), 1)), *summary]
-    return np.concatenate(parts, 1)
-
-
-def records(rows: np.ndarray) -> bytes:
-    """Rows as TensorFlow records: length, its masked CRC-32C, the data, theirs."""
-    length = np.tile(np.frombuffer(struct.pack("<Q", rows.shape[1]), np.uint8), (len(rows), 1))
-    return np.concatenate([length, masked(length), rows, masked(rows)], 1).tobytes()
-
-
-def masked(rows: np.ndarray) -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    sums = np.full(len(rows), 0xFFFFFFFF, np.uint32)
-    for column in rows.T:
-        sums = table[(sums ^ column) & 255] ^ (sums >> 8)
-    sums = ~sums
-    told = ((sums >> 15) | (sums << 17)) + np.uint32(0xA282EAD8)
-    return told.astype("<u4").view(np.uint8).reshape(-1, 4)
+# --- with a browser ------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def tensorboard(folder: Path) -> Iterator[tuple[psutil.Process, str]]:
-    """Its server, over a folder of event files."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(folder),
-        "--port",
-        str(port),
-        "--load_fast=auto",
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def served(folder: str) -> Iterator[tuple[psutil.Process, str, str]]:
+    """A server: its process, its address, and that with the token."""
+    command = [sys.executable, "-P", "-m", "postlude", "dashboard", folder, "--port", "0", "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield psutil.Process(server.pid), f"http://127.0.0.1:{port}/data/plugin/timeseries/timeSeries"
+        assert server.stdout is not None
+        opened = json.loads(server.stdout.readline())["amend"]
+        yield psutil.Process(server.pid), opened.partition("/?")[0], opened
     finally:
         server.terminate()
         server.wait(30)
 
 
-def ask(url: str, names: list[str]) -> list[dict]:
-    requests = [{"plugin": "scalars", "tag": name} for name in names]
-    data = urllib.parse.urlencode({"requests": json.dumps(requests)}).encode()
-    with urllib.request.urlopen(url, data, timeout=120) as answer:
-        return json.load(answer)
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A new browser, which notes when a chart has a pixel in the colour of the first curve."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1440,1000"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": PAINTED % COLORS[0]})
+    yield driver
+    driver.quit()
 
 
-def compare(folder: Path, columns: Columns) -> None:
-    names, last = columns.names, int(columns.steps[-1])
+def painted(browser: Any, address: str, all_charts: bool = False) -> tuple[float, float]:
+    """Seconds from the start of a navigation until a chart was painted, and until the last one was."""
+    browser.get(address)
+    deadline, times = time.monotonic() + LOOK_SECONDS, {}
+    settled = time.monotonic()
+    while time.monotonic() < deadline:
+        found = browser.execute_script("return window.painted")
+        if len(found) > len(times):
+            times, settled = found, time.monotonic()
+        if times and (not all_charts or time.monotonic() - settled > 2):
+            return min(times.values()) / 1000, max(times.values()) / 1000
+        time.sleep(0.05)
+    raise TimeoutError(f"No chart was painted at {address}.")
+
+
+def look(folder: str) -> None:
+    """How fast each view has its first picture, and what the server holds then."""
+    begun = time.time()
+    with served(folder) as (server, address, opened):
+        with chromium() as browser:
+            browser.get(opened)
+            painted(browser, f"{address}/?run=big&view=stage&stage=policy")
+            print(f"cold: {time.time() - begun:.1f} s since the server began; {told(server)}", flush=True)
+            for view in VIEWS:
+                spent = time.perf_counter()
+                browser.get(f"{address}/?run=big&stage=policy&view={view}")
+                while "Reading" in (text := browser.find_element("tag name", "main").text) or len(text) < 200:
+                    time.sleep(0.2)
+                    if time.perf_counter() - spent > LOOK_SECONDS:
+                        raise TimeoutError(f"{view} is not shown.")
+                time.sleep(1)
+                print(f"  {view}: {time.perf_counter() - spent:.1f} s for the first time; {told(server)}", flush=True)
+        with chromium() as browser:
+            browser.get(opened)
+            looks = [painted(browser, f"{address}/?run=big&view=stage&stage=policy", True) for _ in range(TURNS + 1)]
+            for name, (first, last) in zip(("of a new browser", *["again"] * TURNS), looks, strict=True):
+                print(f"  warm, {name}: {first:.3f} s, the last chart {last:.3f} s", flush=True)
+            middle = statistics.median(first for first, _ in looks[1:])
+            print(f"first picture, warm: {middle:.3f} s, {looks[0][0]:.3f} s of a new browser; {told(server)}")
+
+
+def told(server: psutil.Process) -> str:
+    for line in Path(f"/proc/{server.pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            most = int(line.split()[1]) / 1024
+    return f"server {server.memory_info().rss / 2**20:,.0f} MiB, {most:,.0f} at most"
+
+
+def beside_tensorboard(folder: Path) -> None:
     begun = time.perf_counter()
-    with tensorboard(folder) as (process, url):
-        while time.perf_counter() - begun < PATIENCE_SECONDS:
-            with suppress(OSError, ValueError):
-                answers = ask(url, names)
-                ends = [max(point["step"] for point in one["runToSeries"]["big"]) for one in answers
-                        if one.get("runToSeries")]  # fmt: skip
-                if len(ends) == len(names) and min(ends) == last:
-                    break
-            time.sleep(0.5)
-        else:
-            print("TensorBoard did not reach the last step")
-        print(f"TensorBoard, cold: {time.perf_counter() - begun:.1f} s", flush=True)
-        warm = min(timed("again", lambda: ask(url, names)) for _ in range(TURNS))
-        print(f"TensorBoard, warm: {warm:.3f} s; {mib(process):,.0f} MiB in use")
+    with served(str(folder / "big")) as (_, address, opened), chromium() as browser:
+        browser.get(opened)
+        painted(browser, f"{address}/?run=big&view=stage&stage=policy&more=60", True)
+        ours = time.perf_counter() - begun
+    columns = Columns(Run(str(folder / "big")).stage("policy").metrics)
+    columns.update()
+    print(f"the page, cold, all {len(columns.names)} curves of {len(columns.steps):,} steps: {ours:.1f} s", flush=True)
+    written = folder / "tensorboard"
+    if not written.exists():
+        timed("event file, written", lambda: page_tensorboard.write_events(columns, written / "big"))
+    theirs = page_tensorboard.compare(written, columns)
+    print(f"the page takes {ours / theirs:.3f} of TensorBoard's time to the same curves", flush=True)
+
+
+# --- beside a training ----------------------------------------------------------------------------------------
+
+
+def train(folder: Path) -> None:
+    """Steps a second without the page and with it, in turns of one run."""
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{n} and {n + 1} are {2 * n + 1}."}) + "\n" for n in range(500)))
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = {"new": {"architecture": "llama", "config": size}}
+    stage = {"recipe": "sft", "model": model, "tokenizer": {"bytes": True}, "data": {"texts": 1.0}, "threads": 1,
+             "steps": 10_000_000, "batch": {"tokens": 1024, "block": 256}}  # fmt: skip
+    manifest = {"name": "tiny", "run_dir": str(folder), "stages": {"sft": stage},
+                "data": {"texts": {"source": {"path": str(texts)}, "format": "text"}}}  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(manifest))
+    command = [sys.executable, "-P", "-m", "postlude", "run", str(folder / "tiny.json"), "--inline"]
+    columns = Columns(Run(str(folder / "tiny")).stage("sft").metrics)
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        with served(str(folder / "tiny")) as (server, address, opened), chromium() as browser:
+            browser.get(opened)
+            painted(browser, f"{address}/?run=tiny&view=stage&stage=sft")
+            without, beside = [], []
+            for _ in range(ROUNDS):
+                browser.get("about:blank")
+                server.suspend()
+                without.append(seconds_a_step(columns))
+                server.resume()
+                painted(browser, f"{address}/?run=tiny&view=stage&stage=sft")
+                beside.append(seconds_a_step(columns))
+    finally:
+        training.kill()
+        training.wait()
+    for name, rounds in (("without", without), ("beside the page", beside)):
+        print(f"{name}: {[f'{1000 * each:.3f}' for each in rounds]} ms a step", flush=True)
+    ratios = [b / a for a, b in zip(without, beside, strict=True)]
+    drift = [b / a for a, b in pairwise(without)]
+    print(f"a step beside the page takes {statistics.median(ratios):.4f} of one without (rounds {min(ratios):.3f} to "
+          f"{max(ratios):.3f}; without, one round to the next, {min(drift):.3f} to {max(drift):.3f})")  # fmt: skip
+
+
+def seconds_a_step(columns: Columns) -> float:
+    """The median of the steps of a round."""
+    time.sleep(2)  # what was opened or closed has settled
+    columns.update()
+    before = len(columns.steps)
+    time.sleep(ROUND_SECONDS)
+    columns.update()
+    return float(statistics.median(columns.column("seconds")[1][before:].tolist()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--without-tensorboard", action="store_true")
-    parser.add_argument("--read", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("readers", "browser", "tensorboard", "training"), required=True)
     chosen = parser.parse_args()
-    if chosen.read:
-        read(chosen.read)
+    if chosen.part == "training":
+        with tempfile.TemporaryDirectory() as folder:
+            train(Path(folder))
         return
     run = Run(storage.join(str(chosen.folder), "big"))
     if not run.exists():
         timed("the run, written", lambda: big_run.make(str(chosen.folder), chosen.share))
-    print("The page's server:", flush=True)
-    subprocess.run([sys.executable, __file__, str(chosen.folder), "--read", run.uri], check=True, env=dict(os.environ))
-    if chosen.without_tensorboard:
-        return
-    columns = Columns(run.stage("policy").metrics)
-    columns.update()
-    written = chosen.folder / "tensorboard"
-    if not written.exists():
-        timed("event file, written", lambda: write_events(columns, written / "big"))
-    compare(written, columns)
+    match chosen.part:
+        case "readers":
+            read(run.uri)
+        case "browser":
+            look(run.uri)
+        case "tensorboard":
+            beside_tensorboard(chosen.folder)
 
 
 if __name__ == "__main__":

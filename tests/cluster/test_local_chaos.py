@@ -20,12 +20,13 @@ import psutil
 import pytest
 
 from postlude import storage
+from postlude.cluster import fork_client, fork_server
 from postlude.cluster.ray_processes import EXPECTED, name_of
 
 pytestmark = pytest.mark.long
 
-COMMAND, CONTROLLER, RANK = "the command", "the controller", "a rank"
-EACH_KIND = [*[(kind,) for kind in (*sorted(EXPECTED), CONTROLLER, RANK)], (COMMAND, "GCS")]
+COMMAND, CONTROLLER, RANK, FORK_SERVER = "the command", "the controller", "a rank", "the fork server"
+EACH_KIND = [*[(kind,) for kind in (*sorted(EXPECTED), CONTROLLER, FORK_SERVER, RANK)], (COMMAND, "GCS")]
 """What is killed in turn, each while the run trains; what follows in the same turn at once, here while Ray starts."""
 STEPS_BETWEEN = 20
 RECOVERY_SECONDS = 10.0
@@ -99,7 +100,9 @@ def tree(project) -> list[tuple[psutil.Process, str]]:
             if child.status() != psutil.STATUS_ZOMBIE:
                 rank = RANK if child.name().startswith("ray::Worker") else None
                 mine = CONTROLLER if child.ppid() == command.pid and child.exe() == command.exe() else None
-                found.append((child, name_of(child) or rank or mine or child.name()))
+                forks = FORK_SERVER if fork_server.__name__ in child.cmdline() else None
+                client = "a fork client" if fork_client.__file__ in child.cmdline() else None
+                found.append((child, name_of(child) or rank or forks or client or mine or child.name()))
     return found
 
 

@@ -15,7 +15,9 @@ from postlude.telemetry.readings import Reading
 def test_an_alarm_of_a_worker_is_over_with_its_group(tmp_path: Path) -> None:
     told: list[tuple[str, dict[str, Any]]] = []
     journal = Journal(str(tmp_path / "readings.jsonl"))
-    observer = Observer(journal, lambda kind, **fields: told.append((kind, fields)), 0.0, rules_for(None, "sft"))
+    observer = Observer(
+        journal, lambda kind, **fields: told.append((kind, fields)), 0.0, lambda step: rules_for(None, "sft")
+    )
     address: Any = SimpleNamespace(host="here")
 
     def see(step: int, *sizes_mib: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from postlude import storage
 from postlude.model import checkpoint_reader
+from postlude.storage import keys, rules
 from postlude.training import checkpoint
 from postlude.training.workers import Workers
 
@@ -47,6 +48,26 @@ def test_a_plan_of_other_things_is_refused(tmp_path: Path, content: bytes) -> No
     storage.write_bytes(storage.join(uri, ".metadata"), content)
     with pytest.raises(storage.CorruptError, match="plan of a checkpoint"):
         checkpoint_reader.Reader(uri).read_metadata()
+
+
+def test_an_encrypted_plan_is_authenticated_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.new_key_file(str(tmp_path / "master.key"))
+    encryption = rules.Encryption(key=f"file:{tmp_path / 'master.key'}")
+    rules.use([rules.Rule(prefix=str(tmp_path / "runs"), encrypt=encryption)])
+    uri = saved(str(tmp_path / "runs" / "step"), state(1.0))
+    found = state(0.0)
+    assert checkpoint.load(uri, found, Workers()) == {"step": 1, "progress": 0.5}
+    assert torch.equal(found["model"]["a"], state(1.0)["model"]["a"])
+    plan = tmp_path / "runs" / "step" / ".metadata"
+    assert b"postlude" not in plan.read_bytes()
+    assert b"torch" not in plan.read_bytes()
+    monkeypatch.setattr(checkpoint_reader._PlanReader, "load", lambda self: pytest.fail("it was read"))
+    sealed = plan.read_bytes()
+    for content in (sealed[:-1] + bytes([sealed[-1] ^ 1]), sealed[:-1], pickle.dumps({}), b""):
+        plan.write_bytes(content)
+        with pytest.raises((storage.CorruptError, storage.NotFound)):
+            checkpoint_reader.Reader(uri).read_metadata()
+    rules.use(())
 
 
 def test_a_value_that_is_not_plain_is_refused() -> None:

@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 
 from postlude.runs import Run
+from postlude.storage import rules
+from storage.conftest import encrypt, new_master_key
 
 
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["local", "memory", pytest.param("encrypted", marks=pytest.mark.long)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URI of a folder for runs."""
-    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    if request.param == "encrypted":
+        encrypt(str(tmp_path), new_master_key(tmp_path.parent))
+    yield f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path)
+    rules.use(())
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def long_work(project):
 
 @pytest.mark.long
 @pytest.mark.capability("Stages that do not train go on after SIGKILL, bitwise as if undisturbed")
-@pytest.mark.parametrize(("workers", "kills"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("workers", "kills"), [(1, 4), (2, 1)])
 def test_killed_work_ends_as_if_undisturbed(long_work, workers, kills):
     inline = workers == 1
     finished(start(prepare(long_work, "calm", workers), inline))
@@ -82,7 +82,7 @@ def test_killed_work_ends_as_if_undisturbed(long_work, workers, kills):
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, output.decode()
-    assert hits >= kills // 2
+    assert hits >= (kills + 1) // 2
     assert (long_work.artifact("answers") / "data.jsonl").read_bytes() == calm
     assert metrics(long_work) == lines
 

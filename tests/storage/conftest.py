@@ -14,14 +14,16 @@ import pytest
 from postlude.manifest.storage import plain
 from postlude.storage import keys, rules
 
+_ENCRYPTED_MEMORY = pytest.param("encrypted memory", marks=pytest.mark.long)
 
-@pytest.fixture(params=["local", "memory", "s3", "encrypted local", "encrypted memory"])
+
+@pytest.fixture(params=["local", "memory", "s3", "encrypted local", _ENCRYPTED_MEMORY])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URI of a folder that is not there yet, and in which nobody should have to know whether it is encrypted."""
     yield from _place(request, tmp_path)
 
 
-@pytest.fixture(params=["local", "memory", "encrypted local", "encrypted memory"])
+@pytest.fixture(params=["local", "memory", pytest.param("encrypted local", marks=pytest.mark.long)])
 def near_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The same, for what asks for hundreds of requests."""
     yield from _place(request, tmp_path)

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from postlude import storage
 from postlude.storage import envelope, files, rules
-
-from .conftest import encrypt, new_master_key
+from storage.conftest import encrypt, new_master_key
 
 FRAME, WHOLE = envelope.FRAME_BYTES, envelope.FRAME_BYTES + envelope.TAG_BYTES
 BATCH = FRAME * envelope.BATCH_FRAMES
@@ -245,6 +244,25 @@ def test_a_journal_whose_lines_were_changed_is_refused(tmp_path_factory: pytest.
     with pytest.raises(storage.CorruptError):
         storage.Journal(str(folder / "one")).read()
     rules.use(())
+
+
+def test_a_line_that_was_changed_is_dropped_and_mended_like_a_clear_one(encrypted: Path) -> None:
+    journal = storage.Journal(str(encrypted / "metrics.jsonl"))
+    for step in range(5):
+        journal.append({"step": step})
+    extent = storage.extent_of(journal, after=0)
+    assert extent is not None
+    lines = (encrypted / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for broken in (lines[2][:-5] + b"AAAA\n", b"\n" * len(lines[2])):
+        (encrypted / "metrics.jsonl").write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
+        with pytest.raises(storage.CorruptError, match="line 2"):
+            journal.read()
+        assert storage.restore(journal, [extent])
+        assert [entry["step"] for entry in journal.read()] == [*range(5)]
+        lines = (encrypted / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (encrypted / "metrics.jsonl").write_bytes(b"".join([*lines[:2], lines[3], lines[3], *lines[4:]]))
+    assert journal.drop_damaged() is not None
+    assert [entry["step"] for entry in journal.read()] == [0, 2, 3, 4]
 
 
 def test_nothing_of_the_content_is_on_the_disk(encrypted: Path) -> None:

@@ -92,6 +92,7 @@ storage:
         ('"s3:/a/": {}', "storage.s3:/a/: it is no prefix: give a folder, s3://BUCKET/ or s3://BUCKET/FOLDER/"),
         ('"s3://a/": {endpoint: localhost:9000}', "it must begin with https:// or http://, and name a host"),
         ('"s3://a/": {endpoint: "http://me:hunter22@host"}', "an address holds no user, password or key. Name a prof"),
+        ('"s3://me:hunter22@a/": {}', "m.yaml:4:1: storage: a prefix holds no user, password or key. Name a profile"),
         ('"s3://a/": {role_seconds: 900}', "it is how long a session of a role lasts, and no role is named"),
         ('"s3://a/": {encrypt: {}}', "storage.s3://a/.encrypt.key: this key is missing"),
         ('"s3://a/": {checksums: never}', "must be 'when_required'"),
@@ -144,6 +145,7 @@ WRITES: dict[str, Callable[[str], object]] = {
 
 
 @pytest.mark.parametrize("near_place", ["local", "memory"], indirect=True)
+@pytest.mark.capability("Nothing is written to places that the manifest has as read-only")
 @pytest.mark.parametrize("below", ["file", "folder/deep/new"])
 @pytest.mark.parametrize("write", WRITES)
 def test_nothing_is_written_to_what_is_read_only(near_place: str, write: str, below: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from postlude.manifest.alarms import AlarmRule, rules_for
 from postlude.telemetry import events
-from postlude.telemetry.alarms import StageWatch, Watch, standing
+from postlude.telemetry.alarms import StageWatch, Watch, left_behind, standing
 
 NOW = "2026-01-01T00:00:00Z"
 
@@ -128,6 +128,7 @@ def planted(step: int) -> dict[str, Any]:
         "step": step,
         "loss": 3.0 * 0.999**step + draw.gauss(0, 0.05),
         "grad_norm": math.exp(draw.gauss(0, 0.4)),
+        "update_ratio": 0.002 * math.exp(draw.gauss(0, 0.2)),
         "tokens": 1000,
         "trained_tokens": 500 + draw.randrange(100),
         "tokens_per_second": 5000.0 * draw.uniform(0.8, 1.2),
@@ -157,6 +158,7 @@ def test_a_healthy_stage_has_no_alarm() -> None:
         (lambda step: {"loss": math.nan} if step == 120 else None, ("not finite, loss", 120)),
         (lambda step: {"eval_held_loss": math.inf} if step == 40 else None, ("not finite, eval_held_loss", 40)),
         (lambda step: {"grad_norm": 80.0} if step == 120 else None, ("gradient spike, grad_norm", 120)),
+        (lambda step: {"update_ratio": 0.04} if step == 120 else None, ("update spike, update_ratio", 120)),
         (lambda step: {"grad_norm": math.inf} if step >= 7 else None, ("gradient not finite, grad_norm", 10)),
         (lambda step: {"trained_tokens": 100} if step > 100 else None, ("trained share fallen", 105)),
         (lambda step: {"tokens_per_second": 100.0} if step > 200 else None, ("throughput fallen", 250)),
@@ -188,7 +190,7 @@ SPIKES = [AlarmRule(name="spike", metric="x", above=5.0, quiet=2), AlarmRule(nam
 
 def live(lines: Iterable[dict[str, Any]], happened: list[events.Event], stage: str = "sft") -> None:
     """Go through a stage's lines, adding to the events."""
-    watch = StageWatch(SPIKES, stage, happened)
+    watch = StageWatch({0: SPIKES}, stage, happened)
     for line in lines:
         for kind, fields in watch.take(line):
             known = {"alarm": events.Alarm, "alarm_over": events.AlarmOver}
@@ -259,3 +261,14 @@ def test_an_alarm_stands_until_it_is_over_and_acknowledged() -> None:
     assert standing([alarm, known, over]) == standing([alarm, over, known]) == []
     assert [each.acknowledged for each in standing([alarm, known, over, alarm])] == [False], "it is armed again"
     assert standing([only_happened, events.AlarmAcknowledged(time=NOW, kind="x", what=only_happened.what)]) == []
+
+
+def test_what_nobody_looks_at_any_more_is_over() -> None:
+    kept, removed, leak = ({"time": NOW, "stage": "sft", "what": name, "reason": "", "rule": name} for name in "abc")
+    happened = [events.Alarm.model_validate({"kind": "alarm", **each}) for each in (kept, removed, leak)]
+    rules = [AlarmRule(name="a", metric="x", above=1.0), AlarmRule(name="c", metric="worker_behind", above=1.0)]
+    assert [(kind, fields["what"]) for kind, fields in left_behind(rules, "sft", happened)] == [
+        ("alarm_over", "b"),
+        ("alarm_over", "c"),
+    ]
+    assert list(left_behind(rules, "other", happened)) == []

@@ -49,7 +49,7 @@ def test_a_stage_that_goes_back_tells_its_alarms_once(run: Run) -> None:
     rules = [AlarmRule(name="spike", metric="loss", above=5.0, quiet=2)]
 
     def live(*steps: int, rules: Sequence[AlarmRule] = rules) -> list[tuple[str, int | None]]:
-        with Recorder(run, "sft", alarms=rules) as recorder:
+        with Recorder(run, "sft", alarms=lambda: {0: rules}) as recorder:
             for step in steps:
                 recorder.metrics({"step": step, "loss": 9.0 if step in (3, 8) else 1.0})
         return [(event["kind"], event["step"]) for event in run.events.read()]

@@ -13,6 +13,7 @@ import torch
 from postlude.manifest.load import load
 from postlude.stages.stage import open_stage
 from postlude.stages.task import StageTask
+from postlude.training import update
 from postlude.training.meters import Meters
 from postlude.training.trainer import Trainer
 from postlude.training.workers import Workers
@@ -88,9 +89,13 @@ def trainer_of(chats: Path, folder: Path, batch: dict[str, int], **keys: Any) ->
 
 def first_step(trainer: Trainer) -> dict[str, Any]:
     trainer.fit()
+    (line,) = lines_of(trainer)  # one step was to take everything
+    return line
+
+
+def lines_of(trainer: Trainer) -> list[dict[str, Any]]:
     assert isinstance(trainer.journal, _Lines)
-    assert len(trainer.journal.lines) == 1, "one step was to take everything"
-    return trainer.journal.lines[0]
+    return trainer.journal.lines
 
 
 @pytest.mark.capability("The first step's loss and gradient equal transformers' own over each conversation alone")
@@ -114,6 +119,37 @@ def test_the_first_step_is_that_of_each_conversation_alone(chats: Path, tmp_path
     assert line["loss"] == pytest.approx(total, rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert line["trained_tokens"] == trained
+
+
+@pytest.mark.capability("How far an optimiser's step moves the weights, measured without a bit of them changed")
+def test_the_update_is_measured_and_changes_nothing(chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    batch = {"tokens": 1024, "block": 512}
+    trainer = trainer_of(chats, tmp_path, batch)
+    before = _weights(trainer)
+    with trainer.loader as loader:
+        trainer.train(next(iter(loader)))
+        moved = _weights(trainer) - before
+        ratio = float(moved.double().norm() / before.double().norm())
+        assert lines_of(trainer)[0]["update_ratio"] == pytest.approx(ratio, rel=1e-5)
+        monkeypatch.setattr(update, "SAMPLED", before.numel() // 7)
+        before = _weights(trainer)
+        trainer.train(next(iter(loader)))
+        ratio = float((_weights(trainer) - before).double().norm() / before.double().norm())
+        assert lines_of(trainer)[1]["update_ratio"] == pytest.approx(ratio, rel=0.2), "of every seventh"
+    monkeypatch.setattr(update.Sample, "__init__", lambda *_: None)
+    monkeypatch.setattr(update.Sample, "moved", lambda *_: None)
+    other = trainer_of(chats, tmp_path, batch)
+    with other.loader as loader:
+        for _ in range(2):
+            other.train(next(iter(loader)))
+    for line, without in zip(lines_of(trainer), lines_of(other), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (without["loss"], without["grad_norm"])
+    assert torch.equal(_weights(trainer), _weights(other))
+
+
+def _weights(trainer: Trainer) -> torch.Tensor:
+    model = trainer.program.roles["policy"].model
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
 def test_other_blocks_and_micro_batches_change_nothing_but_rounding(chats: Path, tmp_path: Path) -> None:

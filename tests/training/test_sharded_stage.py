@@ -102,6 +102,7 @@ def test_a_stage_saved_on_2x1_goes_on_on_every_mesh(folder, undisturbed, paused,
         assert exact(lines) == exact(undisturbed)
     for line, expected in zip(lines, undisturbed, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["update_ratio"] == pytest.approx(expected["update_ratio"], rel=1e-3)
         assert [line[key] for key in ("step", "epoch", "progress", "tokens", "trained_tokens")] == [
             expected[key] for key in ("step", "epoch", "progress", "tokens", "trained_tokens")
         ]
@@ -115,6 +116,7 @@ def test_the_artifact_of_ranks_is_that_of_one_process(folder, undisturbed) -> No
     alone = work(manifest(folder), folder / "alone", 1, {})
     for line, expected in zip(alone, undisturbed, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["update_ratio"] == pytest.approx(expected["update_ratio"], rel=1e-3)
     ours, theirs = (folder / run / "stages/tune/model" for run in ("whole", "alone"))
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
     for name in ("config.json", "generation_config.json"):

@@ -115,7 +115,7 @@ def run_with_kills(manifest: Path, folder: Path, name: str, kills: int, rng: ran
 
 @pytest.mark.long
 @pytest.mark.capability("Exact resume after SIGKILL at any moment")
-@pytest.mark.parametrize(("workers", "kills"), [(1, 5), (2, 2)])
+@pytest.mark.parametrize(("workers", "kills"), [(1, 5), (2, 1)])
 def test_a_killed_run_is_bitwise_the_undisturbed_one(tmp_path: Path, workers: int, kills: int) -> None:
     inline = workers == 1  # the process that trains is the one that is killed; the other has a group of workers
     calm = start(write_manifest(tmp_path, "calm", workers), inline)
@@ -125,7 +125,7 @@ def test_a_killed_run_is_bitwise_the_undisturbed_one(tmp_path: Path, workers: in
         write_manifest(tmp_path, "shaken", workers), tmp_path, "shaken", kills, random.Random(workers), inline
     )
     print(f"{hits} kills survived with {workers} worker(s)")
-    assert hits >= kills // 2
+    assert hits >= (kills + 1) // 2
     assert metrics(tmp_path, "shaken") == metrics(tmp_path, "calm")
     assert [line["step"] for line in metrics(tmp_path, "shaken")] == list(range(1, STEPS + 1))
     assert examples(tmp_path, "shaken") == examples(tmp_path, "calm")

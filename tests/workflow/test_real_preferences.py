@@ -32,7 +32,7 @@ FROM parts WHERE length(prompt) > 0 AND trim(chosen) <> trim(rejected)
 """
 """The instructions of hhh_alignment are whole prompts for a judge; the dialogue is cut out of them."""
 
-STEPS = 40
+STEPS = 20
 
 
 def pairs(shared_data: Path, held_out: bool) -> dict[str, dict[str, Any]]:

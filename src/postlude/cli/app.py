@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from postlude.cli import manifests, models, pages, runs
+from postlude.cli import keys, manifests, models, pages, runs
 from postlude.cli.output import tell
 from postlude.errors import UserError
 from postlude.telemetry import openmp
@@ -43,10 +43,12 @@ for command in (
     manifests.recipes,
     manifests.explain,
     manifests.flow,
+    manifests.access,
     manifests.certificates,
     manifests.schema,
 ):
     app.command()(guarded(command))
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> NoReturn:

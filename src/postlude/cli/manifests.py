@@ -139,6 +139,28 @@ def explain(
     show(told.head, Fields("", told.rows), *(f"\n{paragraph}" for paragraph in told.meaning))
 
 
+def access(
+    manifest: ManifestPath,
+    overrides: Overrides = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Try it, with the credentials that a run would have.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --probe: print one JSON document.")] = False,
+) -> None:
+    """Print the least that AWS has to allow for a manifest, as JSON; or try
+    what must work and what must be refused."""
+    from postlude.workflow import access as workflow
+    from postlude.workflow.manifest import open_manifest
+
+    resolved = open_manifest(manifest, overrides or [])
+    if not probe:
+        show_json(workflow.access(resolved))
+        return
+    from postlude.workflow.probe import probe as try_all
+
+    probed = try_all(resolved)
+    show_report(probed, as_json)
+    raise typer.Exit(probed.exit_code)
+
+
 def recipes() -> None:
     """List what a manifest can name: recipes, and every other kind of component."""
     from postlude.manifest.catalogue import catalogue

@@ -67,10 +67,12 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base model.")] = False,
 ) -> None:
     """Write a stage's model as a Hugging Face directory, or its adapter as PEFT has it."""
+    from postlude.storage import is_encrypted
     from postlude.workflow import models
 
     models.export(artifact, output, merge=merge)
-    typer.echo(f"Wrote {output}")
+    in_clear = is_encrypted(artifact) and not is_encrypted(output)
+    typer.echo(f"Wrote {output}{', in clear: the artifact is encrypted, and this copy is not' * in_clear}")
 
 
 @with_storage

@@ -15,6 +15,7 @@ import ray
 
 from postlude.cluster import placement
 from postlude.cluster.failure import Failure, Kind
+from postlude.cluster.fork_server import runtime_environment
 from postlude.cluster.placement import Demand
 from postlude.cluster.worker import Address, Worker, WorkerSetup
 
@@ -136,6 +137,7 @@ def actor_options(demand: Demand) -> dict[str, Any]:
         "namespace": NAMESPACE,
         "max_restarts": 0,
         "max_task_retries": 0,
+        **runtime_environment(has_gpus=demand.resources.get("GPU", 0) > 0),
     }
 
 

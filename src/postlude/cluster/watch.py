@@ -39,14 +39,17 @@ LOST_SECONDS = 30.0
 
 class Observer:
     """Keeps a reading of each rank in a journal, one line a rank, every so many seconds; ``tell`` records an alarm that
-    one of the rules finds in them (its kind and fields)."""
+    one of the rules of the step finds in them (its kind and fields)."""
 
     def __init__(
-        self, journal: Journal, tell: Callable[..., None], seconds: float, rules: Sequence[AlarmRule] = ()
+        self,
+        journal: Journal,
+        tell: Callable[..., None],
+        seconds: float,
+        rules: Callable[[int], Sequence[AlarmRule]] = lambda step: (),
     ) -> None:
-        self._journal, self._tell, self._seconds = journal, tell, seconds
-        self._rules = [rule for rule in rules if rule.of_workers]
-        self._watch = alarms.Watch(self._rules)
+        self._journal, self._tell, self._seconds, self._rules = journal, tell, seconds, rules
+        self._watch, self._held = alarms.Watch(()), list[AlarmRule]()
         self.begin(0)
 
     def begin(self, size: int) -> None:
@@ -54,7 +57,7 @@ class Observer:
         for lasting in self._watch.open():
             over = alarms.Change("alarm_over", lasting.what, "its workers are gone", lasting.rule.called, timed=True)
             self._tell(over.kind, **over.fields(None))
-        self._watch, self._size = alarms.Watch(self._rules), size
+        self._watch, self._size = alarms.Watch(self._held), size
         self._newest: dict[int, Reading] = {}
         self._due = time.monotonic() + self._seconds
 
@@ -67,7 +70,10 @@ class Observer:
             self._journal.append(line)
         if len(self._newest) == self._size:
             step = max((reading.step for reading in self._newest.values()), default=None)
-            for change in self._watch.take_all(measures(self._newest)):
+            held = [rule for rule in self._rules(step or 0) if rule.of_workers]
+            amended = self._watch.hold_to(held) if held != self._held else []
+            self._held = held
+            for change in (*amended, *self._watch.take_all(measures(self._newest))):
                 self._tell(change.kind, **change.fields(step))
             self._newest, self._due = {}, time.monotonic() + self._seconds
 

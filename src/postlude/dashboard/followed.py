@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from postlude.dashboard.memory import given_back
 from postlude.errors import UserError
 from postlude.runs import Run, Stage
 from postlude.storage import Entries
@@ -52,7 +53,7 @@ class Followed:
 
     def update(self) -> None:
         """Read what came. Nothing of the run's files raises an error here: it stands in :attr:`troubles`."""
-        with self.lock:
+        with self.lock, given_back():
             changed = self._try("events", self._update_events)
             for name, columns in list(self._columns.items()):
                 changed |= self._try(f"metrics of {name}", columns.update)
@@ -85,7 +86,7 @@ class Followed:
         """The metrics of a stage, followed from now on. Take the lock to read more than one thing of them."""
         from postlude.runs.columns import Columns
 
-        with self.lock:
+        with self.lock, given_back():
             if stage not in self._columns:
                 self._columns[stage] = Columns(self.run.stage(stage).metrics)
                 self._try(f"metrics of {stage}", self._columns[stage].update)

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from postlude.dashboard.followed import Followed
+from postlude.dashboard.memory import given_back
 from postlude.errors import UserError
 from postlude.runs import Stage
 
@@ -39,7 +40,7 @@ class Kept(Generic[R]):
     def look(self, show: Callable[[R], T], again: bool = True) -> T | None:
         """What is shown of the reader, once it has read what came; None where nothing did and it need not be shown
         ``again``, and where it cannot be shown: then :attr:`trouble` says why."""
-        with self._lock:
+        with self._lock, given_back():
             changed = again
             if time.monotonic() - self._looked_at >= LOOK_SECONDS:
                 try:

@@ -69,6 +69,8 @@ async def _show(followed: Followed, view: dict[str, str]) -> None:
     if followed.status is None:
         waiting = frame.nothing(f"Reading {followed.run.uri} ...")
         await asyncio.to_thread(followed.update)
+        if waiting.is_deleted:  # the tab was closed meanwhile
+            return
         waiting.delete()
     _troubles(followed)
     if followed.status is None:

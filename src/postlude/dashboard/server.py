@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from postlude.dashboard.access import Door, Place, Tokens
 from postlude.dashboard.followed import LOOK_SECONDS, Following
+from postlude.dashboard.memory import spare
 from postlude.errors import UserError
 
 CONNECT_SECONDS = 30.0
@@ -38,6 +39,7 @@ def serve(
         raise UserError("A certificate needs its key, and a key its certificate: give --tls-cert and --tls-key.")
     if certificate and key:
         _check_certificate(certificate, key)
+    spare()
     following = Following(folder)
     following.overview.names()  # tells now of a folder that is not there
     Place.check(host, port, certificate is not None, proxy)

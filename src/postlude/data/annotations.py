@@ -157,7 +157,7 @@ class StoredStreams:
     def _open(self, number: int) -> pyarrow.RecordBatch:
         import pyarrow as pa
 
-        path = storage.local_path(storage.join(self._folder, self._names[number]))
+        path = storage.clear_path(storage.join(self._folder, self._names[number]))
         return pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
 
 

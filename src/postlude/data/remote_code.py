@@ -37,7 +37,7 @@ def is_trusted(place: str | None) -> bool:
 def code_digest(place: str) -> str:
     """SHA-256 of the code that a model brings along, of all of its files. ManifestError if it names code elsewhere, of
     which nothing is known here, or has to be fetched from a URI."""
-    if not storage.is_local(place):
+    if not storage.has_path(place):
         raise ManifestError(f"trust_remote_code: '{place}' is no folder of this machine and no hub name. Copy it here.")
     folder = Path(storage.local_path(place))
     if not folder.exists():

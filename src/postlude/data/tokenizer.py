@@ -128,8 +128,8 @@ def train_tokenizer(config: TrainTokenizer, texts: Iterable[str]) -> PreTrainedT
 def _load(where: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if not storage.is_local(where):
-        return _load_remote(where)
+    if not storage.has_path(where) and (not storage.is_local(where) or storage.exists(where)):
+        return _load_copy(where)
     local = Path(where).expanduser()
     if not local.exists() and (local.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
@@ -149,10 +149,10 @@ def _load(where: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load_remote(where: str) -> PreTrainedTokenizerBase:
+def _load_copy(where: str) -> PreTrainedTokenizerBase:
     if not storage.exists(where):
         raise ManifestError(f"There is no tokenizer at {where}. Correct the path, or give a hub name.")
-    with storage.scratch_folder("tokenizer") as folder:
+    with storage.folder_for_copy(where, "tokenizer") as folder:
         for name in storage.list_directory(where):
             uri = storage.join(where, name)
             # Weights may stand beside the tokenizer's files, all of which are text.

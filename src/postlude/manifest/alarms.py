@@ -103,6 +103,7 @@ _DEFAULTS: tuple[dict[str, Any], ...] = (
     {"name": "gradient not finite", "metric": "grad_norm*", "not_finite": True, "for": 4},
     {"name": "loss spike", "metric": "loss", "deviates": 8.0, "least": 0.5, "direction": "up"},
     {"name": "gradient spike", "metric": "grad_norm*", "rises": 10.0, "least": 1.0},
+    {"name": "update spike", "metric": "update_ratio*", "rises": 10.0, "least": 0.001},
     {"name": "no progress", "metric": "loss", "stalls": 2000, "over": 100, "without": "groups_alike"},
     {"name": "no progress of the reward", "metric": "reward", "stalls": 500, "over": 50, "better": "higher"},
     {"name": "trained share fallen", "metric": "trained_share", "falls": 0.5, "for": 5},
@@ -161,8 +162,8 @@ class Receiver(Config):
 
 
 def rules_for(given: Sequence[AlarmRule] | None, stage: str) -> list[AlarmRule]:
-    """The rules that hold in a stage: the defaults, and those given, which replace a default of their name."""
-    given = given or ()
-    named = {rule.name for rule in given if rule.stages is None or stage in rule.stages}
-    defaults = [AlarmRule.model_validate(rule) for rule in _DEFAULTS if rule["name"] not in named]
-    return [rule for rule in (*defaults, *given) if rule.off is None and (rule.stages is None or stage in rule.stages)]
+    """The rules that hold in a stage: the defaults, and those given, which replace one before of their name."""
+    held = [rule for rule in given or () if rule.stages is None or stage in rule.stages]
+    last = {rule.name: rule for rule in held if rule.name}
+    defaults = [AlarmRule.model_validate(rule) for rule in _DEFAULTS if rule["name"] not in last]
+    return [rule for rule in (*defaults, *held) if rule.off is None and last.get(rule.name or "", rule) is rule]

@@ -7,16 +7,18 @@ What may change says the class that has the key (:mod:`postlude.manifest.change`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from postlude.manifest.alarms import AlarmRule, rules_for
 from postlude.manifest.change import EVERY, UNSAID, Change
+from postlude.manifest.component import keys_of
 from postlude.manifest.problem import ManifestError
 from postlude.manifest.refusals import phrase
-from postlude.manifest.schema import StageConfig
+from postlude.manifest.schema import Manifest, StageConfig, TrainingStage
 from postlude.manifest.subschema import STAGE, Subschema
 from postlude.manifest.text import parse_inline
 from postlude.manifest.value import KeyPath, Origin, dotted
@@ -89,6 +91,23 @@ def check_amendment(begun: StageConfig, earlier: Sequence[str], assignment: str)
     return Amendment(dotted(path), _at(trees[0], path), _at(trees[1], path), change_at(trees[0], path))
 
 
+def rules_by_step(manifest: Manifest, stage: str, applied: Iterable[Sequence[Any]]) -> dict[int, list[AlarmRule]]:
+    """The rules for alarms that hold in a stage from each step on at which they change, 0 being the first, given the
+    amendments that were applied, in order: [step, KEY=VALUE] each."""
+    config, assignments = manifest.stages[stage], list[str]()
+    rules = {0: _rules(manifest, stage, config)}
+    for step, assignment in applied:
+        assignments.append(assignment)
+        if assignment.partition("=")[0].strip().split(".")[0] == "alarms":
+            rules[step] = _rules(manifest, stage, amended(config, assignments))
+    return rules
+
+
+def _rules(manifest: Manifest, stage: str, config: StageConfig) -> list[AlarmRule]:
+    own = config.alarms if isinstance(config, TrainingStage) else None
+    return rules_for([*(manifest.alarms or ()), *(own or ())], stage)
+
+
 def undoing(begun: StageConfig, assignments: Sequence[str], number: int) -> str:
     """The KEY=VALUE that gives the key of an amendment, by its place among ``assignments``, the value that it had
     before. ManifestError if a later one has changed the same key."""
@@ -143,7 +162,13 @@ def _parse(stage: StageConfig, assignment: str) -> tuple[KeyPath, Any]:
 
 
 def _tree(stage: StageConfig) -> dict[str, Any]:
-    return stage.model_dump(mode="json", by_alias=True)
+    """With the keys that are left out where they are null."""
+    return {**stage.model_dump(mode="json", by_alias=True), **_unset(stage)}
+
+
+def _unset(stage: StageConfig) -> dict[str, None]:
+    attributes = keys_of(type(stage))
+    return {key: None for key in stage.later if getattr(stage, attributes[key]) is None}
 
 
 def _below(tree: Any, part: str | int) -> Any:

@@ -296,9 +296,10 @@ class TrainingStage(StageConfig):
         "checkpoint": from_step("checkpoints are written as it says"),
         "evaluate": never("what is held out is read before the first step"),
         "max_skipped_steps": from_step("so many stop the run"),
+        "alarms": from_step("its numbers are held against them"),
     }
-    free: ClassVar[tuple[str, ...]] = ("checkpoint", "parallel")
-    later = ("artifact_template",)
+    free: ClassVar[tuple[str, ...]] = ("checkpoint", "parallel", "alarms")
+    later = ("artifact_template", "alarms")
 
     pool: Name = "train"
     """The pool of ``compute.pools`` whose workers train it. Stages that do not need each other run at the same time
@@ -347,6 +348,8 @@ class TrainingStage(StageConfig):
     """Loss on held-out data, if it is wanted."""
     max_skipped_steps: Positive = 5
     """So many steps in a row without a finite gradient stop the run."""
+    alarms: list[AlarmRule] | None = None
+    """Rules for alarms of this stage, beside those of the manifest; one with a name that is known replaces that."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -415,7 +418,7 @@ class Manifest(Config):
         "data": never("the data are read as it says: the weights of a mixture are keys of the stage"),
         "compute": never("its processes have started there"),
         "sinks": never("they are opened when a stage starts: others may be given to a resume"),
-        "alarms": never("they are read when a stage starts: others may be given to a resume"),
+        "alarms": never("they are read when a stage starts: a stage's own may be amended, and a resume given others"),
         "notify": never("they are read when a run starts: others may be given to a resume"),
         "storage": never("processes have the rules since they started: others may be given to a resume"),
         "stages": never("what a stage says of a key holds for it"),

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 from postlude.manifest.component import Config
 from postlude.manifest.value import KeyPath
-from postlude.secrecy import without_credentials
+from postlude.secrecy import stripped, without_credentials
 
 S3 = ("s3", "s3a")
 _OF_S3 = ("endpoint", "region", "profile", "role", "role_seconds", "checksums")
@@ -95,6 +95,9 @@ def problems(places: Mapping[str, Any], run_dir: str | None = None) -> Iterator[
     for prefix, rule in places.items():
         if not prefix or "*" in prefix or re.match(r"\w+:(?!//)|/.*://", prefix):
             yield (prefix,), "it is no prefix: give a folder, s3://BUCKET/ or s3://BUCKET/FOLDER/"
+            continue
+        if stripped(prefix) != prefix:
+            yield (), "a prefix holds no user, password or key. Name a profile, or a role, in its place"
             continue
         place = plain(prefix)
         if place in known:

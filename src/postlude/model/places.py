@@ -38,12 +38,13 @@ def is_adapter_part(name: str) -> bool:
 
 @contextmanager
 def local_files(place: str, endings: tuple[str, ...] = ("",)) -> Iterator[str]:
-    """A path or hub name for what stands at ``place``; files with these endings are fetched if it is remote."""
-    if storage.is_local(place):
+    """A path or hub name for what stands at ``place``; files with these endings are fetched if it is remote, or
+    encrypted."""
+    if storage.has_path(place) or (storage.is_local(place) and not storage.exists(place)):
         path = storage.local_path(place)
         yield path if Path(path).exists() else place
         return
-    with storage.scratch_folder("model") as folder:
+    with storage.folder_for_copy(place, "model") as folder:
         for name in storage.list_directory(place):
             if name.endswith(endings):
                 with storage.open_file(storage.join(place, name), "rb") as source, Path(folder, name).open("wb") as out:

@@ -163,6 +163,11 @@ class _Claim:
     found: Comparison
     opened: ExitStack
 
+    def own_config(self) -> PreTrainedConfig:
+        """The configuration that stands with the model."""
+        with local_files(self.place, (".json",)) as folder:
+            return read_config(folder, self.place)
+
 
 class _Exported(_Claim):
     """An artifact, or where that is an adapter and this is not, what it makes of its base."""
@@ -215,7 +220,7 @@ class _Trained(_Claim):
     def _whole(self, begun: Content, trained: Mapping[str, LazyTensor] | None) -> dict[str, LazyTensor | None]:
         """The trained values over those that training began with, which are not known where it is not known what was
         trained; under both names what is one tensor."""
-        config = begun.config or read_config(self.place, self.place)
+        config = begun.config or self.own_config()
         causal = weightless(config)
         if is_tied(config) and has_own_head(begun.values(), causal):
             config = copy.deepcopy(config)
@@ -229,7 +234,7 @@ class _Trained(_Claim):
 
     def _scores(self, wanted: Container[str]) -> list[str]:
         """The name of the scoring head in files of transformers' sequence classification."""
-        config = read_config(self.place, self.place)
+        config = self.own_config()
         if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
             return []
         with torch.device("meta"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from postlude.runs.arrays import numbers
 from postlude.storage import Journal, Part, Reader, exact_json
 from postlude.storage.schema import KEY
 
@@ -204,7 +205,7 @@ def _read(journal: Journal, part: Part) -> _Block:
     table = _table(journal, part.content) if len(part.content) > _FEW_BYTES else None
     if table is not None:
         columns = {name: _from_arrow(table[name]) for name in table.column_names if name not in ("step", KEY)}
-        return _Block(table["step"].to_numpy(), {name: column for name, column in columns.items() if column})
+        return _Block(numbers(table["step"]), {name: column for name, column in columns.items() if column})
     lines = journal.entries(part.place, part.number, part.content)
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
     columns = {name: _from_values([line.get(name) for line in lines]) for name in names}
@@ -243,9 +244,8 @@ def _from_arrow(column: pyarrow.ChunkedArray) -> _Column | None:
         return _from_values([exact_json.special(value) for value in column.to_pylist()])
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
         return None
-    told = None if column.null_count == 0 else pc.is_valid(column).to_numpy()
-    zero = False if pa.types.is_boolean(column.type) else 0
-    return _Column.of(pc.fill_null(column, zero).to_numpy().astype(np.float64), told)
+    told = None if column.null_count == 0 else numbers(pc.is_valid(column)).astype(bool)
+    return _Column.of(numbers(column).astype(np.float64), told)
 
 
 def _from_values(values: Sequence[Any]) -> _Column | None:

@@ -17,6 +17,7 @@ from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING
 
 from postlude import storage
+from postlude.runs.arrays import joined_texts, numbers
 from postlude.runs.schemas import ExampleRow
 
 if TYPE_CHECKING:
@@ -286,8 +287,8 @@ def _digest(table: pyarrow.Table) -> bytes:
     for name in table.column_names:
         column = table[name].combine_chunks()
         if name in ("example_id", "source"):
-            sha256.update(pc.binary_length(column).to_numpy(zero_copy_only=False).tobytes())
-            sha256.update("".join(column.to_pylist()).encode())
+            sha256.update(numbers(pc.binary_length(column)).tobytes())
+            sha256.update(joined_texts(column))
         else:
-            sha256.update(column.to_numpy(zero_copy_only=False).tobytes())
+            sha256.update(numbers(column).tobytes())
     return sha256.hexdigest().encode()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from postlude.runs.arrays import numbers
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -73,8 +75,8 @@ class Fold:
 
     @staticmethod
     def of(codes: np.ndarray, sources: np.ndarray, table: pyarrow.Table, shift: int) -> Fold:
-        steps, tokens = table["step"].to_numpy(), table["tokens"].to_numpy()
-        losses = table["loss"].to_numpy()
+        steps, tokens = numbers(table["step"]), numbers(table["tokens"])
+        losses = numbers(table["loss"])
         finite = np.isfinite(losses)
         columns = [np.where(finite, losses, 0.0), np.where(finite, tokens, 0), np.ones(len(steps)), ~finite]
         keys = (sources << SOURCE_BITS) | (steps >> shift)
@@ -101,7 +103,9 @@ class Fold:
     def total(parts: Sequence[Fold], count: int) -> Fold:
         """All of them together, where there are ``count`` examples."""
         whole = np.zeros(count, EXAMPLE)
-        for part in parts:
+        for part in parts[:1]:
+            whole[part.codes] = part.examples  # often most of them, so not as below, which copies
+        for part in parts[1:]:
             before, new = whole[part.codes], part.examples
             unseen = before["times"] == 0
             for step, value, is_newer in (

@@ -18,6 +18,7 @@ import numpy as np
 
 from postlude import storage
 from postlude.runs import examples
+from postlude.runs.arrays import numbers, text_scalar
 from postlude.runs.folds import EXAMPLE, NUMBERS, SOURCE_BITS, Fold, Sums
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class _Names:
             self._ids.append(encoded.dictionary.take(rows))
             self._starts.append(self.count)
             self.count += len(first)
-        return codes[np.searchsorted(known, hashes)][encoded.indices.to_numpy()].astype(np.int64)
+        return codes[np.searchsorted(known, hashes)][numbers(encoded.indices)].astype(np.int64)
 
     def code(self, example_id: str) -> int | None:
         known, codes = self._index
@@ -158,8 +159,6 @@ class Losses:
 
     def update(self) -> bool:
         """Take up the parts that came, or changed. Whether any did."""
-        import pyarrow as pa
-
         standing, state = examples.standing(self.uri), self._state
         is_cut = any(standing.get(name) != stamp for name, stamp in state.stamps.items())
         if is_cut:
@@ -187,14 +186,13 @@ class Losses:
             state.stamps[name] = stamp
             state.members[name] = np.packbits(np.bincount(fold.codes, minlength=state.names.count).astype(bool))
             full.append(fold)
-            if len(full) == 16:  # so that not all of a long run are held at once
+            if len(full) == 4:  # so that not all of a long run are held at once
                 self._settle(full)
         self._settle(full)
         settled = [state.settled] if state.settled else []
         others = [fold for _, fold in state.open.values()]
         whole = settled[0] if settled and not others else Fold.total([*settled, *others], state.names.count)
         self._whole, self._told, self._names = whole, state, list(state.sources)
-        pa.default_memory_pool().release_unused()
         return True
 
     def _take_up(self, name: str) -> tuple[Fold, bool]:
@@ -204,8 +202,9 @@ class Losses:
         table, state = examples.read_part(self.uri, name), self._state
         codes = state.names.codes(table["example_id"])
         named = table["source"].combine_chunks().dictionary_encode()
-        numbers = [state.sources.setdefault(source, len(state.sources)) for source in named.dictionary.to_pylist()]
-        sources = np.array(numbers, np.int64)[pc.fill_null(named.indices, 0).to_numpy()] if len(table) else codes
+        known = [state.sources.setdefault(source, len(state.sources)) for source in named.dictionary.to_pylist()]
+        places = np.where(numbers(pc.is_valid(named.indices)), numbers(named.indices), 0)
+        sources = np.array(known, np.int64)[places] if len(table) else codes
         shift = state.settled.sums.shift if state.settled else 0
         return Fold.of(codes, sources, table, shift), len(table) >= examples.ROWS_OF_A_PART
 
@@ -299,14 +298,14 @@ class Losses:
         if not names:
             return None
         table = pa.concat_tables([self._rows(name, example_id) for name in names]).sort_by("step")
-        tokens = table["tokens"].to_numpy()
-        losses = np.divide(table["loss"].to_numpy(), tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+        tokens = numbers(table["tokens"])
+        losses = np.divide(numbers(table["loss"]), tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
         sources = table["source"].to_pylist()
         return History(
             example_id,
             sources[0] if sources else "",
-            table["step"].to_numpy(),
-            table["epoch"].to_numpy(),
+            numbers(table["step"]),
+            numbers(table["epoch"]),
             losses,
             tokens,
         )
@@ -321,7 +320,7 @@ class Losses:
         try:
             with storage.open_file(place) as file:
                 table = pq.ParquetFile(file).read(use_threads=False).replace_schema_metadata(None)
-            return table.filter(pc.equal(table["example_id"], example_id))
+            return table.filter(pc.equal(table["example_id"], text_scalar(example_id)))
         except (pa.ArrowException, ValueError) as error:
             raise storage.damaged(place, f"it cannot be read ({error})", "") from error
 

@@ -68,4 +68,10 @@ class Run:
         if storage.is_local(self.uri):
             return storage.join(storage.local_path(self.uri), "cache")
         above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return os.path.join(above, "postlude", hashlib.sha256(self.uri.encode()).hexdigest()[:16])
+        cache = os.path.join(above, "postlude", hashlib.sha256(self.uri.encode()).hexdigest()[:16])
+        if storage.is_encrypted(self.uri) and not storage.is_encrypted(cache):
+            raise storage.StorageError(
+                f"The run at '{self.uri}' is encrypted, and what this machine keeps of it is not. Give "
+                f"'{os.path.join(above, 'postlude')}/' a key under 'storage' as well."
+            )
+        return cache

@@ -43,6 +43,9 @@ class MetricsLine(Line):
     """The learning rate of this update, of matrices where roles have their own."""
     grad_norm: float | None = None
     """Of the policy's gradient before clipping; ``grad_norm_NAME`` is that of another model."""
+    update_ratio: float | None = None
+    """The norm of the optimiser's update over that of the policy's weights, in a sample of a million of them;
+    ``update_ratio_NAME`` is that of another model. Null where a step was left out."""
     tokens: Annotated[Number | None, "tokens"] = None
     """Of all ranks, that were computed."""
     trained_tokens: Annotated[Number | None, "tokens"] = None

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from postlude import storage
 from postlude.data.preview import Preview
-from postlude.manifest.alarms import rules_for
+from postlude.manifest.amend import rules_by_step
 from postlude.manifest.component import load_named
 from postlude.stages.parts import Mode, Parts, devices_of
 from postlude.stages.report import StageReport
 from postlude.stages.task import StageTask
 from postlude.telemetry import openmp
+from postlude.telemetry.alarms import RulesByStep
 from postlude.telemetry.progress import Display, StageProgress
 from postlude.telemetry.recorder import Recorder
 from postlude.training.interruption import Interruption
@@ -75,7 +76,10 @@ def run_stage(task: StageTask, stop: Interruption, display: Display) -> Summary:
             stage = open_stage(task, workers)
             parts = stage.parts
             shown = display if workers.leads else None  # the others would show the same
-            rules = rules_for(parts.manifest.alarms, task.stage)
+
+            def rules() -> RulesByStep:
+                return rules_by_step(parts.manifest, task.stage, parts.stage.applied_amendments())
+
             with Recorder(parts.run, task.stage, workers.rank, shown, rules) as recorder:
                 return stage.run(recorder, stop)
     finally:

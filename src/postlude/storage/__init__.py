@@ -12,6 +12,7 @@ from postlude.storage.commits import (
     sha256_of,
     verify,
 )
+from postlude.storage.encryption import is_encrypted
 from postlude.storage.errors import (
     CorruptError,
     LockedError,
@@ -40,7 +41,16 @@ from postlude.storage.files import (
     write_bytes,
     write_text,
 )
-from postlude.storage.folders import clear_path, copy_file, copy_folder, fetch, has_path, link_file, new_folder
+from postlude.storage.folders import (
+    clear_path,
+    copy_file,
+    copy_folder,
+    fetch,
+    folder_for_copy,
+    has_path,
+    link_file,
+    new_folder,
+)
 from postlude.storage.guards import Guard, Lock, guarded, make_folders, set_guard, shared_guard
 from postlude.storage.holders import Holder
 from postlude.storage.journal import Journal

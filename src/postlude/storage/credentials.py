@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -79,9 +80,6 @@ def _session(rule: Rule, pid: int) -> Any:
     return boto3.Session(botocore_session=plain)
 
 
-os.register_at_fork(after_in_child=_session.cache_clear)  # what it holds serves one process
-
-
 def _renewing_session(rule: Rule) -> Any:
     """The same for s3fs."""
     from aiobotocore.credentials import AioDeferredRefreshableCredentials
@@ -98,6 +96,8 @@ def _renewing_session(rule: Rule) -> Any:
 def _in_time(credentials: Any, rule: Rule) -> Any:
     """Credentials that are renewed when a share of their time is left; botocore's own 15 minutes are the whole time of
     the shortest session, which would be renewed before each request."""
+    for library in ("botocore", "aiobotocore"):  # which would log a traceback for each renewal that fails
+        logging.getLogger(f"{library}.credentials").setLevel(logging.CRITICAL)
     left = (rule.role_seconds or ROLE_SECONDS) * RENEWED_BEFORE
     credentials._advisory_refresh_timeout, credentials._mandatory_refresh_timeout = left, left * 2 / 3
     return credentials

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,10 @@ class Record:
 
     def wrapped_anew(self, folder: str, old: Rule, new: Rule) -> Record:
         """The same data key, wrapped by another master key for the run and stage that the folder stands in now."""
-        secret = service_of(_key_of(old)).unwrap(self.wrapped, self.context, old)
+        try:
+            secret = service_of(_key_of(old)).unwrap(self.wrapped, self.context, old)
+        except StorageError as error:
+            raise StorageError(f"The data key of '{folder}' cannot be unwrapped: {error}") from error
         context = context_of(folder, self.folder)
         wrapped = service_of(_key_of(new)).wrap(secret, context, new)
         return replace(self, context=context, key=_key_of(new), wrapped=wrapped)
@@ -129,18 +132,21 @@ def key_to_read(uri: str, wanted: bytes, read: Read) -> tuple[DataKey, str]:
     """The data key of a file whose header names the key ``wanted``, and the file's path below the key's folder.
     CorruptError."""
     place, rule = _placed(uri)
-    known = _places.get(uris.parent(place))
-    for found in (known, _find(place, rule, read)) if known else (_find(place, rule, read),):
-        if found is None:
-            break
-        folder, content = found
-        if Record.read(uris.join(folder, RECORD), content).id == wanted:
-            if not uris.is_local(uri):
-                _places[uris.parent(place)] = found
-            return _unwrap(folder, content, rule), _below(place, folder)
+    found = _places.get(uris.parent(place))
+    if found is None or _id(found) != wanted:
+        found = _find(place, rule, read)
     if found is None:
         raise changed(uri, f"there is no {RECORD} above it, which would hold its key")
-    raise changed(uri, f"it is encrypted with another data key than that of '{found[0]}'")
+    if _id(found) != wanted:
+        raise changed(uri, f"it is encrypted with another data key than that of '{found[0]}'")
+    if not uris.is_local(uri):
+        _places[uris.parent(place)] = found
+    return _unwrap(*found, rule), _below(place, found[0])
+
+
+def _id(found: tuple[str, bytes]) -> bytes:
+    folder, content = found
+    return Record.read(uris.join(folder, RECORD), content).id
 
 
 def key_to_write(uri: str, read: Read, create: Create) -> tuple[DataKey, str]:
@@ -218,11 +224,3 @@ def _folder_for(place: str, rule: Rule) -> str:
 
 def _below(place: str, folder: str) -> str:
     return place.removeprefix(folder).lstrip("/")
-
-
-def keys_used(records: Mapping[str, Record]) -> dict[str, int]:
-    """How many folders each master key encrypts, by the key's name."""
-    count: dict[str, int] = {}
-    for record in records.values():
-        count[record.key] = count.get(record.key, 0) + 1
-    return count

@@ -374,14 +374,3 @@ def seal_lines(cipher: FileCipher, lines: list[bytes]) -> bytes:
         content.append(cipher.seal_line(at, line))
         at += len(content[-1])
     return b"".join(content)
-
-
-def open_lines(cipher: FileCipher, start: int, content: bytes) -> bytes:
-    """Whole lines that stand behind each other, the first of which begins at ``start`` of the file: without the header
-    if that is among them."""
-    opened, at = [], start
-    for line in content.splitlines(keepends=True):
-        if at:
-            opened.append(cipher.open_line(at, line))
-        at += len(line)
-    return b"".join(opened)

@@ -225,8 +225,9 @@ def list_directory(uri: str) -> list[str]:
     )
 
 
-def files_below(uri: str) -> list[str]:
-    """The paths of all files in a folder and its folders, relative to it, sorted."""
+def files_below(uri: str, with_keys: bool = False) -> list[str]:
+    """The paths of all files in a folder and its folders, relative to it, sorted. Records of data keys are among them
+    ``with_keys``."""
     if is_local(uri):
         folder = local_path(uri)
         held = (os.path.join(above, name) for above, _, names in os.walk(folder) for name in names)
@@ -235,7 +236,7 @@ def files_below(uri: str) -> list[str]:
         filesystem, path = remote(uri)
         with reading(uri):
             below = [entry.removeprefix(path).lstrip("/") for entry in filesystem.find(path)]
-    return sorted(path for path in below if not encryption.hides(uri, name(path)))
+    return sorted(path for path in below if with_keys or not encryption.hides(uri, name(path)))
 
 
 def remove(uri: str) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from postlude.storage import commits, encryption, files, guards
@@ -51,7 +51,7 @@ def new_folder(uri: str, extra: Mapping[str, Any] | None = None) -> Iterator[str
             files.remove(work)
             files.remove(retired)
     else:
-        with memory_folder("new") if is_encrypted else scratch_folder("new") as folder:
+        with folder_for_copy(uri, "new") as folder:
             work = os.path.join(folder, "content")
             os.mkdir(work)
             with writing_below(work):
@@ -76,6 +76,11 @@ def fetch(uri: str, into: str) -> str:
 def has_path(uri: str) -> bool:
     """Whether other libraries can read what stands there by its path: it is local, and in clear."""
     return files.is_local(uri) and not encryption.is_encrypted(uri)
+
+
+def folder_for_copy(uri: str, for_what: str) -> AbstractContextManager[str]:
+    """A scratch folder for a clear copy of what stands there, or will: in memory where that is encrypted."""
+    return memory_folder(for_what) if encryption.is_encrypted(uri) else scratch_folder(for_what)
 
 
 _in_memory: dict[tuple[str, str], tuple[int, str]] = {}

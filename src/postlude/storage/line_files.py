@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from postlude.storage.envelope import HEADER_LINE_BYTES, FileCipher
+from postlude.storage.errors import CorruptError
 
 _PIECE_BYTES = 2**18
 _MARK_BYTES = 2**16
@@ -58,7 +59,7 @@ def _lines(start: int, size: int, fetch: Fetch) -> Iterator[tuple[int, bytes]]:
 
 def _clear_bytes(line: bytes) -> int:
     text = line[:-1]
-    return max(0, len(text) // 4 * 3 - text[-2:].count(b"=") - _ADDED_BYTES)
+    return max(1, len(text) // 4 * 3 - text[-2:].count(b"=") - _ADDED_BYTES)
 
 
 def _follow(cipher: FileCipher, size: int, fetch: Fetch) -> _Known:
@@ -73,7 +74,8 @@ def _follow(cipher: FileCipher, size: int, fetch: Fetch) -> _Known:
 
 class LineReader(io.RawIOBase):
     """The whole lines of a file. ``fetch(start, count)`` gives bytes of it as it stands; ``size_bytes`` is that of the
-    whole file. Whatever is read raises CorruptError where it is not what was written."""
+    whole file. A line that is not what was written there is one of zeros, which is no entry of any journal: so that one
+    which is damaged can be told, dropped and mended like a clear one."""
 
     def __init__(self, uri: str, cipher: FileCipher, size_bytes: int, fetch: Fetch, close: Callable[[], None]) -> None:
         self._cipher, self._fetch, self._close = cipher, fetch, close
@@ -112,13 +114,20 @@ class LineReader(io.RawIOBase):
         for at, line in _lines(mark, self._end, self._fetch):
             length = _clear_bytes(line)
             if begin + length > self._at:
-                piece = self._cipher.open_line(at, line)[self._at - begin :][: wanted - done]
+                piece = self._open(at, line, length)[self._at - begin :][: wanted - done]
                 view[done : done + len(piece)] = piece
                 done, self._at = done + len(piece), self._at + len(piece)
                 if done == wanted:
                     break
             begin += length
         return done
+
+    def _open(self, at: int, line: bytes, length: int) -> bytes:
+        try:
+            content = self._cipher.open_line(at, line)
+        except CorruptError:
+            content = b""
+        return content if len(content) == length else bytes(length - 1) + b"\n"
 
     def readall(self) -> bytes:
         content = bytearray(max(0, self.size - self._at))

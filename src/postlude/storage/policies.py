@@ -18,13 +18,32 @@ UPLOADS = ("s3:ListBucketMultipartUploads",)
 PARTS = ("s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
 DECRYPT = ("kms:Decrypt",)
 ENCRYPT = ("kms:GenerateDataKey",)
+ASSUME = ("sts:AssumeRole",)
+
+_NAMES = {
+    LIST: "List",
+    READ: "Read",
+    WRITE: "Write",
+    REMOVE: "Remove",
+    UPLOADS: "Uploads",
+    PARTS: "Parts",
+    DECRYPT: "Decrypt",
+    ENCRYPT: "Encrypt",
+    ASSUME: "Assume",
+}
 
 Statement = dict[str, Any]
 
 
 def session_policy(rule: Rule) -> dict[str, Any]:
-    """What a session of the rule's role may do, whatever else the role may."""
-    return document([*of_place(rule.prefix, rule.read_only, rule.partition), *of_key(rule)])
+    """What a session of the rule's role may do, whatever else the role may. What holds for the same resources stands
+    together: AWS takes 2,048 characters."""
+    merged: dict[str, Statement] = {}
+    for each in (*of_place(rule.prefix, rule.read_only, rule.partition), *of_key(rule)):
+        rest = {key: value for key, value in each.items() if key not in ("Sid", "Action")}
+        known = merged.setdefault(repr(rest), {**rest, "Action": []})
+        known["Action"] += each["Action"]
+    return document(merged.values())
 
 
 def document(statements: Iterable[Statement]) -> dict[str, Any]:
@@ -38,13 +57,13 @@ def of_place(uri: str, read_only: bool, partition: str = "aws") -> list[Statemen
     arn = f"arn:{partition}:s3:::{bucket}"
     objects = [f"{arn}/{folder}", f"{arn}/{folder}/*"] if folder else [f"{arn}/*"]
     within = {"Condition": {"StringLike": {"s3:prefix": [folder, f"{folder}/*"]}}} if folder else {}
-    statements = [_allow("List", LIST, [arn], within), _allow("Read", READ, objects)]
+    statements = [allow(LIST, [arn], within), allow(READ, objects)]
     if not read_only:
         statements += [
-            _allow("Write", WRITE, objects),
-            _allow("Remove", REMOVE, objects),
-            _allow("Uploads", UPLOADS, [arn], within),
-            _allow("Parts", PARTS, objects),
+            allow(WRITE, objects),
+            allow(REMOVE, objects),
+            allow(UPLOADS, [arn], within),
+            allow(PARTS, objects),
         ]
     return statements
 
@@ -64,9 +83,16 @@ def of_key(rule: Rule, context: dict[str, Any] | None = None) -> list[Statement]
         if key.startswith("alias/")
         else f"arn:{rule.partition}:kms:*:*:key/{key}"
     ]
-    statements = [_allow("Decrypt", DECRYPT, resources, where)]
-    return statements if rule.read_only else [*statements, _allow("Encrypt", ENCRYPT, resources, where)]
+    statements = [allow(DECRYPT, resources, where)]
+    return statements if rule.read_only else [*statements, allow(ENCRYPT, resources, where)]
 
 
-def _allow(name: str, actions: Iterable[str], resources: list[str], more: Statement | None = None) -> Statement:
-    return {"Sid": name, "Effect": "Allow", "Action": [*actions], "Resource": resources, **(more or {})}
+def name_of(actions: tuple[str, ...]) -> str:
+    """What the statement is called that allows these."""
+    return _NAMES.get(actions, "")
+
+
+def allow(actions: tuple[str, ...], resources: list[str], more: Statement | None = None) -> Statement:
+    """A statement that allows actions on resources, named for what they are."""
+    statement = {"Sid": name_of(actions), "Effect": "Allow", "Action": [*actions], "Resource": resources}
+    return {**statement, **(more or {})}

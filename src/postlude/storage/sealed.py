@@ -108,11 +108,12 @@ def write_once(uri: str, content: bytes) -> str:
 
 
 def is_as_named(uri: str) -> bool:
-    """Whether a file holds what its name says; True where that says nothing, False where there is no such file."""
+    """Whether a file holds what its name says; True where that says nothing, False where there is no such file, or an
+    encrypted one that is damaged."""
     match = _NAMED.fullmatch(files.name(uri))
     try:
         return not match or sha256_of(uri).startswith(match[2])
-    except NotFound:
+    except (NotFound, CorruptError):
         return False
 
 

@@ -43,6 +43,10 @@ class Change:
         return {"what": self.what, "reason": self.reason, "rule": self.rule, "step": step, **timed}
 
 
+RulesByStep = Mapping[int, Sequence[AlarmRule]]
+"""The rules that hold from a step on, in the order of steps."""
+
+
 class Watched:
     """One rule over one series of numbers."""
 
@@ -83,6 +87,13 @@ class Watched:
             times = abs(value - usual) / deviation if deviation else 0.0  # what never varied says nothing of how far
             return self.rule.direction != ("down" if value > usual else "up") and self._passes(times, limit, above=True)
         return usual > 0 and self._passes(value, limit * usual, kind == "rises")  # else a multiple means nothing
+
+    def hold_to(self, rule: AlarmRule) -> Watched:
+        """Go on with the rule as it was amended: what was seen stays, and the next value is held against it."""
+        if rule.window != self.rule.window:
+            self._best, self._since = math.inf, 0  # it was of other means
+        self.rule, self._limit, self._past = rule, getattr(rule, rule.kind), deque(self._past, maxlen=rule.window)
+        return self
 
     def _passes(self, value: float, limit: float, above: bool) -> bool:
         within = self.rule.margin * abs(limit) if self.is_open else 0.0
@@ -163,6 +174,23 @@ class Watch:
                     changes += self._judge(of_rule, list(numbers.values()))
         return changes
 
+    def hold_to(self, rules: Iterable[AlarmRule]) -> list[Change]:
+        """Go on with other rules. One that is new has seen nothing yet; the alarm of one that is gone is over."""
+        self._rules, self._known = tuple(rules), {}
+        changes: list[Change] = []
+        for (name, worker), series in self._series.items():
+            before = {_identity(each.rule): each for each in series}
+            now = [(rule, before.pop(_identity(rule), None)) for rule in self._rules_of(name)]
+            self._series[name, worker] = [
+                known.hold_to(rule) if known else Watched(rule, name, worker) for rule, known in now
+            ]
+            changes += [
+                Change("alarm_over", gone.what, "its rule was taken away", gone.rule.called, gone.is_timed)
+                for gone in before.values()
+                if gone.is_open
+            ]
+        return changes
+
     def open(self) -> Iterator[Watched]:
         """The alarms that last."""
         return (each for series in self._series.values() for each in series if each.is_open)
@@ -185,6 +213,11 @@ class Watch:
         if name not in self._known:
             self._known[name] = [rule for rule in self._rules if fnmatchcase(name, rule.metric)]
         return self._known[name]
+
+
+def _identity(rule: AlarmRule) -> tuple[str, str, str]:
+    """What an amendment leaves of a rule that it does not replace by another."""
+    return rule.called, rule.metric, rule.kind
 
 
 def _is_number(value: Any) -> bool:
@@ -210,9 +243,9 @@ class StageWatch:
     An alarm is told once, though a stage that goes back to a checkpoint comes to it again.
     """
 
-    def __init__(self, rules: Iterable[AlarmRule], stage: str, happened: Sequence[events.Event]) -> None:
-        mine = [rule for rule in rules if not rule.of_workers]
-        self._watch, names = Watch(mine), {rule.called for rule in mine}
+    def __init__(self, rules: RulesByStep, stage: str, happened: Sequence[events.Event]) -> None:
+        self._watch, self._rules, self._step = Watch(()), dict(rules), 0
+        names = {rule.called for held in rules.values() for rule in held if not rule.of_workers}
         self._told: dict[int | None, dict[tuple[str, str], str]] = {}
         """What was told with each step, and by which rule."""
         for event in since_begun(happened, stage):
@@ -221,9 +254,18 @@ class StageWatch:
                 if event.kind == "alarm" or told.pop(("alarm", event.what), None) is None:  # else it was taken back
                     told[event.kind, event.what] = event.rule
 
+    def hold_to(self, rules: RulesByStep) -> None:
+        """Rules were amended: those of the steps that are to come."""
+        self._rules = {step: held for step, held in rules.items() if step > self._step}
+
     def take(self, line: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The events that are to be told with a line, each as its kind and fields."""
-        changes, step = self._watch.take(line), line["step"]
+        step, changes = line["step"], list[Change]()
+        self._step = step
+        for begins in [first for first in self._rules if first <= step]:
+            held = self._rules.pop(begins)
+            changes += self._watch.hold_to(rule for rule in held if not rule.of_workers)
+        changes += self._watch.take(line)
         told = self._told.pop(step, {})
         for change in changes:
             if told.pop((change.kind, change.what), None) is None:
@@ -239,6 +281,19 @@ def since_begun(happened: Sequence[events.Event], stage: str) -> list[events.Eve
     of_stage = [event for event in happened if event.stage == stage]
     last = max((n for n, event in enumerate(of_stage) if isinstance(event, events.StageSetAside)), default=-1)
     return of_stage[last + 1 :]
+
+
+def left_behind(
+    rules: Iterable[AlarmRule], stage: str, happened: Sequence[events.Event]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events that say that alarms are over to whose end nobody looks any more, while nothing works on the stage:
+    those of workers, and of rules that are no more. ``rules`` are those that hold."""
+    watched = {rule.called for rule in rules if not rule.of_workers}
+    for each in standing(since_begun(happened, stage)):
+        alarm = each.alarm
+        if alarm.rule and each.over is None and alarm.rule not in watched:
+            reason = "its workers, or its rule, are gone"
+            yield "alarm_over", {"what": alarm.what, "reason": reason, "rule": alarm.rule, "step": None, "timed": True}
 
 
 # --- what stands ----------------------------------------------------------------------------------------------

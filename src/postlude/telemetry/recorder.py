@@ -4,15 +4,14 @@ terminal."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from postlude.manifest.alarms import AlarmRule
 from postlude.runs import Account, Run
 from postlude.storage import CorruptError
 from postlude.telemetry import events
-from postlude.telemetry.alarms import StageWatch
+from postlude.telemetry.alarms import RulesByStep, StageWatch
 from postlude.telemetry.progress import Display
 from postlude.telemetry.pulse import beat
 from postlude.telemetry.readings import note_step
@@ -21,7 +20,7 @@ from postlude.telemetry.readings import note_step
 class Recorder:
     """Takes what one rank tells. The leading rank's metrics and events are kept; losses by example are every rank's.
 
-    Events may come from any thread. ``alarms`` are the rules that hold for the metrics.
+    Events may come from any thread. ``alarms`` tells the rules that hold for the metrics, as they were amended.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class Recorder:
         stage: str,
         rank: int = 0,
         display: Display | None = None,
-        alarms: Sequence[AlarmRule] = (),
+        alarms: Callable[[], RulesByStep] | None = None,
     ) -> None:
         self._run, self._stage, self._leads = run, run.stage(stage), rank == 0
         self._examples = self._stage.examples_writer(rank)
@@ -51,7 +50,7 @@ class Recorder:
             if self._display:
                 self._display.update(line)
             if self._rules:
-                self._judge(line)
+                self._judge(line, self._rules)
 
     def preparing(self, what: str, share: float) -> None:
         """How far the stage is with something that comes before its first step: for the terminal alone."""
@@ -78,6 +77,8 @@ class Recorder:
             event = events.record(self._run.events, kind, self._stage.name, **fields)
             if self._display:
                 self._display.event(event)
+            if kind == "amendment_applied" and self._rules and self._watch:
+                self._watch.hold_to(self._rules())
 
     def flush(self) -> None:
         """Return when all of the above is on the disk."""
@@ -108,14 +109,14 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.flush()
 
-    def _judge(self, line: Mapping[str, Any]) -> None:
+    def _judge(self, line: Mapping[str, Any], rules: Callable[[], RulesByStep]) -> None:
         """Tell the alarms that follow from a line; with the first one, from all that stand there already."""
         lines: Iterable[Mapping[str, Any]] = [line]
         if self._watch is None:
             happened: list[events.Event] = []
             with suppress(CorruptError):  # better an alarm twice than no run
                 happened = events.read(self._run.events)
-            self._watch = StageWatch(self._rules, self._stage.name, happened)
+            self._watch = StageWatch(rules(), self._stage.name, happened)
             lines = self._stage.metrics
         for each in lines:
             for kind, fields in self._watch.take(each):

@@ -62,6 +62,8 @@ class StepResult:
     """The normalisers, and ``tokens``, ``trained_tokens``, ``documents`` and ``flops``, over the whole step."""
     grad_norms: dict[str, float] = field(default_factory=dict)
     """By role, before clipping."""
+    update_ratios: dict[str, float | None] = field(default_factory=dict)
+    """By role: the norm of the optimiser's update over that of the weights. Empty where the step was left out."""
     examples: list[tuple[str, str, float, int]] = field(default_factory=list)
     """This rank's documents: example id, source, summed loss, tokens it runs over."""
 

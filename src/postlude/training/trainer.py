@@ -29,6 +29,7 @@ from postlude.training.precision import LossScale, Precision
 from postlude.training.program import Program, Summary
 from postlude.training.schedules import Schedule
 from postlude.training.step import Executor, StepResult
+from postlude.training.update import Sample
 from postlude.training.workers import Workers
 
 
@@ -217,6 +218,8 @@ class Trainer:
             "lr": rate,
             "grad_norm": result.grad_norms.get("policy"),
             **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items() if name != "policy"},
+            "update_ratio": result.update_ratios.get("policy"),
+            **{f"update_ratio_{name}": share for name, share in result.update_ratios.items() if name != "policy"},
             "tokens": int(result.counts["tokens"]),
             "trained_tokens": int(result.counts["trained_tokens"]),
             "documents": int(result.counts["documents"]),
@@ -250,8 +253,10 @@ class Trainer:
                 group.update(component.group_keys(group["role"], factor))
         if result.finite:
             self.executor.clip(result.grad_norms, self.config.max_grad_norm)
+            samples = {name: Sample(each, self.workers.mesh) for name, each in self.executor.parameters.items()}
             for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
                 optimizer.step()
+            result.update_ratios = {name: sample.moved() for name, sample in samples.items()}
             self.skipped_in_a_row = 0
         for optimizer in (optimizer for group in self.optimizers.values() for optimizer in group):
             optimizer.zero_grad(set_to_none=True)

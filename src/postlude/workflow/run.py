@@ -7,12 +7,13 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from postlude import storage
 from postlude.cluster.budget import Budget
+from postlude.cluster.fork_server import fork_server
 from postlude.cluster.keeper import Stopped, keep
 from postlude.cluster.providers.base import Provider, open_cluster, provider_of
 from postlude.manifest.assignments import handed_on
@@ -35,7 +36,7 @@ from postlude.workflow.holding import hold, looking_after, must_leave
 from postlude.workflow.manifest import open_manifest
 from postlude.workflow.plan import Decision, Plan, Standing, make_plan
 from postlude.workflow.selection import Selection
-from postlude.workflow.side_by_side import StagesAtWork
+from postlude.workflow.side_by_side import FUNCTION, StagesAtWork
 
 INTERRUPTED = 130
 
@@ -65,10 +66,12 @@ def run(
         console().print(plan.render())
         check_what_stands(run, plan)
         needs_workers = bool(plan.work) and not inline
-        if needs_workers and provider_of(resolved.manifest.compute).starts_ray and "ray" not in sys.modules:
-            interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until), lock)
-        else:
-            interrupted = work(run, resolved, plan, needs_workers, lock)
+        starts_ray = needs_workers and provider_of(resolved.manifest.compute).starts_ray
+        with forking(resolved.manifest) if starts_ray else nullcontext():
+            if starts_ray and "ray" not in sys.modules:
+                interrupted = keep_at_work(run, resolved, plan, Selection(stage, None, until), lock)
+            else:
+                interrupted = work(run, resolved, plan, needs_workers, lock)
         if interrupted is not None:
             reason = lock.leaving or f"asked to stop in stage {interrupted}"
             events.record(run.events, "run_interrupted", reason=reason)
@@ -126,6 +129,13 @@ def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection, loc
         return keep(do, budget, tell, partial(must_leave, lock))
     except Stopped:
         return next((stage.name for stage in stages if not stage.is_done()), None)
+
+
+def forking(manifest: Manifest) -> AbstractContextManager[None]:
+    """Have the workers of a run forked from one process, for as long as the context lasts."""
+    compute = manifest.compute
+    variables = {**provider_of(compute).defaults, **os.environ, **compute.variables(), "OMP_NUM_THREADS": "1"}
+    return fork_server([FUNCTION.partition(":")[0]], variables)
 
 
 def what_is_left(run: Run, resolved: Resolved, plan: Plan, go_on: Selection) -> Plan:

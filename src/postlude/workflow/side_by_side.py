@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from postlude import storage
 from postlude.cluster.providers.base import Provider
 from postlude.errors import UserError
-from postlude.manifest.alarms import rules_for
+from postlude.manifest.alarms import AlarmRule
+from postlude.manifest.amend import rules_by_step
 from postlude.manifest.load import Resolved
 from postlude.manifest.problem import ManifestError
 from postlude.runs import Run, final_account
 from postlude.secrecy import stripped_all
 from postlude.stages.task import StageTask
 from postlude.telemetry import events
+from postlude.telemetry.alarms import left_behind
 from postlude.telemetry.progress import StageProgress, say
 from postlude.training.interruption import Interruption
 from postlude.workflow.begin import begin, identity_now, make_room, try_take_over, verify_inputs, verify_paths
@@ -119,6 +121,7 @@ class StagesAtWork:
         if try_take_over(self.run, decision, identity):
             return True
         begin(self.run, decision, identity)
+        self._close_alarms(decision.stage)  # what a killed process left
         self.run.stage(decision.stage).enter("running", process=os.getpid(), **_identity_details(self.run, decision))
         return False
 
@@ -182,15 +185,30 @@ class StagesAtWork:
         def tell(kind: str, **fields: Any) -> None:
             progress.event(events.record(self.run.events, kind, name, **fields))
 
-        rules = rules_for(manifest.alarms, name)
-        observer = Observer(stage.readings, tell, compute.supervision.readings_seconds, rules)
+        seconds = compute.supervision.readings_seconds
+        observer = Observer(stage.readings, tell, seconds, lambda step: self._rules(name, step))
         return Supervisor(job, stage.committed, tell, lambda look: look.relayed.show(progress), observer)
+
+    def _rules(self, name: str, step: int | None = None) -> list[AlarmRule]:
+        """The rules for alarms that hold at a step of a stage, after all amendments where none is given."""
+        rules = rules_by_step(self.resolved.manifest, name, self.run.stage(name).applied_amendments())
+        return rules[max(first for first in rules if step is None or first <= step)]
+
+    def _close_alarms(self, name: str) -> None:
+        """Tell that alarms to whose end nobody looks any more are over."""
+        happened: list[events.Event] = []
+        with suppress(storage.CorruptError):
+            happened = events.read(self.run.events)
+        for kind, fields in left_behind(self._rules(name), name, happened):
+            events.record(self.run.events, kind, name, **fields)
 
     def _end(self, decision: Decision, summary: Any = None, error: BaseException | None = None) -> None:
         """Note how a stage ended: with a summary, with an error, or, with neither, asked to stop before it began.
 
         What a debugger or a second interrupt raised goes on from here."""
         stage, details = self.run.stage(decision.stage), _identity_details(self.run, decision)
+        if not isinstance(error, storage.StorageError):
+            self._close_alarms(decision.stage)
         if isinstance(error, Exception):
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stage.enter("failed", error=reason.splitlines()[0], **details)

@@ -32,6 +32,8 @@ from postlude.workflow.begin import verify_paths
 from postlude.workflow.compute import check_compute, ranks_of, threads_of
 from postlude.workflow.fingerprint import places
 from postlude.workflow.manifest import open_manifest
+from postlude.workflow.probe import Probed
+from postlude.workflow.probe import probe as try_all
 from postlude.workflow.run import run_of, workers_for
 from postlude.workflow.selection import Selection
 
@@ -43,6 +45,7 @@ class Report:
     manifest: str
     stages: list[StageReport] = field(default_factory=list)
     error: UserError | None = None
+    access: Probed | None = None
 
     @property
     def exit_code(self) -> int:
@@ -55,10 +58,11 @@ class Report:
             "ok": self.error is None,
             "error": self.error.to_json() if self.error else None,
             "stages": [stage.to_json() for stage in self.stages],
+            **({"access": self.access.to_json()} if self.access else {}),
         }
 
     def render(self) -> RenderableType:
-        parts: list[RenderableType] = []
+        parts: list[RenderableType] = [self.access.render(), Text()] if self.access and self.access.trials else []
         for stage in self.stages:
             parts += [*stage.render(), Text()]
         return Group(*parts, self._verdict())
@@ -90,6 +94,8 @@ def validate(
         if probe:
             with workers_for(resolved.manifest):
                 pass
+            report.access = try_all(resolved)
+            report.access.require()
         with storage.scratch_folder("validate") as scratch:
             for name in Selection().stages(resolved.manifest):
                 report.stages.append(_stage(resolved, name, scratch, sample, synthetic))

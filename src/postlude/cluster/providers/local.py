@@ -119,9 +119,10 @@ class Local(Provider):
     def submit(self, run: Run, command: Sequence[str]) -> str:
         """Start the command in a session of its own, whose output goes to the run directory, and wait until it has the
         run."""
-        if not storage.is_local(run.uri):
+        if not storage.has_path(run.output):
             raise ComputeError(
-                "A detached run on this machine keeps its output in the run directory, which must be local."
+                "A detached run on this machine keeps its output in the run directory, which must be local, and not "
+                "encrypted, since whatever a process says is written as it is. Run it without --detach."
             )
         os.makedirs(storage.local_path(run.uri), exist_ok=True)
         with open(storage.local_path(run.output), "ab", opener=partial(os.open, mode=0o600)) as output:

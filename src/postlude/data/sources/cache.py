@@ -1,9 +1,10 @@
 """What is made from raw files once and used by every later process: indexes, decompressed and converted copies.
 
 These files are memory-mapped, so they lie on the machine: a remote cache folder stands for one under the user's
-own cache directory. A name holds the identity of all that the file is made from, so nothing is ever out of date, and
-the digest of what is in it: what does not match, or has none, is made anew. A file appears whole, and of several
-processes that want it one makes it while the others wait.
+own cache directory. Where that is encrypted, what is mapped is a copy in memory, which goes with the process. A name
+holds the identity of all that the file is made from, so nothing is ever out of date, and the digest of what is in it:
+what does not match, or has none, is made anew. A file appears whole, and of several processes that want it one makes it
+while the others wait.
 """
 
 from __future__ import annotations
@@ -47,23 +48,42 @@ def make_once(cache: str, name: str, make: Callable[[str], None]) -> str:
     the digest of the content."""
     folder = _machine_folder(cache)
     if path := _whole(folder, name):
-        return path
-    unfinished = os.path.join(folder, f"{name}.{secrets.token_hex(4)}.unfinished")
+        return storage.clear_path(path)
     with _wait_for_lock(os.path.join(folder, f"{name}.lock"), name):
         path = _whole(folder, name)
         if path is None:
-            try:
-                with writing(os.path.join(folder, name)):
-                    make(unfinished)
-                    path = os.path.join(folder, storage.name_with_digest(name, _settle(unfinished)))
-                    storage.make_folders(folder)  # which may not be ours any more
-                    for damaged in _named(folder, name):
-                        os.remove(os.path.join(folder, damaged))
-                    os.replace(unfinished, path)
-            finally:
-                if os.path.exists(unfinished):
-                    os.remove(unfinished)
+            path = (_make if storage.has_path(folder) else _make_encrypted)(folder, name, make)
+    return storage.clear_path(path)
+
+
+def _make(folder: str, name: str, make: Callable[[str], None]) -> str:
+    unfinished = os.path.join(folder, f"{name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        with writing(os.path.join(folder, name)):
+            make(unfinished)
+            path = os.path.join(folder, storage.name_with_digest(name, _settle(unfinished)))
+            _make_way(folder, name)
+            os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
     return path
+
+
+def _make_encrypted(folder: str, name: str, make: Callable[[str], None]) -> str:
+    with storage.folder_for_copy(folder, "cache") as work:
+        clear = os.path.join(work, "content")
+        make(clear)
+        path = os.path.join(folder, storage.name_with_digest(name, storage.sha256_of(clear)))
+        _make_way(folder, name)
+        storage.copy_file(clear, path)
+    return path
+
+
+def _make_way(folder: str, name: str) -> None:
+    storage.make_folders(folder)  # which may not be ours any more
+    for damaged in _named(folder, name):
+        os.remove(os.path.join(folder, damaged))
 
 
 def _named(folder: str, name: str) -> list[str]:

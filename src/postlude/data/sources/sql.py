@@ -233,7 +233,7 @@ def _files_of(table: Table) -> list[str]:
 
 
 def _on_this_machine(uri: str, cache: str) -> str:
-    return storage.local_path(uri) if storage.is_local(uri) else local_copy(uri, file_fingerprint(uri), cache)
+    return storage.local_path(uri) if storage.has_path(uri) else local_copy(uri, file_fingerprint(uri), cache)
 
 
 def _format_of(path: str) -> str:

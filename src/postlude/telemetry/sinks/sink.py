@@ -163,9 +163,9 @@ def local_folder(sink: Sink, given: str | None, run_uri: str, name: str, key: st
     """The place of a sink that writes files: what its ``key`` gives, or ``name`` in the run. UserError where that is
     not local."""
     folder = given or storage.join(run_uri, name)
-    if not storage.is_local(folder):
+    if not storage.has_path(folder):
         raise UserError(
             f"The sink '{sink.component_name}' adds to files and cannot write to '{folder}'. "
-            f"Give its key '{key}' a local path."
+            f"Give its key '{key}' a local path that is not encrypted."
         )
     return storage.local_path(folder)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from postlude.runs import Run
+from postlude.storage import is_encrypted
 from postlude.telemetry.events import Alarm, AmendmentApplied, Event
 from postlude.telemetry.sinks.sink import Artifact, Description, OpenSink, Sink, describe, local_folder
 from postlude.telemetry.sinks.vocabulary import Vocabulary
@@ -45,7 +46,7 @@ class WeightsAndBiases(Sink):
 
     def check(self, run_uri: str) -> None:
         super().check(run_uri)
-        if self.folder is not None:
+        if self.folder is not None or is_encrypted(run_uri):
             local_folder(self, self.folder, run_uri, "")
 
     def open(self, run_uri: str, stage: str) -> OpenSink:
