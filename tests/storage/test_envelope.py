@@ -88,6 +88,20 @@ SEALED = seal(CONTENT)
 OTHER = seal(CONTENT[::-1])
 
 
+_AROUND = st.sampled_from([0, 1, FRAME - 1, FRAME, 3 * FRAME, 17 * FRAME + 9])
+
+
+@given(st.integers(0, 18 * FRAME), st.lists(st.tuples(_AROUND, _AROUND | st.integers(0, 18 * FRAME)), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_whatever_was_read_before_a_range_is_what_was_written(size: int, ranges: list[tuple[int, int]]) -> None:
+    """A reader keeps the frame that it read last."""
+    content = random.Random(size).randbytes(size)
+    file = io.BufferedReader(open_(seal(content)), FRAME)
+    for start, count in ranges:
+        file.seek(start)
+        assert file.read(count) == content[start : start + count]
+
+
 def _frames(sealed: bytes) -> list[bytes]:
     return [sealed[at : at + WHOLE] for at in range(64, len(sealed), WHOLE)]
 

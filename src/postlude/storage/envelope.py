@@ -349,7 +349,7 @@ class Reader(io.RawIOBase):
         for number, start in zip(range(first, last + 1), count(0, FRAME_BYTES + TAG_BYTES)):
             length = min(FRAME_BYTES, self.size - number * FRAME_BYTES)
             piece = sealed[start : start + length + TAG_BYTES]
-            if skip == 0 and len(view) - done >= length:
+            if skip == 0 and len(view) - done >= length and number != self._kept[0]:
                 whole.append((number, piece, view[done : done + length]))
                 done += length
             else:
