@@ -1,8 +1,9 @@
 """A proxy before a server of S3, which misbehaves as a test asks: one request at a time is told to a judge.
 
 The judge sees method, path and headers of each request, numbered from 1, and says what becomes of it: :data:`PASS`; a
-status with a code of S3 (``(503, "SlowDown")``) or a body; :data:`HANG`, until the client gives up; :data:`LOSE`, which
-passes it on and loses the answer; or a callable, which is called and whose result counts.
+status with a code of S3 (``(503, "SlowDown")``) or a body; :data:`HANG`, until the client gives up, before it is asked
+for the body; :data:`LOSE`, which passes it on and loses the answer; or a callable, which is called and whose result
+counts.
 """
 
 from __future__ import annotations
@@ -62,11 +63,10 @@ def proxy_before(endpoint: str) -> Iterator[Proxy]:
         def log_message(self, *_: object) -> None:
             pass
 
+        def handle_expect_100(self) -> bool:
+            return True  # the judge is asked before
+
         def handle_request(self) -> None:
-            if "100-continue" in self.headers.get("Expect", ""):
-                self.send_response_only(100)
-                self.end_headers()
-            body = self._body()
             headers = {name.lower(): value for name, value in self.headers.items()}
             with turn:
                 proxy.seen += 1
@@ -75,7 +75,12 @@ def proxy_before(endpoint: str) -> Iterator[Proxy]:
                 verdict = verdict()
             if verdict == HANG:
                 ended.wait()
-            elif isinstance(verdict, tuple):
+                return
+            if "100-continue" in headers.get("expect", ""):
+                self.send_response_only(100)
+                self.end_headers()
+            body = self._body()
+            if isinstance(verdict, tuple):
                 body = verdict[1] if isinstance(verdict[1], bytes) else _error(*verdict[1:])
                 self._answer(verdict[0], {"Content-Type": "application/xml"}, body)
             else:

@@ -40,6 +40,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up after a moment."""
     monkeypatch.setattr(object_stores, "RETRY_SECONDS", 0.3)
     monkeypatch.setattr(object_stores, "_TIMEOUTS", {"connect_timeout": 0.5, "read_timeout": 0.5})
+    monkeypatch.setattr(object_stores, "CALL_SECONDS", 5.0)
 
 
 def first(count: int, verdict: object, method: str = "") -> Judge:

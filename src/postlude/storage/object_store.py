@@ -28,8 +28,10 @@ RETRY_SECONDS = 60.0
 """So long a store that has answered before is asked again."""
 TRIES = 3
 """So often one is asked that never has."""
-CALL_SECONDS = 300.0
-"""What one request may take, a large part over a slow line included."""
+CALL_SECONDS = 30.0
+"""What one request may take beside what it carries. The time-outs below do not hold while a store is waited for to say
+that it wants what is sent (``Expect: 100-continue``)."""
+SLOWEST_BYTES_PER_SECOND = 2**18
 _TIMEOUTS = {"connect_timeout": 5, "read_timeout": 15}
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 8.0
 _TOKEN = "postlude-write"
@@ -81,7 +83,8 @@ class ObjectStore(S3FileSystem):
                     raise
                 raise fuller from fuller.__cause__
 
-        answer = await self._persist(call, kwargs.get("Bucket", ""), was_ours)
+        size = memoryview(kwargs.get("Body") or b"").nbytes
+        answer = await self._persist(call, kwargs.get("Bucket", ""), size, was_ours)
         if method == "create_multipart_upload":
             self._tokens[answer["UploadId"]] = token
         return answer
@@ -105,13 +108,16 @@ class ObjectStore(S3FileSystem):
         self,
         call: Callable[[], Awaitable[Any]],
         bucket: str,
+        size: int | None,
         was_ours: Callable[[], Awaitable[Any]] | None = None,
     ) -> Any:
-        """Call until it succeeds, fails for good, or was tried for long enough."""
+        """Call until it succeeds, fails for good, or was tried for long enough. ``size`` is what a call carries, in
+        bytes, if that is known."""
         began, tries = time.monotonic(), 0
+        limit = None if size is None else CALL_SECONDS + size / SLOWEST_BYTES_PER_SECOND
         while True:
             try:
-                answer = await asyncio.wait_for(call(), CALL_SECONDS)
+                answer = await asyncio.wait_for(call(), limit)
             except Exception as error:
                 tries += 1
                 if code_of(error):
@@ -159,7 +165,7 @@ class ObjectStore(S3FileSystem):
         if end is not None and end <= (start or 0):
             return b""
         try:
-            return await self._persist(call, bucket)
+            return await self._persist(call, bucket, None if end is None else end - (start or 0))
         except OSError as error:
             if code_of(error) in ("InvalidRange", "416"):
                 return b""
