@@ -48,6 +48,13 @@ def told(process: subprocess.Popen[bytes]) -> tuple[dict, bytes, int]:
     return json.loads(out), beside, process.returncode
 
 
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_worker_is_what_python_would_have_started(script, tmp_path):
     with fork_server(["colorsys"], {}):
         forked = [told(started([str(script), "one", "two"], tmp_path)) for _ in range(2)]
@@ -104,7 +111,15 @@ def test_a_worker_ends_with_who_stands_for_it_and_is_told_of(tmp_path):
                 one.kill()
             server.resume()
             assert process.wait(60) != 0, who
-            until(lambda worker=worker: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+            until(lambda worker=worker: is_gone(worker))
+
+
+def test_nothing_of_the_current_folder_is_imported(script, tmp_path, monkeypatch):
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    with fork_server(["colorsys"], {}):
+        one, _, status = told(started([str(script)], tmp_path.parent))
+    assert (one["imported"], status) == (True, 7)
 
 
 def test_workers_with_gpus_start_themselves():

@@ -145,7 +145,7 @@ def test_an_encrypted_run_that_is_killed_is_bitwise_a_clear_one_and_leaves_no_cl
         (["verify", str(sealed / "small" / "rl"), "--json", *place], '"not_compared": [],'),
         (["generate", str(sealed / "small" / "rl"), "--prompt", "a", "--max-tokens", "3", *place], ""),
         (["export", str(sealed / "small" / "rl"), str(tmp_path / "out"), *place], "in clear"),
-        (["keys", "show", str(sealed / "small"), *place], "master.key"),
+        (["keys", "show", str(sealed / "small"), *place], "runs/small/stages/sft/model:"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

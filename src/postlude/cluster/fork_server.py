@@ -54,7 +54,7 @@ def fork_server(modules: Sequence[str], environment: Mapping[str, str]) -> Itera
         listener.listen(_MOST_WAITING)  # who asks while modules are imported waits
         nowhere = subprocess.DEVNULL
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listener.fileno()), str(os.getpid()), *modules],
+            [sys.executable, "-P", "-m", __name__, str(listener.fileno()), str(os.getpid()), *modules],
             env={**os.environ, **environment},
             stdin=nowhere,
             stdout=nowhere,
@@ -173,7 +173,6 @@ class _Server:
 def main(listener: int, parent: int, modules: Sequence[str]) -> None:
     """Import, and fork whoever is asked for."""
     die_with_parent(parent)
-    sys.path.pop(0)  # Python's own entry for a module that it runs
     for module in modules:
         importlib.import_module(module)
     server_id = os.getpid()
