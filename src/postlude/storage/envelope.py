@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from postlude.storage.errors import CorruptError, NotFound
+from postlude.storage.positioned import Positioned
 
 FRAME_BYTES = 2**16
 """Of content in a frame."""
@@ -297,7 +298,7 @@ def _seal(cipher: FileCipher, first: int, content: bytearray, ends: bool) -> byt
     return sealed
 
 
-class Reader(io.RawIOBase):
+class Reader(Positioned):
     """The content of a file of frames. ``fetch(start, count)`` gives bytes of it as it stands; ``size_bytes`` is that
     of the whole file. Whatever is read raises CorruptError where it is not what was written."""
 
@@ -307,22 +308,9 @@ class Reader(io.RawIOBase):
         self._uri, self._cipher, self._fetch, self._close = uri, cipher, fetch, close
         self.size = content_bytes(uri, size_bytes)
         self._last = max(0, -(-self.size // FRAME_BYTES) - 1)
-        self._at, self._ended = 0, False
+        self._ended = False
         self._kept: tuple[int, bytes] = (-1, b"")
         self._pool: ThreadPoolExecutor | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")

@@ -6,7 +6,6 @@ process knows of a file from the time before holds while the line before it stan
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from postlude.storage.envelope import HEADER_LINE_BYTES, FileCipher
 from postlude.storage.errors import CorruptError
+from postlude.storage.positioned import Positioned
 
 _PIECE_BYTES = 2**18
 _MARK_BYTES = 2**16
@@ -72,7 +72,7 @@ def _follow(cipher: FileCipher, size: int, fetch: Fetch) -> _Known:
     return known
 
 
-class LineReader(io.RawIOBase):
+class LineReader(Positioned):
     """The whole lines of a file. ``fetch(start, count)`` gives bytes of it as it stands; ``size_bytes`` is that of the
     whole file. A line that is not what was written there is one of zeros, which is no entry of any journal: so that one
     which is damaged can be told, dropped and mended like a clear one."""
@@ -81,20 +81,6 @@ class LineReader(io.RawIOBase):
         self._cipher, self._fetch, self._close = cipher, fetch, close
         known = _follow(cipher, size_bytes, fetch)
         self._marks, (self._end, self.size) = known.marks, known.end
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
 
     def place(self, clear: int) -> int:
         """Where the line begins, in the file as it stands, before which there is so much content."""

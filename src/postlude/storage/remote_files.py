@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from postlude.storage.errors import NotReadable, reading, writing
+from postlude.storage.positioned import Positioned
 from postlude.storage.refusals import code_of
 
 _LEAST_AHEAD_BYTES, _MOST_AHEAD_BYTES = 2**13, 2**24
@@ -81,7 +82,7 @@ class TextWriter(io.TextIOWrapper):
         self.__exit__(GeneratorExit, None, None)
 
 
-class RemoteReader(io.RawIOBase):
+class RemoteReader(Positioned):
     """Reads one object of an :class:`~postlude.storage.object_store.ObjectStore` by ranges."""
 
     def __init__(self, uri: str, store: Any, path: str) -> None:
@@ -89,22 +90,9 @@ class RemoteReader(io.RawIOBase):
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "It is a folder", uri)
         self._uri, self._store, self._path = uri, store, path
-        self.size: int = info["size"]
-        self._tag, self._at = info.get("ETag"), 0
+        self.size = info["size"]
+        self._tag = info.get("ETag")
         self._held, self._held_from, self._ahead = b"", 0, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = max(0, offset + (0, self._at, self.size)[whence])
-        return self._at
 
     def readall(self) -> bytes:
         return self._take(self.size)

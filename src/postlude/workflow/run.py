@@ -132,8 +132,10 @@ def keep_at_work(run: Run, resolved: Resolved, plan: Plan, go_on: Selection, loc
 
 
 def forking(manifest: Manifest) -> AbstractContextManager[None]:
-    """Have the workers of a run forked from one process, for as long as the context lasts."""
+    """Have the workers of a run that have no GPU forked from one process, for as long as the context lasts."""
     compute = manifest.compute
+    if compute.pools and all(pool.gpus_per_worker for pool in compute.pools.values()):
+        return nullcontext()
     variables = {**provider_of(compute).defaults, **os.environ, **compute.variables(), "OMP_NUM_THREADS": "1"}
     return fork_server([FUNCTION.partition(":")[0]], variables)
 
