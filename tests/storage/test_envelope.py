@@ -213,6 +213,15 @@ def test_a_file_from_elsewhere_is_refused(encrypted: Path) -> None:
         storage.verify(str(new))
 
 
+def test_an_encrypted_file_is_told_where_no_rule_says_so(encrypted: Path) -> None:
+    storage.write_text(str(encrypted / "state"), "secret")
+    storage.Journal(str(encrypted / "lines")).append({"step": 1})
+    rules.use(())
+    for name in ("state", "lines"):
+        with pytest.raises(storage.NotReadable, match="--storage MANIFEST"):
+            storage.read_text(str(encrypted / name))
+
+
 def test_a_clear_file_is_refused_where_an_encrypted_one_belongs(encrypted: Path) -> None:
     (encrypted / "state.json").write_text('{"state": "done"}')
     (encrypted / "metrics.jsonl").write_text('{"step": 1}\n')

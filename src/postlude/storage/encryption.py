@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
 from postlude.storage import uris
+from postlude.storage.errors import NotReadable
 from postlude.storage.keys import RECORD, rule_for
 
 if TYPE_CHECKING:
@@ -30,6 +31,19 @@ def connect(read: Callable[[str], bytes], create: Callable[[str, bytes], bool]) 
     """Have records read and made with these."""
     global _read, _create
     _read, _create = read, create
+
+
+_BEGINNINGS = (b"\x89PLENC\r\n", b"iVBMRU5DDQo")
+"""Of encrypted files, of frames and of lines."""
+
+
+def in_clear(uri: str, content: bytes) -> bytes:
+    """What was read where nothing says that it is encrypted. NotReadable if it is."""
+    if content.startswith(_BEGINNINGS):
+        raise NotReadable(
+            f"'{uri}' is encrypted, and no rule says with which key. Name the manifest that does: --storage MANIFEST."
+        )
+    return content
 
 
 def is_encrypted(uri: str) -> bool:

@@ -85,9 +85,10 @@ def read_bytes(uri: str) -> bytes:
     if not is_local(uri) and not encryption.is_encrypted(uri):
         filesystem, path = remote(uri)
         with reading(uri):
-            return filesystem.cat_file(path)
+            return encryption.in_clear(uri, filesystem.cat_file(path))
     with open_file(uri, "rb") as file:
-        return file.read()
+        content = file.read()
+    return content if encryption.is_encrypted(uri) else encryption.in_clear(uri, content)
 
 
 def read_range(uri: str, start: int, count: int) -> bytes:
